@@ -1,0 +1,205 @@
+"""The built-in edits: what an adapter does to a base model at one site.
+
+Weight edits change a parameter: `apply(weight)` is their whole meaning, on float64 (or any float)
+tensors in canonical orientation, and `delta()` is the additive part that needs no base, if there is
+one. Activation edits change what flows: `forward` is called by the runtime at a place of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, runtime_checkable
+
+from adaptmerge.factors import Diag, Factor, Leaf, Product
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.graph import Edit, Site
+from adaptmerge.lazy import torch
+
+
+@runtime_checkable
+class WeightEdit(Edit, Protocol):
+    """An edit of one parameter."""
+
+    def delta(self) -> Factor | None:
+        """What is added to the parameter whatever the base is; None when it depends on the base."""
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The edited parameter, of the same shape, from the (out, in) matrix or vector `weight`."""
+
+
+@runtime_checkable
+class ActivationEdit(Edit, Protocol):
+    """An edit of what flows through a module."""
+
+    def forward(
+        self, inputs: torch.Tensor, outputs: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The new outputs of the module, from its inputs, outputs and the residual beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """W + delta; for a vector parameter delta is (n, 1)."""
+
+    kind: ClassVar[str] = "add"
+    site: Site
+    factor: Factor
+
+    def delta(self) -> Factor | None:
+        return self.factor
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.factor.dense().to(weight).reshape(weight.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Dora:
+    """m / |W + delta|_row * (W + delta), row norms over all but the first axis (Liu et al. 2024)."""
+
+    kind: ClassVar[str] = "dora"
+    site: Site
+    factor: Factor
+    magnitude: TensorRef
+
+    def delta(self) -> Factor | None:
+        return None
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        moved = weight + self.factor.dense().to(weight).reshape(weight.shape)
+        magnitude = self.magnitude.read().to(weight).flatten()
+        norm_axis = 0 if self.site.layer.kind == "embedding" else 1
+        factor: torch.Tensor = magnitude / torch.linalg.vector_norm(moved, dim=norm_axis)
+        return moved * (factor[None, :] if norm_axis == 0 else factor[:, None])
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """diag(l) W for side "out", W diag(l) for side "in" (IA3, Liu et al. 2022)."""
+
+    kind: ClassVar[str] = "scale"
+    site: Site
+    vector: TensorRef
+    side: str = "out"
+
+    def delta(self) -> Factor | None:
+        return None
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        vector = self.vector.read().to(weight).flatten()
+        if weight.ndim == 1:
+            return weight * vector
+        return weight * (vector[:, None] if self.side == "out" else vector[None, :])
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """The parameter itself is stored.
+
+    role: "head" (part of `owner`, a module saved whole), "bias", "base copy" (the base's own value,
+    kept beside an adapter) or "unlisted" (stored whole though nothing lists it).
+    """
+
+    kind: ClassVar[str] = "replace"
+    site: Site
+    value: TensorRef
+    role: str = "head"
+    owner: str = ""
+
+    def delta(self) -> Factor | None:
+        return None
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.value.read().to(weight)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceRows:
+    """Some rows of an embedding are stored: trainable tokens. `rows` are token ids."""
+
+    kind: ClassVar[str] = "rows"
+    site: Site
+    rows: tuple[int, ...]
+    values: TensorRef
+
+    def delta(self) -> Factor | None:
+        return None
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.index_copy(0, torch.tensor(self.rows), self.values.read().to(weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """A small network beside a block: out + up(act(down(source))) (Houlsby et al. 2019).
+
+    source is "sum" (block output plus residual), "output" or "residual"; `site.module` is the decoder
+    or encoder layer and `place` the sub-block of it whose output is changed ("attention", "mlp").
+    """
+
+    kind: ClassVar[str] = "bottleneck"
+    site: Site
+    place: str
+    down: TensorRef
+    down_bias: TensorRef
+    up: TensorRef
+    up_bias: TensorRef
+    activation: str
+    source: str = "sum"
+    scale: float = 1.0
+
+    def forward(
+        self, inputs: torch.Tensor, outputs: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        from transformers.activations import get_activation
+
+        assert residual is not None
+        source = {"sum": outputs + residual, "output": outputs, "residual": residual}[self.source]
+        linear = torch.nn.functional.linear
+        hidden = linear(source, self.down.read().to(source), self.down_bias.read().to(source))
+        hidden = get_activation(self.activation)(hidden)
+        added = linear(hidden, self.up.read().to(source), self.up_bias.read().to(source))
+        return outputs + self.scale * added
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """An additive edit times an input-dependent gate: g * delta @ x, g = mean over positions of
+    sigmoid(gate_weight @ x + gate_bias)."""
+
+    kind: ClassVar[str] = "gated"
+    site: Site
+    factor: Factor
+    gate_weight: TensorRef
+    gate_bias: TensorRef
+
+    def forward(
+        self, inputs: torch.Tensor, outputs: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        logits = linear(inputs, self.gate_weight.read().to(inputs), self.gate_bias.read().to(inputs))
+        gate = torch.sigmoid(logits).mean(dim=1, keepdim=True)
+        return outputs + gate * linear(inputs, self.factor.dense().to(inputs))
+
+
+def vera(
+    up: TensorRef, up_scale: TensorRef, down: TensorRef, down_scale: TensorRef
+) -> Product:
+    """diag(b) B diag(d) A (Kopiczko et al. 2024), B and A shared by all sites."""
+    return Product((Diag(up_scale), Leaf(up), Diag(down_scale), Leaf(down)))
+
+
+def factor_of(edit: Edit) -> Factor | None:
+    """The factor that a run may refit, for edits that are made of one."""
+    return getattr(edit, "factor", None)
+
+
+def refitted(edit: Edit, factor: Factor) -> Edit:
+    """The same edit made of another factor."""
+    changed: Edit = replace(edit, factor=factor)  # type: ignore[type-var]
+    return changed
+
+
+def with_value(edit: Edit, value: TensorRef) -> Edit:
+    """The same edit storing another value."""
+    changed: Edit = replace(edit, value=value)  # type: ignore[type-var]
+    return changed

@@ -1,0 +1,313 @@
+"""Matrices in factored form, with an algebra: what a delta is made of before anything is computed.
+
+Every factor is frozen data with a `shape` (out, in) and refs to stored tensors. `dense()` is the plain
+float64 definition, used to prove results; `thin()` gives the same matrix as low-rank terms, used to
+compute them. A family that stores something else than these adds one class with the same four members.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.lazy import torch
+from adaptmerge.linalg import working
+
+Rows = tuple[int, int] | None
+
+
+class Term(NamedTuple):
+    """scale * up @ down with up (out, r) and down (r, in), in the dtypes they are stored in."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float
+
+
+@runtime_checkable
+class Factor(Protocol):
+    """A matrix in factored form."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        """Rows start..stop (default all) of the matrix in float64, by its plain definition."""
+
+    def thin(self) -> list[Term]:
+        """Low-rank terms whose sum is the matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A stored matrix."""
+
+    ref: TensorRef
+
+    def __post_init__(self) -> None:
+        if len(self.ref.shape) != 2:
+            raise ValueError(f"{self.ref.name}: a matrix has two dimensions, found {self.ref.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ref.shape[0], self.ref.shape[1]
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        return (self.ref.slice(0, *rows) if rows else self.ref).read().double()
+
+    def thin(self) -> list[Term]:
+        value = self.ref.read()
+        if self.shape[0] < self.shape[1]:
+            return [Term(torch.eye(self.shape[0], dtype=value.dtype), value, 1.0)]
+        return [Term(value, torch.eye(self.shape[1], dtype=value.dtype), 1.0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Diag:
+    """A square matrix with a stored vector on its diagonal."""
+
+    ref: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ref.count, self.ref.count
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        start, stop = rows or (0, self.ref.count)
+        return torch.diag(self.ref.read().double().flatten())[start:stop]
+
+    def thin(self) -> list[Term]:
+        value = self.ref.read().flatten()
+        return [Term(torch.diag(value), torch.eye(self.ref.count, dtype=value.dtype), 1.0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """scale * parts[0] @ parts[1] @ ..."""
+
+    parts: tuple[Factor, ...]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for left, right in zip(self.parts, self.parts[1:], strict=False):
+            if left.shape[1] != right.shape[0]:
+                raise ValueError(f"shapes {left.shape} and {right.shape} do not multiply")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape[0], self.parts[-1].shape[1]
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        value = self.parts[0].dense(rows)
+        for part in self.parts[1:]:
+            value = value @ part.dense()
+        return value * self.scale
+
+    def thin(self) -> list[Term]:
+        if len(self.parts) == 1:
+            return [term._replace(scale=term.scale * self.scale) for term in self.parts[0].thin()]
+        cut = min(range(1, len(self.parts)), key=lambda i: self.parts[i].shape[0])
+        return [Term(chain(self.parts[:cut]), chain(self.parts[cut:]), self.scale)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """parts[0] + parts[1] + ..."""
+
+    parts: tuple[Factor, ...]
+
+    def __post_init__(self) -> None:
+        if len({part.shape for part in self.parts}) != 1:
+            raise ValueError(f"shapes {[part.shape for part in self.parts]} do not add")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        value = self.parts[0].dense(rows)
+        for part in self.parts[1:]:
+            value = value + part.dense(rows)
+        return value
+
+    def thin(self) -> list[Term]:
+        return [term for part in self.parts for term in part.thin()]
+
+
+@dataclass(frozen=True, slots=True)
+class Hadamard:
+    """The element-wise product; the rank of the result is at most the product of the ranks."""
+
+    left: Factor
+    right: Factor
+
+    def __post_init__(self) -> None:
+        if self.left.shape != self.right.shape:
+            raise ValueError(f"shapes {self.left.shape} and {self.right.shape} differ")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        return self.left.dense(rows) * self.right.dense(rows)
+
+    def thin(self) -> list[Term]:
+        return [_hadamard(a, b) for a in self.left.thin() for b in self.right.thin()]
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker:
+    """The Kronecker product of two matrices."""
+
+    left: Factor
+    right: Factor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (
+            self.left.shape[0] * self.right.shape[0],
+            self.left.shape[1] * self.right.shape[1],
+        )
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        start, stop = rows or (0, self.shape[0])
+        return torch.kron(self.left.dense(), self.right.dense())[start:stop]
+
+    def thin(self) -> list[Term]:
+        return [_kronecker(a, b) for a in self.left.thin() for b in self.right.thin()]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A block at (row, column) inside a matrix of zeros of shape (out, in)."""
+
+    block: Factor
+    shape: tuple[int, int]
+    row: int = 0
+    column: int = 0
+
+    def __post_init__(self) -> None:
+        ends = (self.row + self.block.shape[0], self.column + self.block.shape[1])
+        if ends[0] > self.shape[0] or ends[1] > self.shape[1]:
+            raise ValueError(f"block {self.block.shape} at {self.row}, {self.column} is outside")
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        start, stop = rows or (0, self.shape[0])
+        out = torch.zeros(stop - start, self.shape[1], dtype=torch.float64)
+        low, high = max(start, self.row), min(stop, self.row + self.block.shape[0])
+        if low < high:
+            inside = self.block.dense((low - self.row, high - self.row))
+            out[low - start : high - start, self.column : self.column + inside.shape[1]] = inside
+        return out
+
+    def thin(self) -> list[Term]:
+        return [self._placed(term) for term in self.block.thin()]
+
+    def _placed(self, term: Term) -> Term:
+        rank = term.up.shape[1]
+        up = term.up.new_zeros(self.shape[0], rank)
+        down = term.down.new_zeros(rank, self.shape[1])
+        up[self.row : self.row + term.up.shape[0]] = term.up
+        down[:, self.column : self.column + term.down.shape[1]] = term.down
+        return Term(up, down, term.scale)
+
+
+def chain(parts: tuple[Factor, ...]) -> torch.Tensor:
+    """The product of factors as one matrix; a single leaf keeps its stored values and dtype."""
+    if len(parts) == 1:
+        return _value(parts[0])
+    value = working(_value(parts[0]))
+    for part in parts[1:]:
+        if isinstance(part, Diag):
+            value = value * working(part.ref.read()).flatten()
+        else:
+            value = value @ working(_value(part))
+    return value
+
+
+def _value(factor: Factor) -> torch.Tensor:
+    if isinstance(factor, Leaf):
+        return factor.ref.read()
+    if isinstance(factor, Diag):
+        return torch.diag(factor.ref.read().flatten())
+    terms = factor.thin()
+    total = sum(working(t.up) @ working(t.down) * t.scale for t in terms)
+    assert isinstance(total, torch.Tensor)
+    return total
+
+
+def _hadamard(a: Term, b: Term) -> Term:
+    """Row-wise Kronecker of the ups and column-wise of the downs (Khatri-Rao)."""
+    up = torch.einsum("or,os->ors", working(a.up), working(b.up)).flatten(1)
+    down = torch.einsum("ri,si->rsi", working(a.down), working(b.down)).flatten(0, 1)
+    return Term(up, down, a.scale * b.scale)
+
+
+def _kronecker(a: Term, b: Term) -> Term:
+    up = torch.kron(working(a.up), working(b.up))
+    down = torch.kron(working(a.down), working(b.down))
+    return Term(up, down, a.scale * b.scale)
+
+
+def low_rank(up: TensorRef, down: TensorRef, scale: float = 1.0) -> Product:
+    """scale * up @ down from two stored matrices, up (out, r) and down (r, in)."""
+    return Product((Leaf(up), Leaf(down)), scale)
+
+
+class LowRank(NamedTuple):
+    """The stored sides of a factor that is nothing but scale * up @ down."""
+
+    up: TensorRef
+    down: TensorRef
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+
+def as_low_rank(factor: Factor) -> LowRank | None:
+    """The sides of a plain scale * up @ down of two stored matrices, else None."""
+    if isinstance(factor, Product) and len(factor.parts) == 2:
+        up, down = factor.parts
+        if isinstance(up, Leaf) and isinstance(down, Leaf):
+            return LowRank(up.ref, down.ref, factor.scale)
+    return None
+
+
+def rank_bound(factor: Factor) -> int:
+    """An upper bound of the rank, from shapes alone."""
+    limit = min(factor.shape)
+    match factor:
+        case Product(parts=parts):
+            return min(rank_bound(part) for part in parts)
+        case Sum(parts=parts):
+            return min(limit, sum(rank_bound(part) for part in parts))
+        case Hadamard(left=left, right=right) | Kronecker(left=left, right=right):
+            return min(limit, rank_bound(left) * rank_bound(right))
+        case Place(block=block):
+            return rank_bound(block)
+        case _:
+            return limit
+
+
+def refs_of(node: Any) -> Iterator[TensorRef]:
+    """Every TensorRef inside a factor, an edit or a tuple of them, in field order."""
+    if isinstance(node, TensorRef):
+        yield node
+    elif isinstance(node, tuple):
+        for part in node:
+            yield from refs_of(part)
+    elif is_dataclass(node) and not isinstance(node, type):
+        for field in fields(node):
+            yield from refs_of(getattr(node, field.name))
+
+
+def parameters(node: Any) -> int:
+    """How many stored numbers a factor or edit is made of."""
+    return sum(math.prod(ref.shape) for ref in refs_of(node))

@@ -1,0 +1,44 @@
+"""Writing bytes: failures of the disk become errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from adaptmerge.errors import OutputError
+from adaptmerge.lazy import torch
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space or choose another -o",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another -o",
+    errno.EFBIG: "the file is larger than the file system or a limit (ulimit -f) allows: "
+    "choose another -o or raise the limit",
+    errno.EACCES: "permission denied: choose another -o or change the folder's permissions",
+    errno.EPERM: "permission denied: choose another -o or change the folder's permissions",
+    errno.EROFS: "the file system is read-only: choose another -o",
+    errno.ENAMETOOLONG: "the name is too long for the file system: choose a shorter -o",
+}
+
+
+def failure(problem: OSError, where: str | os.PathLike[str]) -> OutputError:
+    """The OutputError that explains why `where` could not be written."""
+    reason = problem.strerror or str(problem)
+    sentence = _ADVICE.get(problem.errno or 0, f"cannot be written: {reason}; choose another -o")
+    return OutputError(sentence, where=os.fspath(where))
+
+
+@contextmanager
+def writing(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, an OSError is raised again as the OutputError that explains it."""
+    try:
+        yield
+    except OSError as problem:
+        raise failure(problem, where) from problem
+
+
+def tensor_bytes(value: torch.Tensor) -> memoryview:
+    """The row-major bytes of a tensor, without a copy where it is contiguous."""
+    flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

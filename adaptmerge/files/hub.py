@@ -1,0 +1,103 @@
+"""Where an input is: a local path, or a model on the Hugging Face Hub, through its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from adaptmerge.errors import InputError
+from adaptmerge.files.paths import exists, inside, missing
+
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([^\s@:]+?))?(?://(.*))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".yaml", ".yml")
+_WANTED = ("json", "safetensors", "bin", "pt", "pth", "txt", "md", "model", "gguf", "jinja")
+_UNWANTED = ("checkpoint-*", "*/checkpoint-*", "optimizer.*", "*/optimizer.*")
+
+
+def resolve(source: str) -> tuple[Path, str | None]:
+    """The local path of an input, and its commit when it came from the Hub.
+
+    `source` is a path, or `org/name[@revision][//subfolder]`. Raises InputError when there is
+    neither, when the Hub cannot be reached and its cache does not have it, or when it is private.
+    """
+    path = Path(source)
+    if exists(path):
+        return path, None
+    match = _ID.fullmatch(source)
+    if match is None or source.endswith(_FILES) and "//" not in source:
+        raise missing(path)
+    repository, revision, subfolder = match[1], match[2], (match[3] or "").strip("/")
+    if subfolder and inside(Path(), subfolder) is None:
+        raise InputError(
+            f"the subfolder {subfolder!r} leaves the repository: name one inside it", where=source
+        )
+    snapshot = _snapshot(source, repository, revision, subfolder)
+    return _inner(snapshot, subfolder, source), _commit(snapshot)
+
+
+def _commit(snapshot: Path) -> str | None:
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
+
+
+def _inner(snapshot: Path, subfolder: str, source: str) -> Path:
+    found = inside(snapshot, subfolder) if subfolder else snapshot
+    if found is None or not found.exists():
+        sentence = f"the repository has no folder {subfolder!r}: check its name"
+        raise InputError(sentence, where=source)
+    return found
+
+
+def _snapshot(source: str, repository: str, revision: str | None, subfolder: str) -> Path:
+    import huggingface_hub
+
+    options = {"revision": revision, **_patterns(subfolder)}
+    offline = huggingface_hub.is_offline_mode()
+    pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
+    tries = [True] if offline else [True, False] if pinned else [False]
+    for local in tries:
+        try:
+            found = huggingface_hub.snapshot_download(repository, local_files_only=local, **options)
+            return Path(found)
+        except (OSError, ValueError) as problem:
+            last = problem
+    raise InputError(_sentence(last, repository, revision, offline), where=source) from last
+
+
+def _patterns(subfolder: str) -> dict[str, Any]:
+    if not subfolder:
+        wanted = [*(f"*.{suffix}" for suffix in _WANTED), "LICENSE*"]
+        return {"allow_patterns": wanted, "ignore_patterns": list(_UNWANTED)}
+    # a subfolder may also name one file; a checkpoint asked for by name is wanted
+    return {
+        "allow_patterns": [subfolder, *(f"{subfolder}/*.{suffix}" for suffix in _WANTED)],
+        "ignore_patterns": [f"{subfolder}/{pattern}" for pattern in _UNWANTED],
+    }
+
+
+def _sentence(problem: Exception, repository: str, revision: str | None, offline: bool) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(problem, errors.GatedRepoError):
+        return "is gated: accept its terms on its page, then run `hf auth login`"
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        return (
+            "is neither a local path nor a model on the Hub that you may see: check the name, "
+            "or run `hf auth login` if it is private"
+        )
+    if isinstance(problem, errors.RevisionNotFoundError):
+        return f"the Hub model has no revision {revision!r}: name a branch, tag or commit of it"
+    if isinstance(problem, ValueError):
+        return "is neither a local path nor a name that the Hub allows: check the spelling"
+    fetch = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+    if offline:
+        return (
+            "is neither a local path nor wholly in the Hub cache, and HF_HUB_OFFLINE is set: "
+            f"unset it or run `{fetch}` where there is a network"
+        )
+    return (
+        f"is no local path, and the Hub cannot be reached ({type(problem).__name__}): check the "
+        f"network, or run `{fetch}` where there is one and set HF_HUB_OFFLINE=1"
+    )

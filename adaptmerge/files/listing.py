@@ -1,0 +1,163 @@
+"""The files of an input, read once for everyone who asks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adaptmerge.errors import InputError
+from adaptmerge.files import sniff
+from adaptmerge.files.paths import exists, missing, plain
+from adaptmerge.files.pickles import read_pickle
+from adaptmerge.files.safetensors import TensorFile, read_header, read_index
+from adaptmerge.files.strict_json import capped, parse, quoted
+
+_T = TypeVar("_T")
+_CHUNK = 1 << 20
+_READERS: dict[str, Callable[[Path], TensorFile]] = {
+    ".index.json": read_index,
+    ".safetensors": read_header,
+    ".bin": read_pickle,
+    ".pt": read_pickle,
+    ".pth": read_pickle,
+    ".ckpt": read_pickle,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The files directly in a folder, or one file. What is read from them is kept.
+
+    origin: the input as the user wrote it; single: the file's name when the input is one file;
+    names and folders: sorted. Beside a single file, `<stem>.json` and `adapter_config.json` are no
+    names of the listing, but can be asked for. Every method raises InputError for a file that is
+    missing or unreadable, and for a name that is not directly in the folder.
+    """
+
+    origin: str
+    root: Path
+    single: str | None
+    names: tuple[str, ...]
+    folders: tuple[str, ...]
+    _kept: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, path: Path, origin: str) -> Listing:
+        """The listing of a folder or file. Raises InputError when there is none."""
+        if not exists(path):
+            raise missing(path)
+        if not path.is_dir():
+            sniff.head(path, 1)
+            return cls(origin, path.parent, path.name, (path.name,), ())
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as problem:
+            raise InputError(f"cannot be listed: {problem.strerror}", where=str(path)) from None
+        names = tuple(entry.name for entry in entries if entry.is_file())
+        folders = tuple(entry.name for entry in entries if entry.is_dir())
+        return cls(origin, path, None, names, folders)
+
+    def has(self, name: str) -> bool:
+        """Whether the file is there."""
+        path = self._path(name)
+        return name in self.names or (name in self._siblings() and path.is_file())
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file. Raises InputError for anything else."""
+        return self._once("json", name, self._read_json)
+
+    def tensors(self, name: str) -> TensorFile:
+        """The tensors of a file, which its suffix says how to read."""
+        return self._once("tensors", name, self._read_tensors)
+
+    def head(self, name: str, n: int = 64) -> bytes:
+        """The first `n` bytes of a file."""
+        return sniff.head(self._present(name), n)
+
+    def text(self, name: str) -> str:
+        """The text of a UTF-8 file."""
+        return self._once("text", name, self._read_text)
+
+    def sha256(self, *names: str) -> dict[str, str]:
+        """The digests of the files named, or of all files listed, in hexadecimal."""
+        return {name: self._once("sha256", name, sha256_of) for name in names or self.names}
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The files whose JSON or tensors were read so far, sorted."""
+        return tuple(sorted({name for what, name in self._kept if what in ("json", "tensors")}))
+
+    def folder(self, name: str) -> Listing:
+        """The listing of a folder directly in this one."""
+        return Listing.of(self._path(name), f"{self.origin}/{name}")
+
+    def _once(self, what: str, name: str, read: Callable[[Path], _T]) -> _T:
+        key = (what, name)
+        if key not in self._kept:
+            self._kept[key] = read(self._present(name))
+        found: _T = self._kept[key]
+        return found
+
+    def _siblings(self) -> tuple[str, ...]:
+        return (f"{Path(self.single).stem}.json", "adapter_config.json") if self.single else ()
+
+    def _path(self, name: str) -> Path:
+        if not plain(name):
+            raise InputError(
+                f"refers to the file {quoted(name)}, expected a file directly in the folder",
+                where=str(self.root),
+            )
+        return self.root / name
+
+    def _present(self, name: str) -> Path:
+        path = self._path(name)
+        if not self.has(name):
+            raise missing(path)
+        return path
+
+    def _read_text(self, path: Path) -> str:
+        sniff.refuse(sniff.head(path), str(path), "a text file", ("html",))
+        try:
+            return path.read_text("utf-8-sig")
+        except UnicodeDecodeError:
+            raise InputError("is not UTF-8 text: save it as UTF-8", where=str(path)) from None
+        except OSError as problem:
+            raise InputError(f"cannot be read: {problem.strerror}", where=str(path)) from None
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        sniff.refuse(sniff.head(path), str(path), "a JSON file", ())
+        try:
+            table, problems = parse(self._read_text(path))
+        except ValueError as problem:
+            raise InputError(f"is not JSON ({problem}): correct it", where=str(path)) from None
+        if not isinstance(table, dict):
+            problems.append(f"holds a JSON {type(table).__name__}, expected an object in braces")
+        if problems:
+            raise InputError(capped(problems), where=str(path))
+        found: dict[str, Any] = table
+        return found
+
+    def _read_tensors(self, path: Path) -> TensorFile:
+        for suffix, read in _READERS.items():
+            if path.name.endswith(suffix):
+                return read(path)
+        known = ", ".join(_READERS)
+        raise InputError(f"holds no tensors by its name, expected one of {known}", where=str(path))
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file in hexadecimal. Raises InputError when it cannot be read."""
+    digest, view = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    try:
+        with Path(path).open("rb", buffering=0) as file:
+            while step := file.readinto(view):
+                digest.update(view[:step])
+    except FileNotFoundError:
+        raise missing(path) from None
+    except OSError as problem:
+        raise InputError(f"cannot be read: {problem.strerror}", where=os.fspath(path)) from None
+    return digest.hexdigest()

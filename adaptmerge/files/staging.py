@@ -1,0 +1,262 @@
+"""Writing a set of files or nothing: everything is staged beside the target, then moved at once."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from adaptmerge.errors import OutputError
+from adaptmerge.files.disk import failure, writing
+from adaptmerge.files.paths import inside, plain
+
+_MARK = ".adaptmerge-"
+
+
+class Staging:
+    """A context in which files are written under temporary names until `commit` moves them.
+
+    The target is a folder, or a file when `single`; then every staged file lands beside it. Without
+    a commit, or when one fails, everything temporary is removed and nothing else was touched.
+    """
+
+    def __init__(
+        self, target: Path, *, force: bool, inputs: Sequence[Path], single: bool = False
+    ) -> None:
+        """Check the target, touching only what killed runs left behind.
+
+        Raises OutputError when it exists (unless `force`), is of the wrong kind, overlaps an input,
+        or cannot be written.
+        """
+        self.given, self.target = target, target.resolve()
+        self.force, self.single = force, single
+        self._inputs = [path.resolve() for path in inputs]
+        self._check_free(target)
+        self._check_kind()
+        self._check_inputs()
+        self._anchor = self._writable_anchor()
+        self._root: Path | None = None
+        with writing(self._where):
+            self._remove_leftovers()
+
+    def path(self, name: str) -> Path:
+        """Where to write the file that will be called `name` (below the target, or beside it)."""
+        if inside(Path(), name) is None or (self.single and not plain(name)):
+            sentence = f"the file name {name!r} leaves the output: rename it"
+            raise OutputError(sentence, where=self._where)
+        if self.single and name != self.target.name:
+            self._check_companion(self.target.parent / name)
+        return self._temporary("out", name)
+
+    def scratch(self, name: str) -> Path:
+        """Where to write a file that is needed only until the commit."""
+        return self._temporary("scratch", name)
+
+    def commit(self, main: str) -> None:
+        """Move all staged files to the target, `main` last.
+
+        Raises OutputError when that fails, after taking back what was moved.
+        """
+        files = self._staged()
+        if main not in files:
+            raise ValueError(f"{main!r} was not staged")
+        files.sort(key=lambda name: (name == main, name))
+        with writing(self._where):
+            self._install(files)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove everything temporary."""
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = None
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    @property
+    def _where(self) -> str:
+        return str(self.given)
+
+    def _check_free(self, path: Path) -> None:
+        if os.path.lexists(path) and not self.force:
+            raise OutputError(f"{path} exists: choose another -o or pass --force")
+
+    def _check_kind(self) -> None:
+        if self.target.exists() and self.target.is_dir() == self.single:
+            found, wanted = ("folder", "file") if self.single else ("file", "folder")
+            raise OutputError(
+                f"is a {found}, but the output is a {wanted}: choose another -o", where=self._where
+            )
+
+    def _check_inputs(self) -> None:
+        for path in self._inputs:
+            relation = self._relation(path)
+            if relation:
+                sentence = f"{relation} the input {path}: choose another -o"
+                raise OutputError(sentence, where=self._where)
+
+    def _relation(self, path: Path) -> str | None:
+        if self._same(self.target, path):
+            return "is"
+        if self.target in path.parents:
+            return "contains"
+        return "lies inside" if path in self.target.parents else None
+
+    def _check_companion(self, path: Path) -> None:
+        self._check_free(path)
+        if any(self._same(path, other) for other in self._inputs):
+            raise OutputError(f"{path} would be overwritten, but is an input: choose another -o")
+
+    @staticmethod
+    def _same(one: Path, two: Path) -> bool:
+        # hard links are one file under two names
+        return one == two or (one.exists() and two.exists() and one.samefile(two))
+
+    def _writable_anchor(self) -> Path:
+        """The folder for the temporary one: beside the target, on the same file system."""
+        anchor = self.target.parent
+        while not os.path.lexists(anchor):
+            anchor = anchor.parent
+        if not anchor.is_dir():
+            raise OutputError(f"{anchor} is not a folder: choose another -o", where=self._where)
+        if self.target.is_dir() and not (_writable(anchor) and not os.path.ismount(self.target)):
+            anchor = self.target
+        if not _writable(anchor):
+            raise OutputError(
+                f"{anchor} is not writable: choose another -o or change its permissions",
+                where=self._where,
+            )
+        return anchor
+
+    @property
+    def _prefix(self) -> str:
+        return f".{self.target.name}{_MARK}"
+
+    def _remove_leftovers(self) -> None:
+        for entry in os.scandir(self._anchor):
+            owner = entry.name.removeprefix(self._prefix).partition("-")[0]
+            ours = entry.name.startswith(self._prefix) and owner.isdecimal()
+            if ours and entry.is_dir(follow_symlinks=False) and not _alive(int(owner)):
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+    def _temporary(self, part: str, name: str) -> Path:
+        with writing(self._where):
+            if self._root is None:
+                # named before it is made, so that an interrupt in between leaves nothing unknown
+                self._root = self._anchor / f"{self._prefix}{os.getpid()}-{secrets.token_hex(4)}"
+                self._root.mkdir()
+            path = self._root / part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _staged(self) -> list[str]:
+        out = self._root / "out" if self._root else None
+        if out is None or not out.is_dir():
+            return []
+        return [p.relative_to(out).as_posix() for p in sorted(out.rglob("*")) if not p.is_dir()]
+
+    def _install(self, files: list[str]) -> None:
+        assert self._root is not None
+        out = self._root / "out"
+        for name in files:
+            _sync(out / name)
+        for folder in [out, *(path for path in sorted(out.rglob("*")) if path.is_dir())]:
+            _sync(folder)
+        with _Undo() as undo:
+            undo.make_folders(self.target.parent)
+            if not self.single and not self.target.exists():
+                out.rename(self.target)
+            else:
+                self._replace(out, files, undo)
+            undo.keep()
+        _sync(self.target.parent)
+
+    def _replace(self, out: Path, files: list[str], undo: _Undo) -> None:
+        folder = self.target.parent if self.single else self.target
+        for number, name in enumerate(files):
+            destination = folder / name
+            if self.single:
+                self._check_free(destination)
+            undo.make_folders(destination.parent)
+            undo.before_replacing(destination, out.parent / f"old-{number}")
+            (out / name).replace(destination)
+        _sync(folder)
+
+
+class _Undo:
+    """Takes back what was moved and made unless `keep` was reached."""
+
+    def __init__(self) -> None:
+        self._folders: list[Path] = []
+        self._replaced: list[tuple[Path, Path | None]] = []
+        self._kept = False
+
+    def make_folders(self, folder: Path) -> None:
+        lost = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(lost):
+            self._folders.append(path)
+            path.mkdir()
+
+    def before_replacing(self, path: Path, copy: Path) -> None:
+        there = os.path.lexists(path)
+        if there:
+            _second_name(path, copy)
+        self._replaced.append((path, copy if there else None))
+
+    def keep(self) -> None:
+        self._kept = True
+
+    def __enter__(self) -> _Undo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._kept:
+            return
+        for path, copy in reversed(self._replaced):
+            with suppress(OSError):
+                copy.replace(path) if copy else path.unlink()
+        for folder in reversed(self._folders):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _second_name(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        if path.is_dir():
+            raise failure(IsADirectoryError(0, "a folder is in the way"), path) from None
+        shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,40 @@
+"""JSON that is read strictly: repeated keys are reported, not silently overwritten."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+
+def parse(text: bytes | str) -> tuple[Any, list[str]]:
+    """The value and one sentence per repeated key. Raises ValueError when the text is not JSON."""
+    repeated: dict[str, int] = {}
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            repeated.update((key, count) for key, count in counts.items() if count > 1)
+        return table
+
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        value = json.loads(text, object_pairs_hook=collect)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value, [f"key {quoted(key)} appears {count} times" for key, count in repeated.items()]
+
+
+def quoted(name: object, limit: int = 120) -> str:
+    """A name from a file as it can be shown: escaped, in quotes, not endless."""
+    text = repr(name)
+    return text if len(text) <= limit else f"{text[: limit - 4]}...{text[0]}"
+
+
+def capped(problems: list[str], limit: int = 10) -> list[str]:
+    """The first problems, and how many more there are."""
+    if len(problems) <= limit + 1:
+        return problems
+    return [*problems[:limit], f"and {len(problems) - limit} more problems"]

@@ -1,0 +1,86 @@
+"""Hugging Face PEFT adapters: adapter_config.json with adapter_model.safetensors (or .bin).
+
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+
+| quirk | here |
+|---|---|
+| the scale is in the config only: alpha / r, with rsLoRA alpha / sqrt(r), patterns per module | one number per site |
+| keys may keep the adapter name, wrapper prefixes, or copies of the base | removed, removed, kept as Replace |
+| target_modules is a set, or a regular expression | written as the shortest exact list of suffixes |
+| embeddings swap the roles of A and B; convolutions have kernels in A | canonical (out, in) factors |
+"""
+
+from __future__ import annotations
+
+from adaptmerge.errors import InputError
+from adaptmerge.files.listing import Listing
+from adaptmerge.formats.peft import ia3, lora, vera, write
+from adaptmerge.formats.peft.config import FAMILY_MARKS, WEIGHTS, PeftConfig, find_config
+from adaptmerge.formats.peft.keys import Keys
+from adaptmerge.formats.peft.oracle import ORACLE
+from adaptmerge.graph import Adapter, BaseReference, Bundle, Note, bundle_of
+from adaptmerge.registry import Format, ReadOptions
+
+FAMILIES = {"LORA": lora.read, "IA3": ia3.read, "VERA": vera.read}
+
+
+def detect(listing: Listing) -> bool:
+    """Whether there is a PEFT config, or a tensor file with keys of a PEFT family."""
+    if listing.single is None:
+        return listing.has("adapter_config.json") and "peft_type" in listing.json(
+            "adapter_config.json"
+        )
+    if not listing.single.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        return False
+    keys = listing.tensors(listing.single).refs
+    return any(mark in key for key in keys for mark in FAMILY_MARKS)
+
+
+def read(listing: Listing, options: ReadOptions) -> Bundle:
+    """The adapter at `listing`. Raises InputError with every problem of its files."""
+    file = listing.tensors(_weights(listing))
+    found = find_config(listing, file)
+    config = PeftConfig.of(found.values, where=found.where or listing.origin)
+    if config.peft_type not in FAMILIES:
+        raise InputError(
+            f"is a PEFT {config.peft_type} adapter, which is not read yet "
+            f"(read: {', '.join(FAMILIES)})",
+            where=listing.origin,
+        )
+    keys = Keys.of(file, config)
+    edits, notes = FAMILIES[config.peft_type](keys, config, options)
+    keys.finish()
+    adapter = Adapter(
+        name="default",
+        edits=tuple(edits),
+        base=BaseReference(name=config.base_model, revision=config.revision),
+        notes=(*(Note(*note) for note in found.notes), *notes),
+        hints={"peft": config.hints()},
+        covers=config.covers(edit.site.module for edit in edits),
+    )
+    return bundle_of(adapter)
+
+
+def _weights(listing: Listing) -> str:
+    if listing.single:
+        return listing.single
+    name = next((name for name in WEIGHTS if listing.has(name)), None)
+    if name is None:
+        raise InputError(
+            f"has adapter_config.json but no weights: expected {' or '.join(WEIGHTS)}",
+            where=listing.origin,
+        )
+    return name
+
+
+FORMAT = Format(
+    name="peft",
+    title="Hugging Face PEFT (LoRA and DoRA; reads IA3 and VeRA)",
+    url="https://huggingface.co/docs/peft/developer_guides/checkpoint",
+    detect=detect,
+    read=read,
+    write=write.write,
+    stores=write.stores,
+    suffixes=(".safetensors",),
+    oracle=ORACLE,
+)

@@ -1,0 +1,224 @@
+"""adapter_config.json: where it is found for a directory or a lone file, and what its fields mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptmerge.errors import InputError
+from adaptmerge.files.listing import Listing
+from adaptmerge.files.safetensors import TensorFile
+from adaptmerge.graph import Kind
+from adaptmerge.names import is_suffix
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+METADATA_KEY = "adapter_config"
+FAMILY_MARKS = (".lora_A.", ".lora_embedding_A", ".ia3_l", ".vera_lambda_")
+
+# Options under which a LoRA is not (only) scale * B @ A on the original weights.
+NOT_PLAIN = {
+    "alora_invocation_tokens": "acts only on tokens after its invocation",
+    "arrow_config": "routes every token",
+    "kasa_config": "changes the base by dropping singular components",
+    "layer_replication": "copies layers of the base",
+    "target_parameters": "acts on expert parameters",
+    "use_bdlora": "stores block-diagonal factors",
+    "use_qalora": "pools its inputs in groups",
+}
+MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A config, where it was found, and what was assumed."""
+
+    values: Mapping[str, Any]
+    where: str | None
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+def find_config(listing: Listing, file: TensorFile) -> Found:
+    """The config of an input: beside it for a directory; for a lone file its metadata, then
+    <stem>.json, then an adapter_config.json beside it that fits; else what the keys say."""
+    if listing.single is None:
+        return Found(listing.json(CONFIG), f"{listing.origin}/{CONFIG}")
+    if METADATA_KEY in file.metadata:
+        return Found(_embedded(file, listing), f"{listing.origin} (metadata)")
+    stem = f"{Path(listing.single).stem}.json"
+    if listing.has(stem):
+        return Found(listing.json(stem), stem)
+    if listing.has(CONFIG) and _belongs(listing, file):
+        return Found(listing.json(CONFIG), CONFIG)
+    return Found({"peft_type": _family(file)}, None)
+
+
+def _embedded(file: TensorFile, listing: Listing) -> Mapping[str, Any]:
+    try:
+        values = json.loads(file.metadata[METADATA_KEY])
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"its metadata entry {METADATA_KEY!r} is not a JSON object", where=listing.origin
+        )
+    return values
+
+
+def _belongs(listing: Listing, file: TensorFile) -> bool:
+    """Whether the adapter_config.json beside a lone file is this file's."""
+    folder = Listing.of(listing.root, str(listing.root))
+    adapters = [
+        name
+        for name in folder.names
+        if name.endswith((".safetensors", ".bin", ".pt", ".pth")) and not _debris(name)
+    ]
+    if adapters == [listing.single] or listing.single in WEIGHTS:
+        return True
+    config = listing.json(CONFIG)
+    ranks = {ref.shape[0] for key, ref in file.refs.items() if ".lora_A." in key}
+    targets = config.get("target_modules")
+    fits = isinstance(targets, list) and all(
+        any(f".{target}.lora_" in f".{key}" for target in targets)
+        for key in file.refs
+        if ".lora_A." in key
+    )
+    return bool(ranks) and ranks == {config.get("r")} and fits
+
+
+def _debris(name: str) -> bool:
+    return bool(re.match(r"(optimizer|scheduler|scaler|training_args|rng_state)", name))
+
+
+def _family(file: TensorFile) -> str:
+    marks = {"ia3_l": "IA3", "vera_lambda": "VERA"}
+    return next(
+        (family for mark, family in marks.items() if any(mark in key for key in file.refs)), "LORA"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The fields that change what an adapter computes, with PEFT's defaults; `raw` is the whole."""
+
+    raw: Mapping[str, Any]
+    where: str
+    peft_type: str
+    r: int | None
+    alpha: float | None
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], where: str) -> PeftConfig:
+        """The typed config. Raises InputError with all fields that are missing or malformed."""
+        problems = _problems(raw)
+        if problems:
+            raise InputError(problems, where=where)
+        return cls(
+            raw=raw,
+            where=where,
+            peft_type=str(raw.get("peft_type", "LORA")),
+            r=raw.get("r"),
+            alpha=raw.get("lora_alpha"),
+            use_rslora=bool(raw.get("use_rslora")),
+            use_dora=bool(raw.get("use_dora")),
+            bias=raw.get("bias") or "none",
+            modules_to_save=tuple(raw.get("modules_to_save") or ()),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+        )
+
+    @property
+    def base_model(self) -> str | None:
+        name = self.raw.get("base_model_name_or_path")
+        return str(name) if name else None
+
+    @property
+    def revision(self) -> str | None:
+        revision = self.raw.get("revision")
+        return str(revision) if revision else None
+
+    def rank(self, module: str) -> int | None:
+        """The rank the config gives a module; None when there is no config."""
+        found: int | None = _pattern(self.rank_pattern, module, self.r)
+        return found
+
+    def scale(self, module: str, rank: int, alpha: float | None) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
+        value = _pattern(self.alpha_pattern, module, self.alpha)
+        value = alpha if value is None else value
+        if value is None:
+            return 1.0
+        return float(value) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def covers(self, modules: Iterable[str]) -> frozenset[str]:
+        """The listed target suffixes, where the config promises that all their modules are adapted."""
+        targets = self.raw.get("target_modules")
+        filters = ("layers_to_transform", "layers_pattern", "exclude_modules")
+        if not isinstance(targets, list) or any(self.raw.get(name) for name in filters):
+            return frozenset()
+        adapted = list(modules)
+        return frozenset(t for t in targets if any(is_suffix(t, module) for module in adapted))
+
+    def hints(self) -> dict[str, Any]:
+        """What a writer of this format keeps and that never changes outputs, or spells the same."""
+        return dict(self.raw)
+
+
+def _pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The first pattern, in order, that matches as PEFT matches; else `default`."""
+    return next(
+        (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default
+    )
+
+
+def _problems(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    family = raw.get("peft_type", "LORA")
+    if not isinstance(family, str):
+        problems.append(f"peft_type is {family!r}: expected a name such as LORA")
+    if family == "LORA" and len(raw) > 1:
+        problems += _lora_problems(raw)
+    return problems
+
+
+def _lora_problems(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if not _is_rank(raw.get("r")):
+        problems.append(f"r is {raw.get('r')!r}: expected the rank, a whole number of at least 1")
+    if not isinstance(raw.get("lora_alpha"), (int, float)) or isinstance(raw.get("lora_alpha"), bool):
+        problems.append(f"lora_alpha is {raw.get('lora_alpha')!r}: expected a number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(raw.get(name) or {}, dict):
+            problems.append(f"{name} is not an object of pattern to number")
+    if raw.get("bias", "none") not in (None, "none", "all", "lora_only"):
+        problems.append(f"bias is {raw['bias']!r}: expected none, all or lora_only")
+    problems += [f"{name} is set: this LoRA {why}, and cannot be read as a plain one"
+                 for name, why in NOT_PLAIN.items() if raw.get(name)]
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(MUTATING_INITS):
+        problems.append(
+            f"init_lora_weights is {init!r}, which changed the base weights in training: save it "
+            "with path_initial_model_for_weight_conversion to get a plain LoRA"
+        )
+    return problems
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+ASSUMED_SCALE = (
+    Kind.ASSUMED,
+    "no config was found: alpha = r is assumed, so the scale is 1; say ?alpha=NUMBER if not",
+)

@@ -1,0 +1,112 @@
+"""Tensor keys: prefixes removed, adapter names removed, every key accounted for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from adaptmerge.errors import InputError
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.files.safetensors import TensorFile
+from adaptmerge.formats.peft.config import PeftConfig
+from adaptmerge.graph import Kind, Note
+from adaptmerge.names import unwrapped
+
+PREFIX = "base_model.model."
+TUNER = re.compile(
+    r"(?P<module>.*?)\.(?P<leaf>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
+    r"lora_magnitude_vector|ia3_l|vera_lambda_b|vera_lambda_d)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<tail>weight|bias))?$"
+)
+SAVED = re.compile(r"\.modules_to_save(?:\.[^.]+)?\.(?=(weight|bias)$|[^.]+\.(weight|bias)$)")
+TOKENS = re.compile(
+    r"(?P<module>.*)\.token_adapter(?:\.[^.]+)?\.trainable_tokens_delta(?:\.[^.]+)?$"
+)
+
+
+@dataclass
+class Keys:
+    """The tensors of a file under plain keys, taken one by one; `finish` fails on what is left."""
+
+    path: str
+    refs: dict[str, TensorRef]
+    renamed: int
+    problems: list[str] = field(default_factory=list)
+    modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, file: TensorFile, config: PeftConfig) -> Keys:
+        """The keys of `file`. Raises InputError when two keys are the same without their prefixes."""
+        refs: dict[str, TensorRef] = {}
+        problems: list[str] = []
+        origins: dict[str, str] = {}
+        renamed = 0
+        for key, ref in file.refs.items():
+            plain = unwrapped(key.removeprefix(PREFIX))
+            renamed += plain != key.removeprefix(PREFIX)
+            if plain in refs:
+                problems.append(
+                    f"{origins[plain]!r} and {key!r} name the same tensor once prefixes are "
+                    "removed: delete the one that does not belong"
+                )
+            refs[plain], origins[plain] = ref, key
+            problems += _empty(key, ref)
+        if problems:
+            raise InputError(problems, where=file.path)
+        keys = cls(file.path, refs, renamed)
+        keys._collect()
+        return keys
+
+    def _collect(self) -> None:
+        for key in list(self.refs):
+            match = TUNER.match(key)
+            if match and key.startswith(("base_model.vera", "vera_")) is False:
+                leaf = match["leaf"] + (".bias" if match["tail"] == "bias" else "")
+                parts = self.modules.setdefault(match["module"], {})
+                if leaf in parts:
+                    self.problems.append(
+                        f"{match['module']}: {leaf} is stored for several adapter names: "
+                        "split the file first"
+                    )
+                parts[leaf] = self.refs.pop(key)
+
+    def take(self, key: str) -> TensorRef | None:
+        """The tensor of that plain key, taken off the list."""
+        return self.refs.pop(key, None)
+
+    def saved(self) -> Iterator[tuple[str, str, TensorRef]]:
+        """(module, parameter, tensor) of all that is left: modules saved whole, biases, base copies."""
+        for key in sorted(self.refs):
+            if not TOKENS.match(key):
+                module, _, param = SAVED.sub(".", key).rpartition(".")
+                if module and param:
+                    yield module, param, self.refs.pop(key)
+
+    def tokens(self) -> Iterator[tuple[str, TensorRef]]:
+        """(embedding module, rows) of trainable tokens."""
+        for key in sorted(self.refs):
+            match = TOKENS.match(key)
+            if match:
+                yield match["module"], self.refs.pop(key)
+
+    def notes(self) -> list[Note]:
+        """What was changed in the names."""
+        if not self.renamed:
+            return []
+        return [Note(Kind.INFO, f"wrapper prefixes were removed from {self.renamed} tensor names")]
+
+    def finish(self) -> None:
+        """Raises InputError with all problems found and every key that nothing claimed."""
+        left = [f"tensor {key!r} belongs to nothing this format knows" for key in sorted(self.refs)]
+        if self.problems or left:
+            raise InputError([*self.problems, *left], where=self.path)
+
+
+def _empty(key: str, ref: TensorRef) -> list[str]:
+    if ref.count:
+        return []
+    return [
+        f"tensor {key!r} has shape {list(ref.shape)} and no values: it was saved under DeepSpeed ZeRO-3 "
+        "without gathering the parameters; save it again with gathering, or rebuild it with zero_to_fp32"
+    ]

@@ -1,0 +1,158 @@
+"""LoRA and DoRA: keys and config to edits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from adaptmerge.edits import Add, Dora, Replace, ReplaceRows
+from adaptmerge.factors import Leaf, Product, low_rank
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.formats.peft.config import ASSUMED_SCALE, PeftConfig
+from adaptmerge.formats.peft.keys import Keys
+from adaptmerge.graph import Edit, Kind, Layer, Note, Site
+from adaptmerge.names import is_suffix
+from adaptmerge.registry import ReadOptions
+
+Parts = Mapping[str, TensorRef]
+BASE_COPY = "base_layer"
+
+
+def read(
+    keys: Keys, config: PeftConfig, options: ReadOptions
+) -> tuple[list[Edit], list[Note]]:
+    """The edits of a LoRA or DoRA file, module by module, and what was assumed."""
+    notes = keys.notes()
+    if config.r is None and options.alpha is None:
+        notes.append(Note(*ASSUMED_SCALE))
+    edits = saved_edits(keys, config, notes)
+    for module, parts in keys.modules.items():
+        edits += _module(keys, config, options, module, parts)
+    if config.use_dora is False and any(edit.kind == "dora" for edit in edits):
+        notes.append(
+            Note(Kind.ASSUMED, "DoRA magnitudes are stored though use_dora is not set: read as DoRA")
+        )
+    return edits, notes
+
+
+def _module(
+    keys: Keys, config: PeftConfig, options: ReadOptions, module: str, parts: Parts
+) -> list[Edit]:
+    problems = _module_problems(config, module, parts)
+    if problems:
+        keys.problems += problems
+        return []
+    up, down, layer = _sides(parts)
+    rank = down.shape[0]
+    scale = config.scale(module, rank, options.alpha)
+    site = Site(module, "weight", layer)
+    factor = low_rank(up, down, scale)
+    edits: list[Edit] = []
+    if "lora_magnitude_vector" in parts:
+        edits.append(Dora(site, factor, parts["lora_magnitude_vector"]))
+    else:
+        edits.append(Add(site, factor))
+    if "lora_B.bias" in parts:
+        bias = parts["lora_B.bias"]
+        column = Product((Leaf(bias.reshape(bias.count, 1)),), scale)
+        edits.append(Add(Site(module, "bias", layer), column))
+    return edits
+
+
+def _sides(parts: Parts) -> tuple[TensorRef, TensorRef, Layer]:
+    """(up, down) as canonical matrices (out, r) and (r, in), and the layer they are for."""
+    if "lora_embedding_A" in parts:
+        return parts["lora_embedding_A"].T, parts["lora_embedding_B"].T, Layer("embedding")
+    up, down = parts["lora_B"], parts["lora_A"]
+    if len(down.shape) == 2:
+        return up, down, Layer("linear")
+    rank, kernel = down.shape[0], down.shape[2:]
+    flat = down.reshape(rank, math.prod(down.shape[1:]))
+    return up.reshape(up.shape[0], rank), flat, Layer("conv", kernel)
+
+
+def _module_problems(config: PeftConfig, module: str, parts: Parts) -> list[str]:
+    pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts or (
+        "lora_embedding_B" in parts
+    ) else ("lora_A", "lora_B")
+    missing = [name for name in pair if name not in parts]
+    if missing:
+        return [f"{module}: {' and '.join(missing)} is missing, found only {', '.join(parts)}"]
+    a, b = parts[pair[0]], parts[pair[1]]
+    if len(a.shape) != len(b.shape) or len(a.shape) < 2:
+        return [f"{module}: {pair[0]} {list(a.shape)} and {pair[1]} {list(b.shape)} are no pair"]
+    if len(a.shape) > 2 and math.prod(b.shape[2:]) != 1:
+        return [f"{module}: {pair[1]} {list(b.shape)} has a kernel: expected 1x1"]
+    if a.shape[0] != b.shape[1]:
+        return [_rank_mismatch(module, pair, a, b)]
+    expected = config.rank(module)
+    if expected is not None and expected != a.shape[0]:
+        return [f"{module}: {pair[0]} {list(a.shape)} has rank {a.shape[0]}, but the config says "
+                f"{expected}: is this config of another adapter?"]
+    if config.use_dora and "lora_magnitude_vector" not in parts:
+        return [f"{module}: use_dora is set but no lora_magnitude_vector is stored"]
+    return []
+
+
+def _rank_mismatch(module: str, pair: tuple[str, str], a: TensorRef, b: TensorRef) -> str:
+    if len(a.shape) > 2 and b.shape[1] and a.shape[0] % b.shape[1] == 0:
+        return f"{module}: a LoRA on a grouped convolution ({list(b.shape)}) is not read yet"
+    return (
+        f"{module}: {pair[0]} {list(a.shape)} has rank {a.shape[0]} and {pair[1]} {list(b.shape)} "
+        f"has rank {b.shape[1]}: they must be equal"
+    )
+
+
+def saved_edits(keys: Keys, config: PeftConfig, notes: list[Note]) -> list[Edit]:
+    """Parameters stored whole: heads, embeddings, biases, base copies, and trainable tokens."""
+    edits: list[Edit] = []
+    indices = config.raw.get("trainable_token_indices")
+    for module, rows in list(keys.tokens()):
+        ids = _token_ids(indices, module)
+        if ids is None or len(ids) != rows.shape[0]:
+            keys.problems.append(
+                f"{module}: {rows.shape[0]} trainable tokens are stored, but "
+                f"trainable_token_indices gives {'none' if ids is None else len(ids)}"
+            )
+            continue
+        edits.append(ReplaceRows(Site(module, "weight", Layer("embedding")), ids, rows))
+    for module, param, ref in list(keys.saved()):
+        edits.append(_replacement(module, param, ref, config, notes))
+    return edits
+
+
+def _replacement(
+    module: str, param: str, ref: TensorRef, config: PeftConfig, notes: list[Note]
+) -> Edit:
+    if module.endswith(f".{BASE_COPY}") or module == BASE_COPY:
+        module = module.removesuffix(BASE_COPY).removesuffix(".")
+        role = "bias" if param == "bias" else "base copy"
+        return Replace(Site(module, param), ref, role)
+    owner = _owner(module, config)
+    if owner:
+        return Replace(Site(module, param), ref, "head", owner)
+    if param == "bias" and config.bias != "none":
+        return Replace(Site(module, param), ref, "bias")
+    notes.append(
+        Note(Kind.INFO, "stored whole though modules_to_save does not list it", site=module)
+    )
+    return Replace(Site(module, param), ref, "unlisted")
+
+
+def _owner(module: str, config: PeftConfig) -> str | None:
+    """The module saved whole that `module` is, or is part of; the outermost if several are."""
+    parts = module.split(".")
+    above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    listed = (path for path in above if any(is_suffix(n, path) for n in config.modules_to_save))
+    return next(listed, None)
+
+
+def _token_ids(indices: Any, module: str) -> tuple[int, ...] | None:
+    """The token ids of an embedding: a list means the input embedding, an object names modules."""
+    if isinstance(indices, list):
+        return tuple(int(index) for index in indices)
+    if isinstance(indices, dict):
+        found = next((ids for name, ids in indices.items() if is_suffix(name, module)), None)
+        return None if found is None else tuple(int(index) for index in found)
+    return None

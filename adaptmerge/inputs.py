@@ -1,0 +1,162 @@
+"""The one grammar of inputs, [NAME=]SOURCE[:WEIGHT][?alpha=32], and opening what it names.
+
+SOURCE is a directory, a .safetensors or .bin file, or a hub id org/name[@revision][//subfolder]. What
+exists on disk as written wins over any reading as name, weight or query, so paths with '=' or ':' and
+Windows drive letters work.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from adaptmerge.base import Base
+from adaptmerge.errors import AdaptmergeError, InputError, UsageError
+from adaptmerge.files import hub
+from adaptmerge.files.listing import Listing
+from adaptmerge.graph import Adapter
+from adaptmerge.names import did_you_mean, natural_key, unique_names
+from adaptmerge.registry import Format, ReadOptions, detect
+from adaptmerge.weights import number
+
+NAME = re.compile(r"(?P<name>[A-Za-z_][\w.-]*)=(?P<rest>.+)$")
+WEIGHT = re.compile(r"(?P<rest>.+):(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?|[-+]?nan|[-+]?inf)$")
+OPTIONS = ("alpha",)
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One input as the user wrote it."""
+
+    source: str
+    name: str | None = None
+    weight: float | None = None
+    alpha: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def default_name(self) -> str:
+        """The folder's name or the file's stem; for a hub id the repository or its subfolder."""
+        parts = re.split(r"[/\\]+", self.source.rstrip("/\\"))
+        last = parts[-1].partition("@")[0]
+        if last in ("", ".", ".."):
+            last = Path(self.source).resolve().name
+        return next((last.removesuffix(s) for s in SUFFIXES if last.endswith(s)), last) or "input"
+
+
+@dataclass(frozen=True)
+class Input:
+    """An opened input: its files, the format they are in and the adapter they hold."""
+
+    name: str
+    spec: InputSpec
+    listing: Listing
+    format: Format
+    adapter: Adapter
+    revision: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file or folder on disk."""
+        root = self.listing.root
+        return root / self.listing.single if self.listing.single else root
+
+
+def parse_input(text: str) -> InputSpec:
+    """The parts of [NAME=]SOURCE[:WEIGHT][?alpha=32]. Raises UsageError."""
+    if _exists(text):
+        return InputSpec(text)
+    rest, alpha = _query(text)
+    name, rest = _split_name(rest)
+    rest, weight = _split_weight(rest)
+    return InputSpec(rest, name, weight, alpha)
+
+
+def _split_name(text: str) -> tuple[str | None, str]:
+    found = NAME.match(text)
+    if not found or _exists(text) or _exists(_split_weight(text)[0]):
+        return None, text
+    return found["name"], found["rest"]
+
+
+def _split_weight(text: str) -> tuple[str, float | None]:
+    found = WEIGHT.match(text)
+    if not found or _exists(text) or _is_drive(found["rest"]):
+        return text, None
+    return found["rest"], number(found["weight"], f"input {text!r}: weight")
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_drive(text: str) -> bool:
+    return len(text) == 1 and text.isalpha()
+
+
+def _query(text: str) -> tuple[str, float | None]:
+    rest, mark, query = text.rpartition("?")
+    if not mark:
+        return text, None
+    alpha = None
+    for pair in query.split("&"):
+        key, equals, value = pair.partition("=")
+        if key not in OPTIONS or not equals:
+            raise UsageError(f"input {text!r}: option {key!r}: {did_you_mean(key, OPTIONS)}")
+        alpha = number(value, f"input {text!r}: alpha")
+    return rest, alpha
+
+
+def named(specs: Sequence[InputSpec]) -> list[InputSpec]:
+    """The specs with unique names. Raises UsageError when two are given the same name."""
+    given = [spec.name for spec in specs if spec.name is not None]
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise UsageError(f"two inputs are named {twice[0]!r}: give each its own NAME=")
+    names = unique_names([spec.name or spec.default_name for spec in specs])
+    return [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
+
+
+def in_natural_order(specs: Sequence[InputSpec]) -> list[InputSpec]:
+    """Checkpoints by their numbers: checkpoint-200 before checkpoint-1000."""
+    return sorted(specs, key=lambda spec: natural_key(spec.source))
+
+
+def open_input(spec: InputSpec, base: Base | None = None) -> Input:
+    """The adapter that a spec names. Raises InputError, naming the source."""
+    try:
+        path, revision = hub.resolve(spec.source)
+        listing = Listing.of(path, spec.source)
+        found = detect(listing)
+        bundle = found.read(listing, ReadOptions(alpha=spec.alpha, base=base))
+    except AdaptmergeError as problem:
+        raise problem.located(spec.source) from None
+    if len(bundle.adapters) != 1:
+        names = ", ".join(bundle.adapters)
+        raise InputError(f"holds several adapters ({names}): give one of them", where=spec.source)
+    name = spec.name or spec.default_name
+    adapter = replace(bundle.single, name=name)
+    if not adapter.edits:
+        raise InputError("holds no edit at all", where=spec.source)
+    return Input(name, spec, listing, found, adapter, revision)
+
+
+def open_inputs(specs: Sequence[InputSpec], base: Base | None = None) -> list[Input]:
+    """All inputs, named uniquely. Raises one InputError with the problems of all of them."""
+    opened, problems = [], []
+    for spec in named(specs):
+        try:
+            opened.append(open_input(spec, base))
+        except InputError as problem:
+            problems.append(problem)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise InputError([str(problem) for problem in problems])
+    return opened

@@ -1,0 +1,116 @@
+"""Dense and thin linear algebra: tensors in, tensors out, no files and no graph.
+
+A thin matrix is a pair (up: out x r, down: r x in) that stands for up @ down. Work is done in
+float32 (float64 for float64 input) with every r x r core in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from adaptmerge.lazy import torch
+
+NOISE = 2.0  # singular values below NOISE * eps * sqrt(max(m, n)) * (sum of the inputs' norms) are rounding
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """One BLAS thread per job while the block runs: results do not depend on the core count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def working(value: torch.Tensor) -> torch.Tensor:
+    """The tensor in the precision that algebra is done in: float64 stays, all else is float32."""
+    return value if value.dtype == torch.float64 else value.to(torch.float32)
+
+
+def product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
+    """|up @ down|_F by two r x r Gram matrices; for pairs that do not cancel."""
+    return math.sqrt(max(inner(up, down, up, down), 0.0))
+
+
+def inner(
+    up: torch.Tensor, down: torch.Tensor, other_up: torch.Tensor, other_down: torch.Tensor
+) -> float:
+    """<up @ down, other_up @ other_down>, the Frobenius inner product, without the dense matrices."""
+    left = (up.T @ other_up).double()
+    right = (down @ other_down.T).double()
+    return float((left * right).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class ThinSvd:
+    """The singular value decomposition of a thin matrix: (left @ u) diag(sigma) (v @ right.T).
+
+    left (out x r) and right (in x r) have orthonormal columns; u and v live in the float64 core.
+    """
+
+    left: torch.Tensor
+    u: torch.Tensor
+    sigma: torch.Tensor
+    v: torch.Tensor
+    right: torch.Tensor
+
+    def balanced(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best rank-`rank` pair (up, down), each carrying sqrt(sigma), signs fixed."""
+        root = self.sigma[:rank].sqrt()
+        up = self.left @ (self.u[:, :rank] * root).to(self.left.dtype)
+        down = (self.v[:rank] * root[:, None]).to(self.right.dtype) @ self.right.T
+        sign = _signs(up)
+        return up * sign, down * sign[:, None]
+
+
+def _signs(up: torch.Tensor) -> torch.Tensor:
+    if not up.numel():
+        return up.new_ones(up.shape[1])
+    peak = up.gather(0, up.abs().argmax(0, keepdim=True))[0]
+    sign: torch.Tensor = torch.where(peak < 0, -1.0, 1.0)
+    return sign.to(up.dtype)
+
+
+def thin_svd(up: torch.Tensor, down: torch.Tensor) -> ThinSvd:
+    """The exact SVD of up @ down by QR of both sides and an SVD of the small core.
+
+    QR, not Gram matrices: normal equations would square the condition number.
+    """
+    left, left_core = torch.linalg.qr(up)
+    right, right_core = torch.linalg.qr(down.T)
+    u, sigma, v = torch.linalg.svd(left_core.double() @ right_core.double().T, full_matrices=False)
+    return ThinSvd(left, u, sigma, v, right)
+
+
+def thin_spectrum(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """The singular values of up @ down, descending, float64."""
+    left_core = torch.linalg.qr(up, mode="r").R
+    right_core = torch.linalg.qr(down.T, mode="r").R
+    return torch.linalg.svdvals(left_core.double() @ right_core.double().T)
+
+
+def noise_floor(shape: Sequence[int], dtype: torch.dtype, norms: Sequence[float]) -> float:
+    """The size below which a singular value of a sum is rounding noise.
+
+    Judged against the sum of the inputs' norms, never against the largest singular value of the
+    result, which is itself noise when inputs cancel.
+    """
+    return NOISE * torch.finfo(dtype).eps * math.sqrt(max(shape)) * sum(norms)
+
+
+def rounding_error(
+    up: torch.Tensor, down: torch.Tensor, stored_up: torch.Tensor, stored_down: torch.Tensor
+) -> float:
+    """|stored_up @ stored_down - up @ down|_F through the (small) differences of the two sides."""
+    d_up = working(stored_up) - up
+    d_down = working(stored_down) - down
+    if not (bool(d_up.any()) or bool(d_down.any())):
+        return 0.0
+    left = torch.cat([d_up, up], dim=1)
+    right = torch.cat([working(stored_down), d_down], dim=0)
+    return product_norm(left, right)

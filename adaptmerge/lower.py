@@ -1,0 +1,93 @@
+"""What the target can store: checked before anything is computed, and exact rewriting afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from adaptmerge.edits import factor_of, refitted
+from adaptmerge.factors import Factor, Leaf, Product, as_low_rank, low_rank
+from adaptmerge.files.refs import TensorRef, constant, join
+from adaptmerge.graph import Adapter, Edit
+from adaptmerge.registry import Stores
+
+
+def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:
+    """One sentence per reason why the target cannot hold these edits."""
+    listed = list(edits)
+    problems = [
+        f"{target} has no place for {kind} edits ({_sites(listed, kind)})"
+        for kind in sorted({edit.kind for edit in listed} - stores.kinds)
+    ]
+    layers = {edit.site.layer.kind for edit in listed if factor_of(edit) is not None}
+    problems += [f"{target} has no place for {kind} layers" for kind in sorted(layers - stores.layers)]
+    params = {edit.site.param for edit in listed if factor_of(edit) is not None}
+    problems += [f"{target} has no place for {p} deltas" for p in sorted(params - stores.params)]
+    mixed = sorted({edit.kind for edit in listed} & stores.exclusive)
+    if len(mixed) > 1:
+        problems.append(f"{target} cannot hold {' and '.join(mixed)} edits in one file")
+    return problems
+
+
+def _sites(edits: Sequence[Edit], kind: str) -> str:
+    sites = [str(edit.site) for edit in edits if edit.kind == kind]
+    return sites[0] if len(sites) == 1 else f"{sites[0]} and {len(sites) - 1} more"
+
+
+def stored_scale(factor: Factor) -> float | None:
+    """The scale of a factor that is stored sides times one number; None for any other factor."""
+    pair = as_low_rank(factor)
+    if pair is not None:
+        return pair.scale
+    return factor.scale if _is_column(factor) else None  # type: ignore[attr-defined]
+
+
+def _is_column(factor: Factor) -> bool:
+    return (
+        isinstance(factor, Product)
+        and len(factor.parts) == 1
+        and isinstance(factor.parts[0], Leaf)
+        and factor.shape[1] == 1
+    )
+
+
+def lower(adapter: Adapter, stores: Stores) -> Adapter:
+    """The settled adapter as the target stores it: one rank for all where it has only one.
+
+    Padding with zero rows and columns is exact. Sites of rank 0 are left out, unless all are: then one
+    zero rank keeps the adapter loadable.
+    """
+    ranks = {edit.site: _rank(edit) for edit in adapter.edits if _rank(edit) is not None}
+    if not ranks or not stores.low_rank:
+        return adapter
+    most = max(rank or 0 for rank in ranks.values())
+    if most == 0:
+        return adapter.with_edits(_padded(edit, 1) for edit in adapter.edits)
+    kept = [edit for edit in adapter.edits if _rank(edit) != 0]
+    if stores.one_rank:
+        kept = [_padded(edit, most) for edit in kept]
+    return adapter.with_edits(kept)
+
+
+def _rank(edit: Edit) -> int | None:
+    factor = factor_of(edit)
+    pair = None if factor is None else as_low_rank(factor)
+    return None if pair is None else pair.rank
+
+
+def _padded(edit: Edit, rank: int) -> Edit:
+    factor = factor_of(edit)
+    pair = None if factor is None else as_low_rank(factor)
+    if pair is None or pair.rank == rank:
+        return edit
+    more = rank - pair.rank
+    up = _extended(pair.up, more, axis=1)
+    return refitted(edit, low_rank(up, _extended(pair.down, more, axis=0), pair.scale))
+
+
+def _extended(ref: TensorRef, more: int, axis: int) -> TensorRef:
+    zeros = list(ref.shape)
+    zeros[axis] = more
+    padding = constant(0.0, tuple(zeros), ref.dtype)
+    return join([ref, padding] if ref.shape[axis] else [padding], axis)
+
+

@@ -1,0 +1,337 @@
+"""The whole way: open inputs, align, plan, run, lower, write, commit. `convert` is a merge of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import adaptmerge
+from adaptmerge import carry
+from adaptmerge.align import align
+from adaptmerge.base import Base, open_base
+from adaptmerge.errors import AdaptmergeError, CannotStore, UsageError
+from adaptmerge.files import dtypes
+from adaptmerge.files.scratch import Scratch
+from adaptmerge.files.staging import Staging
+from adaptmerge.fit import Budget
+from adaptmerge.graph import Adapter, BaseReference, Kind, Note, bundle_of
+from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
+from adaptmerge.lower import lower
+from adaptmerge.names import is_suffix
+from adaptmerge.plan import Plan, Request, make_plan
+from adaptmerge.registry import Format, Output, WriteOptions, format_named, formats, method_named
+from adaptmerge.report import (
+    FILE,
+    METADATA_KEY,
+    Report,
+    report_name,
+    sanity_notes,
+    site_lines,
+    totals,
+)
+from adaptmerge.run import Progress, Settled, run, workers_default
+from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
+
+ALLOWABLE = ("base", "nonfinite")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may ask of a merge; see the command line's help for each."""
+
+    method: str = "linear"
+    weights: str | None = None
+    total: bool = False
+    rules: tuple[SiteRule, ...] = ()
+    budget: Budget = Budget()
+    dtype: str | None = None
+    target: str | None = None
+    ranks: str = "uniform"
+    heads: str | None = None
+    base: str | None = None
+    allow: frozenset[str] = frozenset()
+    strict: bool = False
+    force: bool = False
+    jobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Opened inputs and the plan made of them, before anything is computed or written."""
+
+    inputs: Sequence[Input]
+    plan: Plan
+    target: Format
+    base: Base | None
+    weights: Weights
+    notes: tuple[Note, ...]
+    adapter: Adapter  # names, base, hints of the result; no edits yet
+    options: Options
+
+
+def silent(done: int, total: int) -> None:
+    """A progress callback that says nothing."""
+
+
+def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepared:
+    """The plan of a merge. Raises every error that headers can tell."""
+    _check(specs, options)
+    if is_checkpoint_schedule(options.weights):
+        specs = in_natural_order(specs)
+    base = open_base(options.base) if options.base else None
+    inputs = open_inputs(specs, base)
+    names = [item.name for item in inputs]
+    if options.heads and options.heads not in names:
+        raise UsageError(f"--heads {options.heads}: no input has that name ({', '.join(names)})")
+    given = [item.spec.weight for item in inputs]
+    weights = Weights(base_weights(names, given, options.weights, options.total), options.rules)
+    adapters = {item.name: item.adapter for item in inputs}
+    groups, notes = align(adapters, base, options.allow)
+    target = _target(output, options, inputs)
+    plan = make_plan(groups, _request(options, weights, target, base), names)
+    adapter = _described(adapters, base)
+    said = (*_weight_notes(options, given, weights), *notes, *plan.notes)
+    said += tuple(replace(n, input=i.name) for i in inputs for n in i.adapter.notes)
+    return Prepared(inputs, plan, target, base, weights, said, adapter, options)
+
+
+def _check(specs: Sequence[InputSpec], options: Options) -> None:
+    if not specs:
+        raise UsageError("no input was given: name at least one adapter")
+    unknown = sorted(options.allow - set(ALLOWABLE))
+    if unknown:
+        raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
+    if options.ranks not in ("uniform", "per-site"):
+        raise UsageError(f"--ranks {options.ranks}: expected uniform or per-site")
+    if options.dtype is not None and options.dtype not in dtypes.SPELLINGS:
+        raise UsageError(f"--dtype {options.dtype}: expected {', '.join(dtypes.SPELLINGS)}")
+
+
+def _request(options: Options, weights: Weights, target: Format, base: Base | None) -> Request:
+    assert target.stores is not None
+    stores = target.stores(WriteOptions(ranks=options.ranks))
+    if stores.base and base is None:
+        raise UsageError(f"{target.name} needs the base model to name its tensors: pass --base DIR")
+    return Request(
+        method=method_named(options.method),
+        weights=weights,
+        target=target,
+        stores=stores,
+        budget=options.budget,
+        dtype=dtypes.SPELLINGS[options.dtype] if options.dtype else None,
+        heads=options.heads,
+        base=base,
+        allowed=options.allow,
+    )
+
+
+def _target(output: Path, options: Options, inputs: Sequence[Input]) -> Format:
+    """The format asked for, or the one the output's name or the inputs' own format suggests."""
+    if options.target:
+        target = format_named(options.target)
+    else:
+        fitting = [f for f in formats().values() if f.write and output.suffix in f.suffixes]
+        own = inputs[0].format
+        suggested = fitting if output.suffix and own not in fitting else [own]
+        writable = [f for f in suggested if f.write] or [f for f in formats().values() if f.write]
+        target = writable[0]
+    if target.write is None:
+        raise CannotStore(f"{target.name} is read only so far: use --to with one of {_writable()}")
+    return target
+
+
+def _writable() -> str:
+    return ", ".join(f.name for f in formats().values() if f.write)
+
+
+def _weight_notes(
+    options: Options, given: Sequence[float | None], weights: Weights
+) -> list[Note]:
+    said = options.weights or options.total or any(w is not None for w in given)
+    if said or len(given) < 2:
+        return []
+    return [Note(Kind.INFO, f"no weights were given: each of {len(given)} inputs counts 1/{len(given)}")]
+
+
+def _described(adapters: Mapping[str, Adapter], base: Base | None) -> Adapter:
+    """The result's base, hints and promises: what the inputs agree on."""
+    all_of = list(adapters.values())
+    names = {a.base.name for a in all_of if a.base.name}
+    revisions = {a.base.revision for a in all_of if a.base.revision}
+    reference = BaseReference(
+        name=all_of[0].base.name or next(iter(sorted(names)), None),
+        revision=next(iter(revisions)) if len(revisions) == 1 else None,
+        architecture=base.architecture if base else None,
+        fingerprint=base.fingerprint if base else None,
+    )
+    covers = frozenset().union(*(a.covers for a in all_of))
+    return Adapter("default", (), reference, hints=_agreed([a.hints for a in all_of]), covers=covers)
+
+
+def _agreed(hints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Entries that all inputs spell alike, two levels deep (format, then field)."""
+    first, *others = hints
+    result: dict[str, Any] = {}
+    for key, value in first.items():
+        if not all(key in other for other in others):
+            continue
+        if isinstance(value, Mapping):
+            inner = [other[key] for other in others]
+            result[key] = {
+                k: v for k, v in value.items() if all(k in o and o[k] == v for o in inner)
+            }
+        elif all(other[key] == value for other in others):
+            result[key] = value
+    return result
+
+
+def combine(
+    specs: Sequence[InputSpec],
+    output: Path,
+    options: Options = Options(),
+    progress: Progress = silent,
+    command: str = "combine",
+) -> Report:
+    """Merges the inputs into `output` (a folder, or one file by its suffix) and returns the report.
+
+    Raises AdaptmergeError; then nothing was written. Notes are fatal under `options.strict`.
+    """
+    prepared = prepare(specs, output, options)
+    _strict(prepared.notes, options)
+    single = is_file_name(output)
+    paths = [item.path for item in prepared.inputs]
+    with Staging(output, force=options.force, inputs=paths, single=single) as staging:
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            digests = [hasher.submit(_digests, item) for item in prepared.inputs]
+            with Scratch(staging.scratch("settled")) as scratch:
+                workers = options.jobs or workers_default()
+                settled = run(prepared.plan, scratch, workers, progress)
+            hashes = [digest.result() for digest in digests]
+        report = _report(prepared, settled, hashes, command)
+        _strict(report.notes, options)
+        main = _write(prepared, settled, report, staging, output.name if single else None)
+        staging.commit(main)
+    return report
+
+
+def is_file_name(output: Path) -> bool:
+    """Whether an output path names one file: its suffix is one that a format writes."""
+    return any(output.suffix in f.suffixes for f in formats().values() if f.write and output.suffix)
+
+
+def _strict(notes: Sequence[Note], options: Options) -> None:
+    fatal = [str(note) for note in notes if note.kind in Kind.FATAL_UNDER_STRICT]
+    if options.strict and fatal:
+        raise AdaptmergeError(fatal, where="--strict")
+
+
+def _digests(item: Input) -> dict[str, str]:
+    return item.listing.sha256(*item.listing.used)
+
+
+def _write(
+    prepared: Prepared,
+    settled: Sequence[Settled],
+    report: Report,
+    staging: Staging,
+    single: str | None,
+) -> str:
+    adapter = _result(prepared, settled)
+    short = {
+        "version": adaptmerge.__version__,
+        "method": report.method,
+        "inputs": [{k: i[k] for k in ("name", "sha256")} for i in report.inputs],
+    }
+    output = Output(staging.path, single, {METADATA_KEY: json.dumps(short, sort_keys=True)})
+    options = WriteOptions(prepared.options.ranks, prepared.base, _modules(prepared.base, adapter))
+    assert prepared.target.write is not None
+    main = prepared.target.write(bundle_of(adapter), output, options)
+    if single is None:
+        carry.write(prepared.inputs, report, output)
+    name = FILE if single is None else report_name(single)
+    staging.path(name).write_text(report.as_text(), encoding="utf-8")
+    return main
+
+
+def _result(prepared: Prepared, settled: Sequence[Settled]) -> Adapter:
+    """The settled edits, lowered for the target, with the promises that still hold."""
+    full = prepared.adapter.with_edits(item.edit for item in settled)
+    lowered = lower(full, prepared.plan.stores)
+    before = {edit.site.module for item in prepared.inputs for edit in item.adapter.edits}
+    gone = before - {edit.site.module for edit in lowered.edits}
+    kept = {cover for cover in lowered.covers if not any(is_suffix(cover, m) for m in gone)}
+    return replace(lowered, covers=frozenset(kept))
+
+
+def _modules(base: Base | None, adapter: Adapter) -> frozenset[str] | None:
+    """All modules of the base, spelled as the adapter spells those it has."""
+    if base is None or not base.tensors:
+        return None
+    spelled = {base.locate(edit.site.module): edit.site.module for edit in adapter.edits}
+    return frozenset(spelled.get(module, module) for module in base.modules)
+
+
+def _report(
+    prepared: Prepared, settled: Sequence[Settled], hashes: Sequence[Mapping[str, str]], command: str
+) -> Report:
+    plan, options = prepared.plan, prepared.options
+    found = totals(settled, plan.inputs)
+    notes = [*prepared.notes, *sanity_notes(found), *carry.notes(prepared.inputs)]
+    return Report(
+        command=command,
+        method=plan.method.name,
+        format=prepared.target.name,
+        options=_said(prepared),
+        inputs=[_described_input(i, h) for i, h in zip(prepared.inputs, hashes, strict=True)],
+        base=None
+        if prepared.base is None
+        else {"name": prepared.base.path.name, "fingerprint": prepared.base.fingerprint},
+        versions={name: _version(name) for name in ("adaptmerge", "torch")},
+        totals=found,
+        sites=site_lines(settled),
+        notes=sorted(set(notes)),
+        output={"dtype": str(plan.dtype), "ranks": options.ranks},
+    )
+
+
+def _said(prepared: Prepared) -> dict[str, Any]:
+    options = prepared.options
+    return {
+        "weights": dict(prepared.weights.base),
+        "rules": [asdict(rule) for rule in prepared.weights.rules],
+        "budget": asdict(options.budget),
+        "dtype": options.dtype,
+        "heads": options.heads,
+        "allow": sorted(options.allow),
+    }
+
+
+def _described_input(item: Input, hashes: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "name": item.name,
+        "source": _portable(item.spec.source),
+        "format": item.format.name,
+        "revision": item.revision,
+        "alpha": item.spec.alpha,
+        "base": asdict(item.adapter.base),
+        "sha256": dict(hashes),
+    }
+
+
+def _portable(source: str) -> str:
+    """The source as written, without the folders of an absolute path."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return adaptmerge.__version__ if package == "adaptmerge" else "unknown"
+
+

@@ -1,0 +1,84 @@
+"""peft-linear: what PEFT's add_weighted_adapter(combination_type="linear") computes, bit for bit.
+
+It averages A and B apart: A' = sum sign(ws) sqrt|ws| A, B' = sum sqrt|ws| B, so B'A' has cross terms and
+is NOT the sum of the deltas (errors of 60-125 % are usual). For compatibility only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adaptmerge.errors import CannotMerge
+from adaptmerge.factors import Factor, LowRank, Rows, Term, as_low_rank
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.graph import Site
+from adaptmerge.lazy import torch
+from adaptmerge.registry import Member, Method
+
+
+@dataclass(frozen=True, slots=True)
+class SideAverage:
+    """(sum of up_weights * ups) @ (sum of down_weights * downs)."""
+
+    ups: tuple[TensorRef, ...]
+    up_weights: tuple[float, ...]
+    downs: tuple[TensorRef, ...]
+    down_weights: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ups[0].shape[0], self.downs[0].shape[1]
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        up = sum(w * ref.read().double() for w, ref in zip(self.up_weights, self.ups, strict=True))
+        pairs = zip(self.down_weights, self.downs, strict=True)
+        down = sum(w * ref.read().double() for w, ref in pairs)
+        assert isinstance(up, torch.Tensor)
+        assert isinstance(down, torch.Tensor)
+        return (up[slice(*rows)] if rows else up) @ down
+
+    def thin(self) -> list[Term]:
+        up = _like_peft(self.ups, self.up_weights)
+        return [Term(up, _like_peft(self.downs, self.down_weights), 1.0)]
+
+
+def _like_peft(refs: Sequence[TensorRef], weights: Sequence[float]) -> torch.Tensor:
+    """The sum in PEFT's own order of operations: float32 weights, then the adapter's dtype."""
+    values = torch.stack([ref.read() for ref in refs])
+    shaped = torch.tensor(weights).view(-1, *(1 for _ in values.shape[1:]))
+    return (values * shaped).sum(dim=0).to(values.dtype)
+
+
+def side_average(site: Site, members: Sequence[Member]) -> Factor:
+    """PEFT's rule. Raises CannotMerge where PEFT has none: other factors than LoRA, unequal ranks."""
+    pairs = [_pair(site, member) for member in members]
+    ranks = [pair.rank for pair in pairs]
+    if len(set(ranks)) > 1:
+        raise CannotMerge(f"peft-linear needs equal ranks, found {ranks}: use linear", where=str(site))
+    scaled = [m.weight * pair.scale for m, pair in zip(members, pairs, strict=True)]
+    roots = tuple(math.sqrt(abs(value)) for value in scaled)
+    signed = tuple(math.copysign(root, value) for root, value in zip(roots, scaled, strict=True))
+    return SideAverage(
+        tuple(pair.up for pair in pairs), roots, tuple(pair.down for pair in pairs), signed
+    )
+
+
+def _pair(site: Site, member: Member) -> LowRank:
+    factor = member.edit.delta()  # type: ignore[attr-defined]
+    pair = as_low_rank(factor)
+    if pair is None:
+        raise CannotMerge("peft-linear is defined for plain LoRA only: use linear", where=str(site))
+    return pair
+
+
+METHOD = Method(
+    name="peft-linear",
+    summary="compatibility: PEFT's averaging of A and B apart; not the sum of the deltas",
+    url="https://huggingface.co/docs/peft/developer_guides/model_merging",
+    rules={"add": side_average},
+    reduce=False,
+    linear=False,
+    gauge_invariant=False,
+)

@@ -1,0 +1,15 @@
+"""svd: the weighted sum cut to the largest input rank, the best approximation there is."""
+
+from __future__ import annotations
+
+from adaptmerge.methods.linear import weighted_sum, weighted_values
+from adaptmerge.registry import Method
+
+METHOD = Method(
+    name="svd",
+    summary="linear with --rank of the largest input rank",
+    url="https://doi.org/10.1007/BF02288367",
+    rules={"add": weighted_sum, "replace": weighted_values},
+    rank=max,
+    linear=False,
+)

@@ -1,0 +1,79 @@
+"""Module paths: wrapper prefixes, layer numbers, natural order, and lists of suffixes that match exactly."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+# Wrappers that training code puts around modules and forgets in checkpoint keys.
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+
+
+def unwrapped(path: str) -> str:
+    """The module path without the components that training wrappers add."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def layer_index(module: str) -> int | None:
+    """The number of the layer a module belongs to: the first all-digit component of its path."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """A sort key under which checkpoint-200 comes before checkpoint-1000."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def is_suffix(suffix: str, module: str) -> bool:
+    """Whether `suffix` selects `module` as PEFT's target_modules do: equal, or its last components."""
+    return module == suffix or module.endswith("." + suffix)
+
+
+def suffixes(module: str) -> list[str]:
+    """All suffixes of a path on component borders, the shortest first."""
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def exact_suffixes(
+    modules: Collection[str], others: Iterable[str], complete: Collection[str] | None
+) -> list[str]:
+    """The fewest, shortest suffixes that select every one of `modules` and nothing else.
+
+    `others` are modules known to exist and not wanted. `complete` are suffixes known to select no
+    module outside `modules` and `others`; None says that these two are all the modules there are.
+    A full path is always accepted.
+    """
+    unwanted = {suffix for other in others for suffix in suffixes(other)}
+
+    def safe(suffix: str) -> bool:
+        if suffix in unwanted:
+            return False
+        return complete is None or any(is_suffix(known, suffix) for known in complete)
+
+    chosen = (
+        next((s for s in suffixes(module) if safe(s)), module) for module in sorted(modules)
+    )
+    found = sorted(set(chosen), key=lambda s: (s.count("."), natural_key(s)))
+    return [s for s in found if not any(s != t and is_suffix(t, s) for t in found)]
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A sentence fragment that suggests the closest of `known`, or lists them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names, repeated ones numbered from the second on: a, a-2, a-3."""
+    seen: dict[str, int] = {}
+    result: list[str] = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        candidate = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        result.append(candidate if candidate not in result else f"{candidate}-x")
+    return result

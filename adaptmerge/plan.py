@@ -1,0 +1,293 @@
+"""Every decision of a merge, made from headers before anything is computed, as printable data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from adaptmerge.align import Group, layer_count
+from adaptmerge.base import Base
+from adaptmerge.edits import factor_of, with_value
+from adaptmerge.errors import CannotMerge, CannotStore
+from adaptmerge.factors import Factor, rank_bound, refs_of
+from adaptmerge.files.compare import same_values
+from adaptmerge.files.dtypes import DType
+from adaptmerge.fit import Budget
+from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.lower import stored_scale, unstorable
+from adaptmerge.registry import Format, Member, Method, Stores, default_dtype
+from adaptmerge.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What happens at one site: "pass" keeps `edit` as it is stored, "fit" settles `factor` as its
+    low-rank pair, "value" settles it as the stored parameter itself."""
+
+    action: str
+    edit: Edit
+    members: tuple[Member, ...]
+    factor: Factor | None = None
+    budget: Budget = Budget()
+
+    @property
+    def site(self) -> Site:
+        return self.edit.site
+
+    @property
+    def label(self) -> str:
+        """The site, and the kind of edit where that is not the usual one."""
+        kind = self.edit.kind
+        return str(self.site) if kind == "add" else f"{self.site} ({kind})"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All steps in order, and what holds for all of them."""
+
+    steps: tuple[Step, ...]
+    method: Method
+    budget: Budget
+    dtype: DType
+    stores: Stores
+    inputs: tuple[str, ...]
+    allowed: frozenset[str] = frozenset()
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked of a merge, names resolved."""
+
+    method: Method
+    weights: Weights
+    target: Format
+    stores: Stores
+    budget: Budget = Budget()
+    dtype: DType | None = None
+    heads: str | None = None
+    base: Base | None = None
+    allowed: frozenset[str] = field(default_factory=frozenset)
+
+
+def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) -> Plan:
+    """The plan of a merge. Raises CannotMerge or CannotStore with everything that is in the way."""
+    request.weights.check([(group.site, group.kind) for group in groups])
+    weighed = _weigh(groups, request.weights)
+    notes: list[Note] = []
+    steps: list[Step] = []
+    problems: list[str] = []
+    dtype = request.dtype or _common_dtype(groups)
+    scale = _shared_scale(weighed, request, dtype)
+    for group, members in weighed:
+        try:
+            step = _step(group, members, request, scale, notes)
+            steps += [] if step is None else [step]
+        except CannotMerge as problem:
+            problems += [f"{problem.where}: {p}" if problem.where else p for p in problem.problems]
+    if problems:
+        raise CannotMerge(_gathered(problems))
+    refused = unstorable((step.edit for step in steps), request.stores, request.target.name)
+    if refused:
+        raise CannotStore([*refused, "--to native holds every edit"])
+    if not steps:
+        raise CannotMerge("no site is left: every weight is zero")
+    return Plan(
+        tuple(steps),
+        request.method,
+        request.budget,
+        dtype,
+        request.stores,
+        tuple(inputs),
+        request.allowed,
+        tuple(notes),
+    )
+
+
+Weighed = tuple[Group, tuple[Member, ...]]
+
+
+def _weigh(groups: Sequence[Group], weights: Weights) -> list[Weighed]:
+    """Members with their weights; weight 0 leaves a member out, and a site without members too."""
+    layers = layer_count(group.site for group in groups)
+    weighed = []
+    for group in groups:
+        members = [
+            Member(name, weights.at(name, group.site, group.kind, layers), edit)
+            for name, edit in group.members
+        ]
+        kept = tuple(member for member in members if member.weight != 0.0)
+        if kept:
+            weighed.append((group, kept))
+    return weighed
+
+
+def _common_dtype(groups: Sequence[Group]) -> DType:
+    edits = [edit for group in groups for _, edit in group.members]
+    used = [ref.dtype for edit in edits for ref in refs_of(factor_of(edit))]
+    return default_dtype(used)
+
+
+def _shared_scale(
+    weighed: Sequence[Weighed], request: Request, dtype: DType
+) -> float | None:
+    """The one scale that lets every site pass as it is; None: sites may pass with their own."""
+    if request.stores.scale == "site":
+        return None
+    passing = [_passing_scale(members, request) for _, members in weighed if _factored(members)]
+    if request.stores.scale == "adapter" and len(set(passing)) == 1 and passing[0] is not None:
+        return passing[0]
+    return 1.0
+
+
+def _factored(members: Sequence[Member]) -> bool:
+    return factor_of(members[0].edit) is not None
+
+
+def _passing_scale(members: Sequence[Member], request: Request) -> float | None:
+    """The stored scale of a lone member at weight 1 that need not be refitted, else None."""
+    factor = factor_of(members[0].edit)
+    if factor is None or len(members) > 1 or members[0].weight != 1.0:
+        return None
+    if _over_budget(factor, request.budget) or _recast(factor, request.dtype):
+        return None
+    return stored_scale(factor)
+
+
+def _over_budget(factor: Factor, budget: Budget) -> bool:
+    return budget.spectral or (budget.rank is not None and rank_bound(factor) > budget.rank)
+
+
+def _recast(factor: Factor, dtype: DType | None) -> bool:
+    return dtype is not None and any(ref.dtype != dtype for ref in refs_of(factor))
+
+
+def _step(
+    group: Group,
+    members: tuple[Member, ...],
+    request: Request,
+    scale: float | None,
+    notes: list[Note],
+) -> Step | None:
+    first = members[0].edit
+    if group.kind in ("replace", "rows"):
+        return _whole(group, members, request, notes)
+    factor = factor_of(first)
+    if len(members) == 1 and members[0].weight == 1.0:
+        if factor is None or _may_pass(members, request, scale):
+            return Step("pass", first, members)
+        _no_blind_budget(group, request.budget)
+        return _fit(first, members, factor, request)
+    rule = request.method.rules.get(group.kind)
+    if rule is None:
+        raise CannotMerge(
+            f"{request.method.name} has no rule for {group.kind} edits, which depend on the base: one "
+            "input at weight 1 passes through, a sum is not defined yet",
+            where=str(group.site),
+        )
+    return _fit(first, members, rule(group.site, members), request)
+
+
+def _may_pass(members: Sequence[Member], request: Request, scale: float | None) -> bool:
+    if not request.stores.low_rank:
+        factor = factor_of(members[0].edit)
+        assert factor is not None
+        return not (_over_budget(factor, request.budget) or _recast(factor, request.dtype))
+    found = _passing_scale(members, request)
+    return found is not None and scale in (None, found)
+
+
+def _no_blind_budget(group: Group, budget: Budget) -> None:
+    if group.kind != "add" and not budget.unlimited:
+        raise CannotMerge(
+            f"a budget on {group.kind} edits has an error that only the base can tell: leave it out",
+            where=str(group.site),
+        )
+
+
+def _fit(first: Edit, members: tuple[Member, ...], factor: Factor, request: Request) -> Step:
+    budget = request.budget
+    if request.method.rank is not None:
+        ranks = [rank_bound(f) for m in members if (f := factor_of(m.edit)) is not None]
+        budget = budget.capped(request.method.rank(ranks))
+    return Step("fit", first, members, factor, budget)
+
+
+def _whole(
+    group: Group, members: tuple[Member, ...], request: Request, notes: list[Note]
+) -> Step | None:
+    """Parameters stored whole: equal ones are one, a chosen input's wins, biases are averaged."""
+    chosen = [member for member in members if member.adapter == request.heads]
+    role = getattr(members[0].edit, "role", "tokens")
+    if request.heads and role != "bias":
+        if chosen:
+            return Step("pass", chosen[0].edit, tuple(chosen))
+        owners = ", ".join(member.adapter for member in members)
+        dropped = f"{role} of {owners} left out: --heads {request.heads} has none here"
+        notes.append(Note(Kind.DROPPED, dropped, site=str(group.site)))
+        return None
+    if _all_same(members):
+        if len(members) < len(group.members) or len(members) < _inputs(request):
+            notes.append(Note(Kind.INFO, f"{role} kept from {members[0].adapter}", site=str(group.site)))
+        return Step("pass", members[0].edit, members)
+    if role == "bias" and "replace" in request.method.rules:
+        return _bias(group, members, request)
+    names = ", ".join(member.adapter for member in members)
+    raise CannotMerge(
+        f"{role} differs between {names}: pass --heads NAME to keep one of them", where=str(group.site)
+    )
+
+
+def _inputs(request: Request) -> int:
+    return len(request.weights.base)
+
+
+def _all_same(members: Sequence[Member]) -> bool:
+    first, *others = [member.edit for member in members]
+    rows = getattr(first, "rows", None)
+    return all(
+        getattr(other, "rows", None) == rows
+        and all(map(same_values, refs_of(first), refs_of(other)))
+        for other in others
+    )
+
+
+def _bias(group: Group, members: tuple[Member, ...], request: Request) -> Step:
+    """b = b0 + sum w (b_i - b0): without the base only if the weights of all inputs sum to 1."""
+    total = sum(member.weight for member in members)
+    extra: tuple[Member, ...] = ()
+    if abs(total - 1.0) > 1e-12:
+        stored = request.base.parameter(group.site) if request.base else None
+        if stored is None:
+            raise CannotMerge(
+                f"stored biases with weights that sum to {total:g} need the base's own bias: pass "
+                "--base DIR, or weights that sum to 1 over all inputs",
+                where=str(group.site),
+            )
+        first = members[0].edit
+        extra = (Member("base", 1.0 - total, with_value(first, stored)),)
+    rule = request.method.rules["replace"]
+    return Step("value", members[0].edit, members, rule(group.site, (*members, *extra)))
+
+
+def _gathered(problems: Sequence[str], limit: int = 12) -> list[str]:
+    shown = list(dict.fromkeys(problems))
+    if len(shown) <= limit:
+        return shown
+    return [*shown[:limit], f"and {len(shown) - limit} more sites like these"]
+
+
+def plan_rows(plan: Plan) -> list[Mapping[str, object]]:
+    """The plan as rows: site, action, weights, ranks in and the cap, for printing and the report."""
+    return [
+        {
+            "site": step.label,
+            "action": step.action,
+            "weights": {member.adapter: member.weight for member in step.members},
+            "ranks": {
+                m.adapter: rank_bound(f) for m in step.members if (f := factor_of(m.edit)) is not None
+            },
+            "rank_cap": step.budget.rank,
+        }
+        for step in plan.steps
+    ]

@@ -1,0 +1,225 @@
+"""Formats and methods: what each declares, and how they are found.
+
+A format or method is one module (or package) of `adaptmerge.formats` / `adaptmerge.methods` with a
+constant FORMAT / METHOD; other distributions add theirs through the entry point groups of the same
+names. Importing a format must be cheap: no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptmerge.base import Base
+from adaptmerge.errors import AdaptmergeError, InputError, UsageError
+from adaptmerge.factors import Factor
+from adaptmerge.files.dtypes import DType
+from adaptmerge.files.listing import Listing
+from adaptmerge.graph import Adapter, Bundle, Edit, Site
+from adaptmerge.names import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """What a target format has a place for; plan and lower read this and nothing else about it.
+
+    kinds and layers: of edits and their sites. exclusive: kinds of which one file holds only one.
+    low_rank: deltas must be stored as up and down. scale: "site" (each its own), "adapter" (one for
+    all) or "none" (folded). one_rank: all sites have the same rank. base: the base is needed to write.
+    """
+
+    kinds: frozenset[str]
+    layers: frozenset[str] = frozenset({"linear", "embedding", "conv"})
+    exclusive: frozenset[str] = frozenset()
+    low_rank: bool = True
+    scale: str = "none"
+    one_rank: bool = False
+    base: bool = False
+    params: frozenset[str] = frozenset({"weight", "bias"})
+    dtypes: frozenset[str] = frozenset({"F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How to read: `alpha` where a file does not say it, the base where names need it."""
+
+    alpha: float | None = None
+    base: Base | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOptions:
+    """How to write: `ranks` "uniform" or "per-site"; the base where the format needs it."""
+
+    ranks: str = "uniform"
+    base: Base | None = None
+    modules: frozenset[str] | None = None  # all modules of the base, when known
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a writer puts its files: `path(name)` is a staged file, `single` the name of the one file
+    asked for (None: a directory). `metadata` goes into the header of the main file."""
+
+    path: Callable[[str], Path]
+    single: str | None
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Oracle:
+    """A format's own library, asked for the truth: deltas and outputs of an adapter as it loads it."""
+
+    package: str
+    deltas: Callable[[Any, Path], dict[str, torch.Tensor]]
+    forward: Callable[[Any, Path, Mapping[str, Any]], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One on-disk format. `write` returns the name of the main file."""
+
+    name: str
+    title: str
+    url: str
+    detect: Callable[[Listing], bool]
+    read: Callable[[Listing, ReadOptions], Bundle]
+    write: Callable[[Bundle, Output, WriteOptions], str] | None = None
+    stores: Callable[[WriteOptions], Stores] | None = None
+    suffixes: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    oracle: Oracle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter's edit at a site, with its weight there."""
+
+    adapter: str
+    weight: float
+    edit: Edit
+
+
+Rule = Callable[[Site, Sequence[Member]], Factor]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One merge method: a rule per kind of edit, and what is true of it.
+
+    A rule returns the merged delta (or value) as a factor expression; `fit` computes it. `reduce`
+    False stacks terms even where redundant. `rank` gives the method's own cap from the input ranks.
+    """
+
+    name: str
+    summary: str
+    rules: Mapping[str, Rule]
+    url: str = ""
+    reduce: bool = True
+    rank: Callable[[Sequence[int]], int] | None = None
+    linear: bool = True
+    gauge_invariant: bool = True
+    properties: Mapping[str, bool] = field(default_factory=dict)
+
+
+def _modules(package: str) -> list[Any]:
+    root = importlib.import_module(package)
+    names = sorted(info.name for info in pkgutil.iter_modules(root.__path__))
+    return [importlib.import_module(f"{package}.{name}") for name in names]
+
+
+def _collect(package: str, constant: str) -> dict[str, Any]:
+    found = [getattr(m, constant) for m in _modules(package) if hasattr(m, constant)]
+    found += [entry.load() for entry in entry_points(group=package)]
+    table: dict[str, Any] = {}
+    for item in found:
+        if item.name in table:
+            raise AdaptmergeError(f"two {package} entries are named {item.name!r}: remove one package")
+        table[item.name] = item
+    return table
+
+
+@cache
+def formats() -> Mapping[str, Format]:
+    """All formats by name."""
+    return _collect("adaptmerge.formats", "FORMAT")
+
+
+@cache
+def methods() -> Mapping[str, Method]:
+    """All merge methods by name."""
+    return _collect("adaptmerge.methods", "METHOD")
+
+
+def format_named(name: str) -> Format:
+    """The format of that name. Raises UsageError with a suggestion."""
+    if name not in formats():
+        raise UsageError(f"no format is named {name!r}: {did_you_mean(name, list(formats()))}")
+    return formats()[name]
+
+
+def method_named(name: str) -> Method:
+    """The method of that name. Raises UsageError with a suggestion."""
+    if name not in methods():
+        raise UsageError(f"no method is named {name!r}: {did_you_mean(name, list(methods()))}")
+    return methods()[name]
+
+
+def detect(listing: Listing) -> Format:
+    """The one format that an input is in. Raises InputError when none or several claim it."""
+    hits = [found for found in formats().values() if found.detect(listing)]
+    beaten = {name for hit in hits for name in hit.before}
+    hits = [hit for hit in hits if hit.name not in beaten]
+    if len(hits) == 1:
+        return hits[0]
+    if hits:
+        names = " and ".join(hit.name for hit in hits)
+        raise InputError(f"could be {names}: keep only one of their files", where=listing.origin)
+    raise InputError(_nothing_found(listing), where=listing.origin)
+
+
+def _nothing_found(listing: Listing) -> str:
+    if listing.single:
+        return "holds no tensors that a known adapter format names: see 'adaptmerge formats'"
+    inside = [name for name in listing.folders if not name.startswith((".", "checkpoint-"))]
+    hint = f"; its folders are {', '.join(inside[:5])}" if inside else ""
+    checkpoints = [name for name in listing.folders if name.startswith("checkpoint-")]
+    if checkpoints:
+        hint += f"; it has training checkpoints: name one, e.g. {checkpoints[-1]}"
+    return f"holds no adapter of a known format (see 'adaptmerge formats'){hint}"
+
+
+def default_dtype(dtypes: Sequence[DType]) -> DType:
+    """The dtype a merge is written in: the inputs' own when they agree, else float32."""
+    from adaptmerge.files.dtypes import F32, widest
+
+    floating = [dtype for dtype in dtypes if dtype.is_float and dtype.bits >= 16]
+    return widest(floating) if floating else F32
+
+
+__all__ = [
+    "Adapter",
+    "Format",
+    "Member",
+    "Method",
+    "Oracle",
+    "Output",
+    "ReadOptions",
+    "Stores",
+    "WriteOptions",
+    "default_dtype",
+    "detect",
+    "format_named",
+    "formats",
+    "method_named",
+    "methods",
+]

@@ -1,0 +1,243 @@
+"""Settling a plan: site jobs compute, one thread each; results go to a scratch file in plan order.
+
+Work is parallel over sites and never inside one, and only the caller's thread writes, in order: bytes do
+not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from adaptmerge.edits import factor_of, refitted, with_value
+from adaptmerge.errors import InputError
+from adaptmerge.factors import Factor, Leaf, Product, Term, low_rank, rank_bound, refs_of
+from adaptmerge.files.dtypes import DType
+from adaptmerge.files.scratch import Scratch
+from adaptmerge.fit import Budget, Fitted, allot, spectrum, stack, truncate
+from adaptmerge.graph import Edit
+from adaptmerge.lazy import torch
+from adaptmerge.linalg import inner, one_thread_each, working
+from adaptmerge.plan import Plan, Step
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+WINDOW = 2  # jobs in flight per worker
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStats:
+    """What one site was made of and what it lost (Frobenius norms, absolute).
+
+    gram[i][j] is the inner product of the deltas of inputs i and j, unweighted, in the order of `names`.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    ranks: tuple[int, ...]
+    rank: int | None
+    norm: float
+    truncation: float
+    rounding: float
+    gram: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def error(self) -> float:
+        """|promised - stored|_F."""
+        return math.hypot(self.truncation, self.rounding)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """One settled site: its step, the edit with its final refs, and its statistics."""
+
+    step: Step
+    edit: Edit
+    stats: SiteStats
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a job hands back: tensors to store, not yet in any file."""
+
+    up: torch.Tensor | None
+    down: torch.Tensor | None
+    stats: SiteStats
+
+
+def workers_default() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[Settled]:
+    """Every step settled, in plan order. Raises InputError naming all tensors that are not finite."""
+    problems: list[str] = []
+    settled: list[Settled] = []
+    with one_thread_each(), ThreadPoolExecutor(max_workers=workers) as pool:
+        allotted = _allotted(plan, pool, workers)
+        jobs = list(zip(plan.steps, allotted, strict=True))
+        results = _ordered(pool, workers, lambda job: _compute(plan, *job), jobs)
+        for step, (computed, found) in zip(plan.steps, results, strict=True):
+            problems += found
+            if not problems:
+                settled.append(Settled(step, _store(step, computed, scratch), computed.stats))
+            progress(len(settled), len(plan.steps))
+    if problems:
+        raise InputError([*problems, "pass --allow nonfinite to merge them all the same"])
+    return settled
+
+
+def _ordered(
+    pool: ThreadPoolExecutor, workers: int, work: Callable[[Job], Result], jobs: Iterable[Job]
+) -> Iterator[Result]:
+    """Results in the order of the jobs, with a bounded number under way."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
+            if len(waiting) > workers * WINDOW:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _allotted(plan: Plan, pool: ThreadPoolExecutor, workers: int) -> list[int | None]:
+    """The rank of each step where sites compete, after a survey of all spectra; else None."""
+    if not plan.budget.surveyed:
+        return [None] * len(plan.steps)
+    surveyed = {str(i): found for i, found in enumerate(_ordered(pool, workers, _survey, plan.steps))}
+    ranks = allot(surveyed, plan.budget)
+    return [
+        _capped(ranks[str(i)], step.budget) if _is_matrix(step) else None
+        for i, step in enumerate(plan.steps)
+    ]
+
+
+def _capped(rank: int, budget: Budget) -> int:
+    return rank if budget.rank is None else min(rank, budget.rank)
+
+
+def _is_matrix(step: Step) -> bool:
+    return step.action == "fit" and step.factor is not None and step.factor.shape[1] > 1
+
+
+def _survey(step: Step) -> list[float]:
+    return spectrum(step.factor.thin()) if _is_matrix(step) and step.factor is not None else []
+
+
+def _compute(plan: Plan, step: Step, allotted: int | None) -> tuple[Computed, list[str]]:
+    """The tensors of one step, and the names of input tensors that are not finite."""
+    problems = [] if "nonfinite" in plan.allowed else _nonfinite(step)
+    if problems:
+        return Computed(None, None, _plain_stats(step)), problems
+    if step.action == "pass" or step.factor is None:
+        return Computed(None, None, _plain_stats(step)), []
+    if step.action == "value" or step.factor.shape[1] == 1:
+        return _column(plan, step, step.factor), []
+    return _matrix(plan, step, step.factor, allotted), []
+
+
+def _nonfinite(step: Step) -> list[str]:
+    edits = [step.edit] if step.action == "pass" else [member.edit for member in step.members]
+    owners = [member.adapter for member in step.members]
+    return [
+        f"{owner}: tensor {ref.name!r} of {step.site} holds NaN or infinity"
+        for owner, edit in zip(owners, edits, strict=False)
+        for ref in refs_of(edit)
+        if ref.dtype.is_float and ref.dtype.bits >= 16 and not ref.shared and not _finite(ref.read())
+    ]
+
+
+def _finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
+
+
+def _matrix(plan: Plan, step: Step, factor: Factor, allotted: int | None) -> Computed:
+    terms = factor.thin()
+    fitted = _fitted(plan, step, terms, allotted)
+    stats = replace(
+        _plain_stats(step),
+        rank=fitted.rank,
+        norm=fitted.norm,
+        truncation=fitted.truncation,
+        rounding=fitted.rounding,
+        gram=_gram(step),
+    )
+    return Computed(fitted.up, fitted.down, stats)
+
+
+def _fitted(plan: Plan, step: Step, terms: list[Term], allotted: int | None) -> Fitted:
+    """Verbatim when that is within the rank cap; only then is a truncation needed."""
+    budget = step.budget
+    if allotted is None and not budget.spectral:
+        exact = stack(terms, plan.dtype, reduce=plan.method.reduce)
+        if budget.rank is None or exact.rank <= budget.rank:
+            return exact
+    return truncate(terms, budget, plan.dtype, allotted)
+
+
+def _column(plan: Plan, step: Step, factor: Factor) -> Computed:
+    """A vector, or a parameter stored whole: summed in float64 and rounded once."""
+    value = factor.dense()
+    dtype = _value_dtype(step) if step.action == "value" else plan.dtype
+    stored = value.to(dtype.torch)
+    stats = replace(
+        _plain_stats(step),
+        norm=float(value.norm()),
+        rounding=float((stored.double() - value).norm()),
+    )
+    return Computed(stored, None, stats)
+
+
+def _value_dtype(step: Step) -> DType:
+    return next(refs_of(step.edit)).dtype
+
+
+def _plain_stats(step: Step) -> SiteStats:
+    bounds = [rank_bound(f) for m in step.members if (f := factor_of(m.edit)) is not None]
+    return SiteStats(
+        names=tuple(member.adapter for member in step.members),
+        weights=tuple(member.weight for member in step.members),
+        ranks=tuple(bounds),
+        rank=bounds[0] if step.action == "pass" and bounds else None,
+        norm=0.0,
+        truncation=0.0,
+        rounding=0.0,
+    )
+
+
+def _gram(step: Step) -> tuple[tuple[float, ...], ...]:
+    """Inner products of the inputs' deltas at a site."""
+    sides = [_thin(factor_of(member.edit)) for member in step.members]
+    return tuple(tuple(inner(*a, *b) for b in sides) for a in sides)
+
+
+def _thin(factor: Factor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    assert factor is not None
+    terms = factor.thin()
+    ups = [working(term.up) * term.scale for term in terms]
+    return torch.cat(ups, dim=1), torch.cat([working(term.down) for term in terms])
+
+
+def _store(step: Step, computed: Computed, scratch: Scratch) -> Edit:
+    """The edit with refs to what was computed, or as it was."""
+    if computed.up is None:
+        return step.edit
+    if computed.down is not None:
+        return refitted(step.edit, low_rank(scratch.put(computed.up), scratch.put(computed.down)))
+    stored = scratch.put(computed.up)
+    if step.action == "value":
+        shape = next(refs_of(step.edit)).shape
+        return with_value(step.edit, stored.reshape(*shape))
+    return refitted(step.edit, Product((Leaf(stored),)))
+

@@ -1,0 +1,254 @@
+"""The shape of the package: import direction, what may not be asked or named where, and sizes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "adaptmerge"
+
+# Imports go only to the left or to an earlier name's line: later lines may import earlier ones.
+# Names on one line may import one another, unless the line is listed in APART.
+LAYERS = (
+    ("errors", "lazy"),
+    ("files",),
+    ("linalg",),
+    ("factors", "fit"),
+    ("graph",),
+    ("edits", "families"),
+    ("names", "base"),
+    ("registry",),
+    ("formats", "methods", "schemes", "rounding"),
+    ("align", "lower", "weights", "plan"),
+    ("run",),
+    ("fuse", "runtime"),
+    ("report", "verify"),
+    ("__init__",),  # the public API
+    ("cli",),
+)
+APART = {"formats", "methods", "schemes", "rounding", "fuse", "runtime"}
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+
+FORMAT_NAMES = {"peft", "gguf", "adapterhub", "native"}
+CONTAINERS = {"files": {"gguf"}}  # also a container, which files/ tells by its first bytes
+KIND_BLIND = ("align", "plan", "run", "fuse")
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 35, 450
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def part_of(path: Path) -> str:
+    """The top-level part of the package that a file belongs to: `files`, `fit`, `__init__`, ..."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def where(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(PACKAGE.parent).as_posix()}:{getattr(node, 'lineno', 1)}"
+
+
+def files_of(*parts: str) -> list[Path]:
+    return [path for path in sources() if part_of(path) in parts]
+
+
+def imported_modules(path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """Every import of this package in a file, as (statement, dotted path inside the package)."""
+    package = list(path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1])
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == PACKAGE.name:
+                yield node, name.partition(".")[2]
+
+
+def target_part(dotted: str) -> str:
+    """The part that an import reaches; a name that is no module comes from the public API."""
+    head = dotted.split(".")[0]
+    return head if head in RANK or is_module(head) else "__init__"
+
+
+def is_module(name: str) -> bool:
+    return (PACKAGE / f"{name}.py").exists() or (bool(name) and (PACKAGE / name).is_dir())
+
+
+def may_import(importer: str, target: str) -> bool:
+    if importer == target:
+        return True
+    if RANK[importer] == RANK[target]:
+        return importer not in APART
+    return RANK[target] < RANK[importer]
+
+
+def test_every_module_has_its_place() -> None:
+    unknown = sorted({part_of(path) for path in sources()} - RANK.keys() - {"__main__"})
+    assert not unknown, f"give these a line in LAYERS: {unknown}"
+
+
+def test_imports_go_one_way() -> None:
+    wrong = [
+        f"{where(path, node)}: {part_of(path)} imports {target_part(dotted)} ({dotted})"
+        for path in sources()
+        for node, dotted in imported_modules(path)
+        if dotted != "__version__"
+        and part_of(path) in RANK
+        and target_part(dotted) in RANK
+        and not may_import(part_of(path), target_part(dotted))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("importer", "target", "allowed"),
+    [
+        ("fit", "factors", True),
+        ("formats", "registry", True),
+        ("formats", "formats", True),
+        ("cli", "errors", True),
+        ("graph", "edits", False),
+        ("formats", "methods", False),
+        ("runtime", "fuse", False),
+        ("files", "cli", False),
+    ],
+)
+def test_the_rule_itself(importer: str, target: str, allowed: bool) -> None:
+    assert may_import(importer, target) is allowed
+
+
+def edit_kinds() -> set[str]:
+    """Names of the concrete edit classes."""
+    classes = (
+        node
+        for path in files_of("edits", "families")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ClassDef)
+    )
+    return {node.name for node in classes if "Protocol" not in {last(base) for base in node.bases}}
+
+
+def last(node: ast.AST) -> str:
+    """The last name of `a.b.C` or `C[T]`."""
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def kinds_asked(node: ast.AST) -> set[str]:
+    """The class names that an isinstance call, a `type(x) is` or a class pattern mentions."""
+    if isinstance(node, ast.Call) and last(node.func) in {"isinstance", "issubclass"}:
+        return {last(part) for arg in node.args[1:] for part in ast.walk(arg)}
+    if isinstance(node, ast.MatchClass):
+        return {last(node.cls)}
+    if isinstance(node, ast.Compare) and isinstance(node.left, ast.Call):
+        is_type = last(node.left.func) == "type"
+        return {last(part) for part in node.comparators} if is_type else set()
+    return set()
+
+
+def test_stages_do_not_ask_for_the_kind_of_an_edit() -> None:
+    kinds = edit_kinds()
+    asked = [
+        f"{where(path, node)}: {sorted(kinds_asked(node) & kinds)}"
+        for path in files_of(*KIND_BLIND)
+        for node in ast.walk(tree(path))
+        if kinds_asked(node) & kinds
+    ]
+    assert not asked, "\n".join(asked)
+
+
+def docstrings(module: ast.Module) -> set[int]:
+    """Ids of the constants that are docstrings or other bare strings."""
+    bare = (node.value for node in ast.walk(module) if isinstance(node, ast.Expr))
+    return {id(value) for value in bare if isinstance(value, ast.Constant)}
+
+
+def strings(path: Path) -> Iterator[ast.Constant]:
+    skipped = docstrings(tree(path))
+    for node in ast.walk(tree(path)):
+        is_string = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_string and id(node) not in skipped:
+            assert isinstance(node, ast.Constant)
+            yield node
+
+
+def format_names() -> set[str]:
+    found = {path.stem for path in (PACKAGE / "formats").glob("*") if path.stem[0] not in "_."}
+    return FORMAT_NAMES | found
+
+
+def test_only_formats_name_formats() -> None:
+    names = format_names()
+    named = [
+        f"{where(path, node)}: {node.value!r}"
+        for path in sources()
+        if part_of(path) != "formats"
+        for node in strings(path)
+        if str(node.value).lower() in names - CONTAINERS.get(part_of(path), set())
+    ]
+    assert not named, "\n".join(named)
+
+
+def test_only_the_command_line_exits() -> None:
+    exits = [
+        where(path, node)
+        for path in sources()
+        if part_of(path) not in {"cli", "__main__"}
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Name | ast.Attribute)
+        and (last(node) in {"SystemExit", "_exit"} or ast.unparse(node) == "sys.exit")
+    ]
+    assert not exits, "\n".join(exits)
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    for path in sources():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                yield f"{where(path, node)} {node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_functions_are_short() -> None:
+    sizes = dict(functions())
+    long = {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES}
+    assert len(long) <= 0.1 * len(sizes), f"{len(long)} of {len(sizes)} are long: {long}"
+
+
+def test_files_are_short() -> None:
+    sizes = {where(path, tree(path)): path.read_text("utf-8").count("\n") for path in sources()}
+    long = {name: size for name, size in sizes.items() if size > MAX_FILE_LINES}
+    assert not long
+
+
+def test_no_file_is_a_drawer() -> None:
+    drawers = {"utils", "util", "helpers", "misc"}
+    assert not [path for path in sources() if drawers & {path.stem, path.parent.name}]
+
+
+def test_command_line_imports_nothing_heavy() -> None:
+    if not is_module("cli"):
+        pytest.skip("there is no command line yet")
+    heavy = ["torch", "transformers", "numpy", "peft", "gguf", "bitsandbytes"]
+    code = f"import sys, adaptmerge.cli; print(*(m for m in {heavy} if m in sys.modules))"
+    command = [sys.executable, "-W", "error", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
