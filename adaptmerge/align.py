@@ -151,7 +151,9 @@ def _edit_against_base(name: str, edit: Edit, base: Base) -> list[str]:
     if weight is None:
         if base.locate(edit.site.module) is not None:
             return []
-        return [f"{name}: {edit.site} is not in the base {base.path.name}: is it for another model?"]
+        return [
+            f"{name}: {edit.site} is not in the base {base.path.name}: is it for another model?"
+        ]
     rows = weight.shape[0]
     shape = (rows, weight.count // rows if rows else 0)
     turned = base.architecture in CONV1D_MODELS

@@ -125,7 +125,8 @@ class ReplaceRows:
         return None
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.index_copy(0, torch.tensor(self.rows), self.values.read().to(weight))
+        rows = torch.tensor(self.rows, device=weight.device)
+        return weight.index_copy(0, rows, self.values.read().to(weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +177,14 @@ class Gated:
         self, inputs: torch.Tensor, outputs: torch.Tensor, residual: torch.Tensor | None
     ) -> torch.Tensor:
         linear = torch.nn.functional.linear
-        logits = linear(inputs, self.gate_weight.read().to(inputs), self.gate_bias.read().to(inputs))
+        logits = linear(
+            inputs, self.gate_weight.read().to(inputs), self.gate_bias.read().to(inputs)
+        )
         gate = torch.sigmoid(logits).mean(dim=1, keepdim=True)
         return outputs + gate * linear(inputs, self.factor.dense().to(inputs))
 
 
-def vera(
-    up: TensorRef, up_scale: TensorRef, down: TensorRef, down_scale: TensorRef
-) -> Product:
+def vera(up: TensorRef, up_scale: TensorRef, down: TensorRef, down_scale: TensorRef) -> Product:
     """diag(b) B diag(d) A (Kopiczko et al. 2024), B and A shared by all sites."""
     return Product((Diag(up_scale), Leaf(up), Diag(down_scale), Leaf(down)))
 

@@ -34,7 +34,9 @@ class AdaptmergeError(Exception):
         prefix = f"{self.where}: " if self.where else ""
         if len(self.problems) == 1:
             return prefix + self.problems[0]
-        return prefix + f"{len(self.problems)} problems\n" + "\n".join(f"- {p}" for p in self.problems)
+        return (
+            prefix + f"{len(self.problems)} problems\n" + "\n".join(f"- {p}" for p in self.problems)
+        )
 
     def located(self, where: str) -> AdaptmergeError:
         """The same error, naming `where` unless it already names a place."""
@@ -68,6 +70,10 @@ class MissingExtra(AdaptmergeError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"this needs the package {package!r}: pip install 'adaptmerge[{extra}]'")
+
+    def located(self, where: str) -> AdaptmergeError:
+        """The same error: what is missing is missing everywhere."""
+        return self
 
 
 class VerificationFailed(AdaptmergeError):

@@ -7,7 +7,6 @@ compute them. A family that stores something else than these adds one class with
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -50,7 +49,9 @@ class Leaf:
 
     def __post_init__(self) -> None:
         if len(self.ref.shape) != 2:
-            raise ValueError(f"{self.ref.name}: a matrix has two dimensions, found {self.ref.shape}")
+            raise ValueError(
+                f"{self.ref.name}: a matrix has two dimensions, found {self.ref.shape}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -306,8 +307,3 @@ def refs_of(node: Any) -> Iterator[TensorRef]:
     elif is_dataclass(node) and not isinstance(node, type):
         for field in fields(node):
             yield from refs_of(getattr(node, field.name))
-
-
-def parameters(node: Any) -> int:
-    """How many stored numbers a factor or edit is made of."""
-    return sum(math.prod(ref.shape) for ref in refs_of(node))

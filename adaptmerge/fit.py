@@ -83,7 +83,6 @@ class Fitted:
 
     up: torch.Tensor
     down: torch.Tensor
-    norm: float
     truncation: float
     rounding: float
 
@@ -100,10 +99,17 @@ class Fitted:
 def stack(terms: Sequence[Term], dtype: DType, *, reduce: bool = True) -> Fitted:
     """The sum of the terms side by side: exact up to the scales folded into up in `dtype`."""
     kept = _reduced(list(terms)) if reduce else list(terms)
-    up, down = _stacked(kept, terms)
+    if all(_is_verbatim(term, dtype) for term in kept) and kept:
+        up, down = torch.cat([t.up for t in kept], dim=1), torch.cat([t.down for t in kept])
+    else:
+        up, down = _stacked(kept, terms)
     if reduce:
         up, down = _without_zeros(up, down)
     return _stored(up, down, dtype)
+
+
+def _is_verbatim(term: Term, dtype: DType) -> bool:
+    return term.scale == 1.0 and term.up.dtype == term.down.dtype == dtype.torch
 
 
 def spectrum(terms: Sequence[Term]) -> list[float]:
@@ -124,10 +130,8 @@ def truncate(
     floor = _floor(terms, up, down)
     usable = sum(value > floor for value in sigma)
     rank = site_rank(sigma[:usable], budget) if allotted is None else min(usable, allotted)
-    norm = math.sqrt(sum(value**2 for value in sigma)) if usable else 0.0
     tail = math.sqrt(sum(value**2 for value in sigma[rank:])) if usable else 0.0
-    fitted = _stored(*svd.balanced(rank), dtype)
-    return replace(fitted, norm=norm, truncation=tail)
+    return replace(_stored(*svd.balanced(rank), dtype), truncation=tail)
 
 
 def site_rank(sigma: Sequence[float], budget: Budget) -> int:
@@ -215,5 +219,6 @@ def _without_zeros(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, 
 
 def _stored(up: torch.Tensor, down: torch.Tensor, dtype: DType) -> Fitted:
     stored_up, stored_down = up.to(dtype.torch).contiguous(), down.to(dtype.torch).contiguous()
-    lost = rounding_error(up, down, stored_up, stored_down)
-    return Fitted(stored_up, stored_down, product_norm(up, down), 0.0, lost)
+    exact = up.dtype == down.dtype == dtype.torch
+    lost = 0.0 if exact else rounding_error(up, down, stored_up, stored_down)
+    return Fitted(stored_up, stored_down, 0.0, lost)

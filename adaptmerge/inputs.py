@@ -16,6 +16,7 @@ from adaptmerge.base import Base
 from adaptmerge.errors import AdaptmergeError, InputError, UsageError
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
+from adaptmerge.files.paths import exists
 from adaptmerge.graph import Adapter
 from adaptmerge.names import did_you_mean, natural_key, unique_names
 from adaptmerge.registry import Format, ReadOptions, detect
@@ -65,35 +66,33 @@ class Input:
         return root / self.listing.single if self.listing.single else root
 
 
-def parse_input(text: str) -> InputSpec:
-    """The parts of [NAME=]SOURCE[:WEIGHT][?alpha=32]. Raises UsageError."""
-    if _exists(text):
+def parse_input(text: str, folder: Path = Path()) -> InputSpec:
+    """The parts of [NAME=]SOURCE[:WEIGHT][?alpha=32], SOURCE as seen from `folder`.
+
+    Raises UsageError.
+    """
+    if exists(folder / text):
         return InputSpec(text)
     rest, alpha = _query(text)
-    name, rest = _split_name(rest)
-    rest, weight = _split_weight(rest)
+    name, rest = _split_name(rest, folder)
+    rest, weight = _split_weight(rest, folder)
     return InputSpec(rest, name, weight, alpha)
 
 
-def _split_name(text: str) -> tuple[str | None, str]:
+def _split_name(text: str, folder: Path) -> tuple[str | None, str]:
     found = NAME.match(text)
-    if not found or _exists(text) or _exists(_split_weight(text)[0]):
+    if not found or exists(folder / text) or exists(folder / _split_weight(text, folder)[0]):
         return None, text
     return found["name"], found["rest"]
 
 
-def _split_weight(text: str) -> tuple[str, float | None]:
+def _split_weight(text: str, folder: Path) -> tuple[str, float | None]:
     found = WEIGHT.match(text)
-    if not found or _exists(text) or _is_drive(found["rest"]):
+    if not found or exists(folder / text):
+        return text, None
+    if _is_drive(found["rest"]) and not exists(folder / found["rest"]):
         return text, None
     return found["rest"], number(found["weight"], f"input {text!r}: weight")
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _is_drive(text: str) -> bool:
@@ -115,12 +114,12 @@ def _query(text: str) -> tuple[str, float | None]:
 
 def named(specs: Sequence[InputSpec]) -> list[InputSpec]:
     """The specs with unique names. Raises UsageError when two are given the same name."""
-    given = [spec.name for spec in specs if spec.name is not None]
+    given = [spec.name for spec in specs if spec.name]
     twice = sorted({name for name in given if given.count(name) > 1})
     if twice:
         raise UsageError(f"two inputs are named {twice[0]!r}: give each its own NAME=")
-    names = unique_names([spec.name or spec.default_name for spec in specs])
-    return [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
+    free = iter(unique_names([s.default_name for s in specs if not s.name], given))
+    return [replace(spec, name=spec.name or next(free)) for spec in specs]
 
 
 def in_natural_order(specs: Sequence[InputSpec]) -> list[InputSpec]:

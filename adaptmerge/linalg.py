@@ -46,6 +46,16 @@ def inner(
     return float((left * right).sum())
 
 
+def gram(sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[list[float]]:
+    """<up_i @ down_i, up_j @ down_j> for all pairs of thin matrices, in float64."""
+    up = torch.cat([pair[0] for pair in sides], dim=1)
+    down = torch.cat([pair[1] for pair in sides])
+    ranks = [pair[1].shape[0] for pair in sides]
+    core = (up.T @ up).double() * (down @ down.T).double()
+    blocks = [torch.split(part, ranks, dim=1) for part in torch.split(core, ranks)]
+    return [[float(block.sum()) for block in row] for row in blocks]
+
+
 @dataclass(frozen=True, slots=True)
 class ThinSvd:
     """The singular value decomposition of a thin matrix: (left @ u) diag(sigma) (v @ right.T).
@@ -72,8 +82,8 @@ def _signs(up: torch.Tensor) -> torch.Tensor:
     if not up.numel():
         return up.new_ones(up.shape[1])
     peak = up.gather(0, up.abs().argmax(0, keepdim=True))[0]
-    sign: torch.Tensor = torch.where(peak < 0, -1.0, 1.0)
-    return sign.to(up.dtype)
+    sign: torch.Tensor = torch.where(peak < 0, -torch.ones_like(peak), torch.ones_like(peak))
+    return sign
 
 
 def thin_svd(up: torch.Tensor, down: torch.Tensor) -> ThinSvd:

@@ -19,7 +19,9 @@ def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:
         for kind in sorted({edit.kind for edit in listed} - stores.kinds)
     ]
     layers = {edit.site.layer.kind for edit in listed if factor_of(edit) is not None}
-    problems += [f"{target} has no place for {kind} layers" for kind in sorted(layers - stores.layers)]
+    problems += [
+        f"{target} has no place for {kind} layers" for kind in sorted(layers - stores.layers)
+    ]
     params = {edit.site.param for edit in listed if factor_of(edit) is not None}
     problems += [f"{target} has no place for {p} deltas" for p in sorted(params - stores.params)]
     mixed = sorted({edit.kind for edit in listed} & stores.exclusive)
@@ -89,5 +91,3 @@ def _extended(ref: TensorRef, more: int, axis: int) -> TensorRef:
     zeros[axis] = more
     padding = constant(0.0, tuple(zeros), ref.dtype)
     return join([ref, padding] if ref.shape[axis] else [padding], axis)
-
-

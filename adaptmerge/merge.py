@@ -149,13 +149,13 @@ def _writable() -> str:
     return ", ".join(f.name for f in formats().values() if f.write)
 
 
-def _weight_notes(
-    options: Options, given: Sequence[float | None], weights: Weights
-) -> list[Note]:
+def _weight_notes(options: Options, given: Sequence[float | None], weights: Weights) -> list[Note]:
     said = options.weights or options.total or any(w is not None for w in given)
     if said or len(given) < 2:
         return []
-    return [Note(Kind.INFO, f"no weights were given: each of {len(given)} inputs counts 1/{len(given)}")]
+    return [
+        Note(Kind.INFO, f"no weights were given: each of {len(given)} inputs counts 1/{len(given)}")
+    ]
 
 
 def _described(adapters: Mapping[str, Adapter], base: Base | None) -> Adapter:
@@ -170,7 +170,9 @@ def _described(adapters: Mapping[str, Adapter], base: Base | None) -> Adapter:
         fingerprint=base.fingerprint if base else None,
     )
     covers = frozenset().union(*(a.covers for a in all_of))
-    return Adapter("default", (), reference, hints=_agreed([a.hints for a in all_of]), covers=covers)
+    return Adapter(
+        "default", (), reference, hints=_agreed([a.hints for a in all_of]), covers=covers
+    )
 
 
 def _agreed(hints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -208,13 +210,17 @@ def combine(
     with Staging(output, force=options.force, inputs=paths, single=single) as staging:
         with ThreadPoolExecutor(max_workers=1) as hasher:
             digests = [hasher.submit(_digests, item) for item in prepared.inputs]
-            with Scratch(staging.scratch("settled")) as scratch:
+            scratch = Scratch(staging.scratch("settled"), _header_room(prepared))
+            with scratch:
                 workers = options.jobs or workers_default()
                 settled = run(prepared.plan, scratch, workers, progress)
-            hashes = [digest.result() for digest in digests]
-        report = _report(prepared, settled, hashes, command)
-        _strict(report.notes, options)
-        main = _write(prepared, settled, report, staging, output.name if single else None)
+                hashes = [digest.result() for digest in digests]
+                report = _report(prepared, settled, hashes, command)
+                _strict(report.notes, options)
+                output_to = Output(
+                    staging.path, output.name if single else None, _short(report), scratch
+                )
+                main = _write(prepared, settled, report, output_to)
         staging.commit(main)
     return report
 
@@ -234,27 +240,28 @@ def _digests(item: Input) -> dict[str, str]:
     return item.listing.sha256(*item.listing.used)
 
 
-def _write(
-    prepared: Prepared,
-    settled: Sequence[Settled],
-    report: Report,
-    staging: Staging,
-    single: str | None,
-) -> str:
+def _header_room(prepared: Prepared) -> int:
+    """Bytes that a header of the result surely fits in: two entries per site and the metadata."""
+    entries = sum(2 * (len(str(step.site)) + 200) for step in prepared.plan.steps)
+    return -(-(entries + 4096 + 512 * len(prepared.inputs)) // 4096) * 4096
+
+
+def _short(report: Report) -> dict[str, str]:
+    """The report's short form, for the header of the main file."""
+    inputs = [{k: i[k] for k in ("name", "sha256")} for i in report.inputs]
+    short = {"version": adaptmerge.__version__, "method": report.method, "inputs": inputs}
+    return {METADATA_KEY: json.dumps(short, sort_keys=True)}
+
+
+def _write(prepared: Prepared, settled: Sequence[Settled], report: Report, output: Output) -> str:
     adapter = _result(prepared, settled)
-    short = {
-        "version": adaptmerge.__version__,
-        "method": report.method,
-        "inputs": [{k: i[k] for k in ("name", "sha256")} for i in report.inputs],
-    }
-    output = Output(staging.path, single, {METADATA_KEY: json.dumps(short, sort_keys=True)})
     options = WriteOptions(prepared.options.ranks, prepared.base, _modules(prepared.base, adapter))
     assert prepared.target.write is not None
     main = prepared.target.write(bundle_of(adapter), output, options)
-    if single is None:
+    if output.single is None:
         carry.write(prepared.inputs, report, output)
-    name = FILE if single is None else report_name(single)
-    staging.path(name).write_text(report.as_text(), encoding="utf-8")
+    name = report_name(output.single) if output.single else FILE
+    output.path(name).write_text(report.as_text(), encoding="utf-8")
     return main
 
 
@@ -277,7 +284,10 @@ def _modules(base: Base | None, adapter: Adapter) -> frozenset[str] | None:
 
 
 def _report(
-    prepared: Prepared, settled: Sequence[Settled], hashes: Sequence[Mapping[str, str]], command: str
+    prepared: Prepared,
+    settled: Sequence[Settled],
+    hashes: Sequence[Mapping[str, str]],
+    command: str,
 ) -> Report:
     plan, options = prepared.plan, prepared.options
     found = totals(settled, plan.inputs)
@@ -333,5 +343,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return adaptmerge.__version__ if package == "adaptmerge" else "unknown"
-
-

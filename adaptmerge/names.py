@@ -1,4 +1,4 @@
-"""Module paths: wrapper prefixes, layer numbers, natural order, and lists of suffixes that match exactly."""
+"""Module paths: wrapper prefixes, layer numbers, natural order, and suffixes that match exactly."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 # Wrappers that training code puts around modules and forgets in checkpoint keys.
-WRAPPERS = frozenset(
-    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-)
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def unwrapped(path: str) -> str:
@@ -19,13 +17,13 @@ def unwrapped(path: str) -> str:
 
 def layer_index(module: str) -> int | None:
     """The number of the layer a module belongs to: the first all-digit component of its path."""
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """A sort key under which checkpoint-200 comes before checkpoint-1000."""
     parts = re.split(r"(\d+)", text)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def is_suffix(suffix: str, module: str) -> bool:
@@ -55,9 +53,7 @@ def exact_suffixes(
             return False
         return complete is None or any(is_suffix(known, suffix) for known in complete)
 
-    chosen = (
-        next((s for s in suffixes(module) if safe(s)), module) for module in sorted(modules)
-    )
+    chosen = (next((s for s in suffixes(module) if safe(s)), module) for module in sorted(modules))
     found = sorted(set(chosen), key=lambda s: (s.count("."), natural_key(s)))
     return [s for s in found if not any(s != t and is_suffix(t, s) for t in found)]
 
@@ -68,12 +64,15 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def unique_names(names: Sequence[str]) -> list[str]:
-    """The names, repeated ones numbered from the second on: a, a-2, a-3."""
-    seen: dict[str, int] = {}
+def unique_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names, repeated and taken ones numbered from 2 on: a, a-2, a-3."""
+    used = set(taken)
     result: list[str] = []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        candidate = name if seen[name] == 1 else f"{name}-{seen[name]}"
-        result.append(candidate if candidate not in result else f"{candidate}-x")
+        candidate, number = name, 1
+        while candidate in used:
+            number += 1
+            candidate = f"{name}-{number}"
+        used.add(candidate)
+        result.append(candidate)
     return result

@@ -128,9 +128,7 @@ def _common_dtype(groups: Sequence[Group]) -> DType:
     return default_dtype(used)
 
 
-def _shared_scale(
-    weighed: Sequence[Weighed], request: Request, dtype: DType
-) -> float | None:
+def _shared_scale(weighed: Sequence[Weighed], request: Request, dtype: DType) -> float | None:
     """The one scale that lets every site pass as it is; None: sites may pass with their own."""
     if request.stores.scale == "site":
         return None
@@ -228,13 +226,16 @@ def _whole(
         return None
     if _all_same(members):
         if len(members) < len(group.members) or len(members) < _inputs(request):
-            notes.append(Note(Kind.INFO, f"{role} kept from {members[0].adapter}", site=str(group.site)))
+            notes.append(
+                Note(Kind.INFO, f"{role} kept from {members[0].adapter}", site=str(group.site))
+            )
         return Step("pass", members[0].edit, members)
     if role == "bias" and "replace" in request.method.rules:
         return _bias(group, members, request)
     names = ", ".join(member.adapter for member in members)
     raise CannotMerge(
-        f"{role} differs between {names}: pass --heads NAME to keep one of them", where=str(group.site)
+        f"{role} differs between {names}: pass --heads NAME to keep one of them",
+        where=str(group.site),
     )
 
 
@@ -285,7 +286,9 @@ def plan_rows(plan: Plan) -> list[Mapping[str, object]]:
             "action": step.action,
             "weights": {member.adapter: member.weight for member in step.members},
             "ranks": {
-                m.adapter: rank_bound(f) for m in step.members if (f := factor_of(m.edit)) is not None
+                m.adapter: rank_bound(f)
+                for m in step.members
+                if (f := factor_of(m.edit)) is not None
             },
             "rank_cap": step.budget.rank,
         }

@@ -21,6 +21,9 @@ from adaptmerge.errors import AdaptmergeError, InputError, UsageError
 from adaptmerge.factors import Factor
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.listing import Listing
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.files.safetensors import write_safetensors
+from adaptmerge.files.scratch import Scratch
 from adaptmerge.graph import Adapter, Bundle, Edit, Site
 from adaptmerge.names import did_you_mean
 
@@ -73,6 +76,15 @@ class Output:
     path: Callable[[str], Path]
     single: str | None
     metadata: Mapping[str, str]
+    scratch: Scratch | None = None
+
+    def safetensors(
+        self, name: str, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]
+    ) -> None:
+        """Stages a safetensors file; a scratch that already is its data becomes it."""
+        path = self.path(name)
+        if self.scratch is None or not self.scratch.adopt(path, tensors, metadata):
+            write_safetensors(path, tensors, metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +130,7 @@ class Method:
 
     A rule returns the merged delta (or value) as a factor expression; `fit` computes it. `reduce`
     False stacks terms even where redundant. `rank` gives the method's own cap from the input ranks.
+    `promise` is what the result should be, for the verifier; None means the weighted sum of deltas.
     """
 
     name: str
@@ -126,6 +139,7 @@ class Method:
     url: str = ""
     reduce: bool = True
     rank: Callable[[Sequence[int]], int] | None = None
+    promise: Rule | None = None
     linear: bool = True
     gauge_invariant: bool = True
     properties: Mapping[str, bool] = field(default_factory=dict)
@@ -143,7 +157,9 @@ def _collect(package: str, constant: str) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for item in found:
         if item.name in table:
-            raise AdaptmergeError(f"two {package} entries are named {item.name!r}: remove one package")
+            raise AdaptmergeError(
+                f"two {package} entries are named {item.name!r}: remove one package"
+            )
         table[item.name] = item
     return table
 

@@ -18,11 +18,12 @@ from adaptmerge.edits import factor_of, refitted, with_value
 from adaptmerge.errors import InputError
 from adaptmerge.factors import Factor, Leaf, Product, Term, low_rank, rank_bound, refs_of
 from adaptmerge.files.dtypes import DType
+from adaptmerge.files.refs import read_once
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.fit import Budget, Fitted, allot, spectrum, stack, truncate
 from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
-from adaptmerge.linalg import inner, one_thread_each, working
+from adaptmerge.linalg import gram, one_thread_each, working
 from adaptmerge.plan import Plan, Step
 
 Job = TypeVar("Job")
@@ -115,7 +116,9 @@ def _allotted(plan: Plan, pool: ThreadPoolExecutor, workers: int) -> list[int | 
     """The rank of each step where sites compete, after a survey of all spectra; else None."""
     if not plan.budget.surveyed:
         return [None] * len(plan.steps)
-    surveyed = {str(i): found for i, found in enumerate(_ordered(pool, workers, _survey, plan.steps))}
+    surveyed = {
+        str(i): found for i, found in enumerate(_ordered(pool, workers, _survey, plan.steps))
+    }
     ranks = allot(surveyed, plan.budget)
     return [
         _capped(ranks[str(i)], step.budget) if _is_matrix(step) else None
@@ -137,24 +140,25 @@ def _survey(step: Step) -> list[float]:
 
 def _compute(plan: Plan, step: Step, allotted: int | None) -> tuple[Computed, list[str]]:
     """The tensors of one step, and the names of input tensors that are not finite."""
-    problems = [] if "nonfinite" in plan.allowed else _nonfinite(step)
-    if problems:
-        return Computed(None, None, _plain_stats(step)), problems
-    if step.action == "pass" or step.factor is None:
-        return Computed(None, None, _plain_stats(step)), []
-    if step.action == "value" or step.factor.shape[1] == 1:
-        return _column(plan, step, step.factor), []
-    return _matrix(plan, step, step.factor, allotted), []
+    with read_once():
+        stats = _input_stats(step)
+        problems = [] if "nonfinite" in plan.allowed else _nonfinite(step, stats)
+        if problems or step.action == "pass" or step.factor is None:
+            return Computed(None, None, stats), problems
+        if step.action == "value" or step.factor.shape[1] == 1:
+            return _column(plan, step, step.factor, stats), []
+        return _matrix(plan, step, step.factor, stats, allotted), []
 
 
-def _nonfinite(step: Step) -> list[str]:
-    edits = [step.edit] if step.action == "pass" else [member.edit for member in step.members]
-    owners = [member.adapter for member in step.members]
+def _nonfinite(step: Step, stats: SiteStats) -> list[str]:
+    """NaN and infinity reach the Gram matrix; only then is it worth looking for the tensor."""
+    if stats.gram and all(math.isfinite(value) for row in stats.gram for value in row):
+        return []
     return [
-        f"{owner}: tensor {ref.name!r} of {step.site} holds NaN or infinity"
-        for owner, edit in zip(owners, edits, strict=False)
-        for ref in refs_of(edit)
-        if ref.dtype.is_float and ref.dtype.bits >= 16 and not ref.shared and not _finite(ref.read())
+        f"{member.adapter}: tensor {ref.name!r} of {step.site} holds NaN or infinity"
+        for member in step.members
+        for ref in refs_of(member.edit)
+        if ref.dtype.is_float and ref.dtype.bits >= 16 and not _finite(ref.read())
     ]
 
 
@@ -162,18 +166,12 @@ def _finite(value: torch.Tensor) -> bool:
     return bool(torch.isfinite(value).all())
 
 
-def _matrix(plan: Plan, step: Step, factor: Factor, allotted: int | None) -> Computed:
-    terms = factor.thin()
-    fitted = _fitted(plan, step, terms, allotted)
-    stats = replace(
-        _plain_stats(step),
-        rank=fitted.rank,
-        norm=fitted.norm,
-        truncation=fitted.truncation,
-        rounding=fitted.rounding,
-        gram=_gram(step),
-    )
-    return Computed(fitted.up, fitted.down, stats)
+def _matrix(
+    plan: Plan, step: Step, factor: Factor, stats: SiteStats, allotted: int | None
+) -> Computed:
+    fitted = _fitted(plan, step, factor.thin(), allotted)
+    found = replace(stats, rank=fitted.rank, truncation=fitted.truncation, rounding=fitted.rounding)
+    return Computed(fitted.up, fitted.down, found)
 
 
 def _fitted(plan: Plan, step: Step, terms: list[Term], allotted: int | None) -> Fitted:
@@ -186,44 +184,43 @@ def _fitted(plan: Plan, step: Step, terms: list[Term], allotted: int | None) -> 
     return truncate(terms, budget, plan.dtype, allotted)
 
 
-def _column(plan: Plan, step: Step, factor: Factor) -> Computed:
+def _column(plan: Plan, step: Step, factor: Factor, stats: SiteStats) -> Computed:
     """A vector, or a parameter stored whole: summed in float64 and rounded once."""
     value = factor.dense()
     dtype = _value_dtype(step) if step.action == "value" else plan.dtype
     stored = value.to(dtype.torch)
-    stats = replace(
-        _plain_stats(step),
-        norm=float(value.norm()),
-        rounding=float((stored.double() - value).norm()),
-    )
-    return Computed(stored, None, stats)
+    lost = float((stored.double() - value).norm())
+    return Computed(stored, None, replace(stats, norm=float(value.norm()), rounding=lost))
 
 
 def _value_dtype(step: Step) -> DType:
     return next(refs_of(step.edit)).dtype
 
 
-def _plain_stats(step: Step) -> SiteStats:
-    bounds = [rank_bound(f) for m in step.members if (f := factor_of(m.edit)) is not None]
+def _input_stats(step: Step) -> SiteStats:
+    """Ranks, inner products and the norm of the weighted sum, from the inputs alone."""
+    factors = [f for m in step.members if (f := factor_of(m.edit)) is not None]
+    bounds = tuple(rank_bound(factor) for factor in factors)
+    weights = tuple(member.weight for member in step.members)
+    inner = gram([_thin(factor) for factor in factors]) if factors else []
+    squared = sum(
+        a * b * value
+        for a, row in zip(weights, inner, strict=False)
+        for b, value in zip(weights, row, strict=False)
+    )
     return SiteStats(
         names=tuple(member.adapter for member in step.members),
-        weights=tuple(member.weight for member in step.members),
-        ranks=tuple(bounds),
+        weights=weights,
+        ranks=bounds,
         rank=bounds[0] if step.action == "pass" and bounds else None,
-        norm=0.0,
+        norm=math.sqrt(max(squared, 0.0)),
         truncation=0.0,
         rounding=0.0,
+        gram=tuple(tuple(row) for row in inner),
     )
 
 
-def _gram(step: Step) -> tuple[tuple[float, ...], ...]:
-    """Inner products of the inputs' deltas at a site."""
-    sides = [_thin(factor_of(member.edit)) for member in step.members]
-    return tuple(tuple(inner(*a, *b) for b in sides) for a in sides)
-
-
-def _thin(factor: Factor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    assert factor is not None
+def _thin(factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
     terms = factor.thin()
     ups = [working(term.up) * term.scale for term in terms]
     return torch.cat(ups, dim=1), torch.cat([working(term.down) for term in terms])
@@ -240,4 +237,3 @@ def _store(step: Step, computed: Computed, scratch: Scratch) -> Edit:
         shape = next(refs_of(step.edit)).shape
         return with_value(step.edit, stored.reshape(*shape))
     return refitted(step.edit, Product((Leaf(stored),)))
-

@@ -160,7 +160,7 @@ def _scheduled(schedule: str, count: int) -> list[float]:
     if head == "ema":
         return _moving_average(number(tail, "--weights ema"), count)
     if head == "last":
-        kept = int(number(tail, "--weights last"))
+        kept = int(tail) if tail.isdecimal() else 0
         if not 1 <= kept <= count:
             raise UsageError(f"--weights last:{tail}: there are {count} inputs, keep 1 to {count}")
         return [0.0] * (count - kept) + [1.0 / kept] * kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -50,14 +50,17 @@ def read(text: bytes, room: int, where: str) -> tuple[list[Entry], dict[str, str
 
 
 def build(
-    tensors: Mapping[str, TensorRef], metadata: Mapping[str, str], where: str
+    tensors: Mapping[str, TensorRef],
+    metadata: Mapping[str, str],
+    where: str,
+    order: Sequence[str] | None = None,
 ) -> tuple[bytes, list[str]]:
     """The first bytes of a file up to its data, and the names in the order of their data.
 
-    Wide elements come first in the data, so that every tensor is aligned to its own elements.
-    Raises OutputError when a name or the size of the header cannot be stored.
+    Unless an order is given wide elements come first, so that every tensor is aligned to its own
+    elements. Raises OutputError when a name or the size of the header cannot be stored.
     """
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.bits)
+    order = list(order or sorted(tensors, key=lambda name: -tensors[name].dtype.bits))
     offsets, position = {}, 0
     for name in order:
         offsets[name] = [position, position := position + tensors[name].nbytes]

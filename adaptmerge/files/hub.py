@@ -27,7 +27,7 @@ def resolve(source: str) -> tuple[Path, str | None]:
     if exists(path):
         return path, None
     match = _ID.fullmatch(source)
-    if match is None or source.endswith(_FILES) and "//" not in source:
+    if match is None or not is_id(source):
         raise missing(path)
     repository, revision, subfolder = match[1], match[2], (match[3] or "").strip("/")
     if subfolder and inside(Path(), subfolder) is None:
@@ -36,6 +36,12 @@ def resolve(source: str) -> tuple[Path, str | None]:
         )
     snapshot = _snapshot(source, repository, revision, subfolder)
     return _inner(snapshot, subfolder, source), _commit(snapshot)
+
+
+def is_id(source: str) -> bool:
+    """Whether a source that is no local path can be meant as one of the Hub."""
+    names_a_file = source.endswith(_FILES) and "//" not in source
+    return _ID.fullmatch(source) is not None and not names_a_file
 
 
 def _commit(snapshot: Path) -> str | None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from adaptmerge.errors import InputError
@@ -144,7 +147,7 @@ class Reshape:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class Multiply:
     """Multiply by a number, in float64, rounded once to the ref's dtype."""
 
     factor: float
@@ -170,7 +173,7 @@ class Cast:
         return value.to(self.dtype.torch)
 
 
-Step = Slice | Permute | Reshape | Scale | Cast
+Step = Slice | Permute | Reshape | Multiply | Cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +193,21 @@ class TensorRef:
 
     def read(self) -> torch.Tensor:
         """The value, contiguous, in `dtype`. Raises InputError when the file has changed or ended."""
+        held: dict[TensorRef, torch.Tensor] | None = getattr(_HELD, "values", None)
+        if held is None:
+            return self._read()
+        if self not in held:
+            held[self] = self._read()
+        return held[self]
+
+    def _read(self) -> torch.Tensor:
         source, steps = self.source, self.steps
-        if steps and isinstance(source, Stored) and isinstance(steps[0], Slice) and not steps[0].axis:
+        if (
+            steps
+            and isinstance(source, Stored)
+            and isinstance(steps[0], Slice)
+            and not steps[0].axis
+        ):
             source, steps = source.rows(steps[0].start, steps[0].stop), steps[1:]
         value = source.read()
         for step in steps:
@@ -247,7 +263,7 @@ class TensorRef:
         if factor == 1.0:
             return self
         dtype = F32 if self.dtype.bits < 32 else self.dtype
-        return self.then(Scale(factor, dtype), dtype)
+        return self.then(Multiply(factor, dtype), dtype)
 
     def cast(self, dtype: DType) -> TensorRef:
         """The tensor rounded to `dtype`."""
@@ -264,7 +280,9 @@ class TensorRef:
         return self.dtype.nbytes(self.count)
 
 
-def stored(path: str | os.PathLike[str], offset: int, shape: Shape, dtype: DType, name: str) -> TensorRef:
+def stored(
+    path: str | os.PathLike[str], offset: int, shape: Shape, dtype: DType, name: str
+) -> TensorRef:
     """A ref to a row-major tensor at a byte offset of a file."""
     return TensorRef(Stored(os.fspath(path), offset, shape, dtype), shape, dtype, name=name)
 
@@ -298,7 +316,7 @@ def read_span(path: str, offset: int, nbytes: int) -> torch.Tensor:
         return buffer
     view = memoryview(buffer.numpy().data)
     try:
-        with open(path, "rb", buffering=0) as file:
+        with Path(path).open("rb", buffering=0) as file:
             file.seek(offset)
             done = 0
             while done < nbytes:
@@ -321,6 +339,19 @@ def _as_tensor(raw: torch.Tensor, dtype: DType, shape: Shape) -> torch.Tensor:
     return raw.view(dtype.torch).reshape(shape)
 
 
+_HELD = threading.local()
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """In this thread and block, a ref that is read again gives the same tensor: do not change it."""
+    _HELD.values = {}
+    try:
+        yield
+    finally:
+        _HELD.values = None
+
+
 @lru_cache(maxsize=4)
 def _load_pickle(path: str, stamp: tuple[int, int], loader: Callable[[str], Any]) -> Any:
     return loader(path)
@@ -330,5 +361,5 @@ def load_pickle(path: str) -> Any:
     """The object in a torch pickle, on the CPU, loaded with weights_only and mapped where possible."""
     from adaptmerge.files.pickles import load
 
-    stat = os.stat(path)
+    stat = Path(path).stat()
     return _load_pickle(path, (stat.st_size, stat.st_mtime_ns), load)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from adaptmerge.files import dtypes, refs
+from adaptmerge.files import dtypes, header, refs
 from adaptmerge.files.disk import tensor_bytes, writing
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.files.refs import Reshape, Stored, TensorRef
 from adaptmerge.lazy import torch
 
 _ALIGNMENT = 8
@@ -16,13 +17,17 @@ _ALIGNMENT = 8
 class Scratch:
     """An append-only file of tensors, for one thread; refs stay readable after it is closed."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Create the file. Raises OutputError when that is impossible."""
+    def __init__(self, path: str | os.PathLike[str], reserve: int = 0) -> None:
+        """Create the file, `reserve` bytes (a multiple of 8) left free at its start for a header.
+
+        Raises OutputError when that is impossible.
+        """
         self.path = str(Path(path).absolute())
-        self._end = 0
+        self.reserve = self._end = reserve
         with writing(self.path):
             # unbuffered, so that a tensor can be read as soon as put() returns
             self._file = Path(self.path).open("wb", buffering=0)  # noqa: SIM115
+            self._file.seek(reserve)
 
     def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
         """Append the tensor's bytes and return a ref to them. Raises OutputError on a full disk."""
@@ -34,6 +39,43 @@ class Scratch:
         return refs.stored(
             self.path, offset, tuple(tensor.shape), dtypes.of_torch(tensor.dtype), name
         )
+
+    def adopt(
+        self, path: Path, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]
+    ) -> bool:
+        """Make the scratch the safetensors file at `path` if it holds exactly these tensors.
+
+        The header goes into the reserved bytes, padded with spaces, and the file is renamed: nothing
+        is copied. False, and nothing done, when anything else is in the file or the header is larger.
+        """
+        order = self._tiling(tensors)
+        if order is None:
+            return False
+        first, _ = header.build(tensors, metadata, str(path), order)
+        if len(first) > self.reserve:
+            return False
+        text = first[8:].ljust(self.reserve - 8)
+        with writing(path):
+            self._file.seek(0)
+            self._write(memoryview(len(text).to_bytes(8, "little") + text))
+            self.close()
+            Path(self.path).replace(path)
+        return True
+
+    def _tiling(self, tensors: Mapping[str, TensorRef]) -> list[str] | None:
+        """The names in file order if their spans follow each other from the reserve to the end."""
+        spans = []
+        for name, ref in tensors.items():
+            whole = all(isinstance(step, Reshape) for step in ref.steps)
+            if not (isinstance(ref.source, Stored) and ref.source.path == self.path and whole):
+                return None
+            spans.append((ref.source.offset, ref.nbytes, name))
+        position = self.reserve
+        for offset, length, _ in sorted(spans):
+            if offset != position:
+                return None
+            position += length
+        return [name for *_, name in sorted(spans)] if position == self._end else None
 
     def _write(self, data: memoryview) -> None:
         done = 0

@@ -56,7 +56,9 @@ def side_average(site: Site, members: Sequence[Member]) -> Factor:
     pairs = [_pair(site, member) for member in members]
     ranks = [pair.rank for pair in pairs]
     if len(set(ranks)) > 1:
-        raise CannotMerge(f"peft-linear needs equal ranks, found {ranks}: use linear", where=str(site))
+        raise CannotMerge(
+            f"peft-linear needs equal ranks, found {ranks}: use linear", where=str(site)
+        )
     scaled = [m.weight * pair.scale for m, pair in zip(members, pairs, strict=True)]
     roots = tuple(math.sqrt(abs(value)) for value in scaled)
     signed = tuple(math.copysign(root, value) for root, value in zip(roots, scaled, strict=True))
@@ -79,6 +81,7 @@ METHOD = Method(
     url="https://huggingface.co/docs/peft/developer_guides/model_merging",
     rules={"add": side_average},
     reduce=False,
+    promise=side_average,
     linear=False,
     gauge_invariant=False,
 )

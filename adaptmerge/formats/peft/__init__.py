@@ -4,10 +4,10 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 | quirk | here |
 |---|---|
-| the scale is in the config only: alpha / r, with rsLoRA alpha / sqrt(r), patterns per module | one number per site |
-| keys may keep the adapter name, wrapper prefixes, or copies of the base | removed, removed, kept as Replace |
-| target_modules is a set, or a regular expression | written as the shortest exact list of suffixes |
-| embeddings swap the roles of A and B; convolutions have kernels in A | canonical (out, in) factors |
+| the scale is in the config only: alpha / r, rsLoRA alpha / sqrt(r), patterns | one number per site |
+| keys may keep adapter names, wrapper prefixes, or copies of the base | removed; kept as Replace |
+| target_modules is a set or a regular expression | the shortest exact list of suffixes |
+| embeddings swap the roles of A and B; convolutions have kernels in A | (out, in) factors |
 """
 
 from __future__ import annotations

@@ -196,15 +196,20 @@ def _lora_problems(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     if not _is_rank(raw.get("r")):
         problems.append(f"r is {raw.get('r')!r}: expected the rank, a whole number of at least 1")
-    if not isinstance(raw.get("lora_alpha"), (int, float)) or isinstance(raw.get("lora_alpha"), bool):
+    if not isinstance(raw.get("lora_alpha"), (int, float)) or isinstance(
+        raw.get("lora_alpha"), bool
+    ):
         problems.append(f"lora_alpha is {raw.get('lora_alpha')!r}: expected a number")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(raw.get(name) or {}, dict):
             problems.append(f"{name} is not an object of pattern to number")
     if raw.get("bias", "none") not in (None, "none", "all", "lora_only"):
         problems.append(f"bias is {raw['bias']!r}: expected none, all or lora_only")
-    problems += [f"{name} is set: this LoRA {why}, and cannot be read as a plain one"
-                 for name, why in NOT_PLAIN.items() if raw.get(name)]
+    problems += [
+        f"{name} is set: this LoRA {why}, and cannot be read as a plain one"
+        for name, why in NOT_PLAIN.items()
+        if raw.get(name)
+    ]
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(MUTATING_INITS):
         problems.append(

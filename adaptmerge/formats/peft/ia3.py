@@ -10,9 +10,7 @@ from adaptmerge.graph import Edit, Note, Site
 from adaptmerge.registry import ReadOptions
 
 
-def read(
-    keys: Keys, config: PeftConfig, options: ReadOptions
-) -> tuple[list[Edit], list[Note]]:
+def read(keys: Keys, config: PeftConfig, options: ReadOptions) -> tuple[list[Edit], list[Note]]:
     """ia3_l is (out, 1) and scales weight and bias, or (1, in) and scales the input side."""
     notes = keys.notes()
     edits: list[Edit] = saved_edits(keys, config, notes)

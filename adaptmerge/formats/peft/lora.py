@@ -19,9 +19,7 @@ Parts = Mapping[str, TensorRef]
 BASE_COPY = "base_layer"
 
 
-def read(
-    keys: Keys, config: PeftConfig, options: ReadOptions
-) -> tuple[list[Edit], list[Note]]:
+def read(keys: Keys, config: PeftConfig, options: ReadOptions) -> tuple[list[Edit], list[Note]]:
     """The edits of a LoRA or DoRA file, module by module, and what was assumed."""
     notes = keys.notes()
     if config.r is None and options.alpha is None:
@@ -31,7 +29,9 @@ def read(
         edits += _module(keys, config, options, module, parts)
     if config.use_dora is False and any(edit.kind == "dora" for edit in edits):
         notes.append(
-            Note(Kind.ASSUMED, "DoRA magnitudes are stored though use_dora is not set: read as DoRA")
+            Note(
+                Kind.ASSUMED, "DoRA magnitudes are stored though use_dora is not set: read as DoRA"
+            )
         )
     return edits, notes
 
@@ -73,9 +73,11 @@ def _sides(parts: Parts) -> tuple[TensorRef, TensorRef, Layer]:
 
 
 def _module_problems(config: PeftConfig, module: str, parts: Parts) -> list[str]:
-    pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts or (
-        "lora_embedding_B" in parts
-    ) else ("lora_A", "lora_B")
+    pair = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if "lora_embedding_A" in parts or ("lora_embedding_B" in parts)
+        else ("lora_A", "lora_B")
+    )
     missing = [name for name in pair if name not in parts]
     if missing:
         return [f"{module}: {' and '.join(missing)} is missing, found only {', '.join(parts)}"]
@@ -88,8 +90,10 @@ def _module_problems(config: PeftConfig, module: str, parts: Parts) -> list[str]
         return [_rank_mismatch(module, pair, a, b)]
     expected = config.rank(module)
     if expected is not None and expected != a.shape[0]:
-        return [f"{module}: {pair[0]} {list(a.shape)} has rank {a.shape[0]}, but the config says "
-                f"{expected}: is this config of another adapter?"]
+        return [
+            f"{module}: {pair[0]} {list(a.shape)} has rank {a.shape[0]}, but the config says "
+            f"{expected}: is this config of another adapter?"
+        ]
     if config.use_dora and "lora_magnitude_vector" not in parts:
         return [f"{module}: use_dora is set but no lora_magnitude_vector is stored"]
     return []

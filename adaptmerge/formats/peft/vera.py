@@ -13,9 +13,7 @@ from adaptmerge.graph import Edit, Kind, Note, Site
 from adaptmerge.registry import ReadOptions
 
 
-def read(
-    keys: Keys, config: PeftConfig, options: ReadOptions
-) -> tuple[list[Edit], list[Note]]:
+def read(keys: Keys, config: PeftConfig, options: ReadOptions) -> tuple[list[Edit], list[Note]]:
     """Each site takes the first rows of B and the first columns of A, as PEFT slices them."""
     notes = keys.notes()
     down, up = _shared(keys, "vera_A"), _shared(keys, "vera_B")
@@ -39,7 +37,10 @@ def read(
         out = parts["vera_lambda_b"].count
         width = _width(config, options, module, down)
         factor = vera(
-            up.slice(0, 0, out), parts["vera_lambda_b"], down.slice(1, 0, width), parts["vera_lambda_d"]
+            up.slice(0, 0, out),
+            parts["vera_lambda_b"],
+            down.slice(1, 0, width),
+            parts["vera_lambda_d"],
         )
         edits.append(Add(Site(module), factor))
     return edits, notes

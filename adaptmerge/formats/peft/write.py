@@ -10,7 +10,6 @@ from typing import Any, cast
 from adaptmerge.edits import Add, Dora, Replace, ReplaceRows
 from adaptmerge.factors import Factor, LowRank, Product, as_low_rank
 from adaptmerge.files.refs import TensorRef, constant
-from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS
 from adaptmerge.formats.peft.keys import PREFIX
 from adaptmerge.graph import Adapter, Bundle, Site
@@ -58,7 +57,7 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         output.path(CONFIG).write_text(text, encoding="utf-8")
     name = output.single or WEIGHTS[0]
-    write_safetensors(output.path(name), dict(sorted(tensors.items())), metadata)
+    output.safetensors(name, dict(sorted(tensors.items())), metadata)
     return name
 
 
@@ -200,5 +199,3 @@ def _targets(adapter: Adapter, pairs: Mapping[str, LowRank], options: WriteOptio
 def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:
     rows = [edit for edit in adapter.edits if isinstance(edit, ReplaceRows)]
     return {edit.site.module: list(edit.rows) for edit in rows} or None
-
-

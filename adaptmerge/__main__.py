@@ -1,0 +1,6 @@
+"""python -m adaptmerge"""
+
+from adaptmerge.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The command line: the only place that prints or exits.
+
+Exit codes: 0 done, 1 an error, 2 wrong usage, 3 a verification or comparison that did not pass.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from adaptmerge import __version__
+from adaptmerge.cli import combine, convert, diff, explain, inspect, recipe, tables, verify
+from adaptmerge.cli.terminal import report_error
+from adaptmerge.errors import AdaptmergeError
+from adaptmerge.names import did_you_mean
+
+EPILOG = """\b
+Examples:
+  adaptmerge combine sql.safetensors chat.safetensors -o merged
+  adaptmerge combine sql=./a:0.7 chat=org/name@main:0.3 --rank 16
+  adaptmerge verify merged --base ./llama
+
+\b
+Exit codes: 0 done, 1 error, 2 usage, 3 verification failed.
+Shell completion: eval "$(_ADAPTMERGE_COMPLETE=bash_source adaptmerge)"
+"""
+
+
+class Commands(click.Group):
+    """A group that suggests the command that was meant and turns our errors into exit codes."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            hint = did_you_mean(args[0], list(self.commands))
+            raise click.UsageError(f"No such command {args[0]!r}: {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AdaptmergeError as problem:
+            report_error(problem, as_json="--json" in sys.argv)
+            ctx.exit(problem.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted: nothing was written", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="adaptmerge")
+def main() -> None:
+    """Merge, convert and verify adapter checkpoints (LoRA and its kin)."""
+
+
+for command in (
+    combine.combine,
+    recipe.run,
+    convert.convert,
+    inspect.inspect,
+    explain.explain,
+    verify.verify,
+    diff.diff,
+    tables.formats,
+    tables.methods,
+):
+    main.add_command(command)

@@ -1,0 +1,63 @@
+"""adaptmerge combine: many adapters into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaptmerge.cli.options import allowed, budget_of, budget_options, writing_options
+
+EPILOG = """\b
+An input is [NAME=]SOURCE[:WEIGHT][?alpha=32]; SOURCE is a folder, a .safetensors or
+.bin file, or a hub id org/name[@revision][//subfolder].
+
+\b
+Examples:
+  adaptmerge combine a.safetensors b.safetensors
+  adaptmerge combine sql=./a:0.7 chat=./b:0.3 --rank 16 -o merged
+  adaptmerge combine sql=./a chat=./b --site 'layers.[0-7].*attn*:sql=1,chat=0'
+  adaptmerge combine run/checkpoint-* --weights ema:0.9
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("-o", "--output", default="merged", show_default=True, help="Folder, or one file.")
+@click.option("--method", default="linear", show_default=True, help="See adaptmerge methods.")
+@click.option("--weights", help="0.7,0.3 | ema:0.9 | last:5; default 1/N each.")
+@click.option("--sum", "total", is_flag=True, help="Weight 1 for each instead of 1/N.")
+@click.option(
+    "--site",
+    "rules",
+    multiple=True,
+    metavar="RULE",
+    help="PATTERN[@KIND]:NAME=W,... for matching sites; repeatable, later wins.",
+)
+@click.option("--heads", metavar="NAME", help="Keep the heads and tokens of this input.")
+@budget_options
+@writing_options
+def combine(
+    inputs: tuple[str, ...],
+    output: str,
+    rules: tuple[str, ...],
+    allow: str,
+    dry_run: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Merge adapters: by default the true weighted sum of their deltas."""
+    from adaptmerge.cli.outcome import execute
+    from adaptmerge.inputs import parse_input
+    from adaptmerge.merge import Options
+    from adaptmerge.weights import parse_rule
+
+    options = Options(
+        rules=tuple(parse_rule(rule) for rule in rules),
+        budget=budget_of(given),
+        allow=allowed(allow),
+        **given,
+    )
+    specs = [parse_input(text) for text in inputs]
+    execute(specs, Path(output), options, command="combine", dry_run=dry_run, as_json=as_json)

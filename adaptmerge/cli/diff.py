@@ -1,0 +1,36 @@
+"""adaptmerge diff: do two adapters compute the same?"""
+
+from __future__ import annotations
+
+import click
+
+from adaptmerge.cli.options import base_option, json_option
+from adaptmerge.cli.terminal import print_json, table
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--tolerance", default=1e-5, show_default=True, help="Largest relative difference.")
+@click.option("--all", "show_all", is_flag=True, help="List every site, not the ten worst.")
+@base_option
+@json_option
+def diff(a: str, b: str, tolerance: float, show_all: bool, base: str | None, as_json: bool) -> None:
+    """Compare the deltas of two adapters in any formats; exit code 3 when they differ."""
+    from adaptmerge.base import open_base
+    from adaptmerge.inputs import open_input, parse_input
+    from adaptmerge.verify.difference import difference
+
+    model = open_base(base) if base else None
+    left, right = (open_input(parse_input(text), model).adapter for text in (a, b))
+    found = difference(left, right, model)
+    same = found.relative <= tolerance and all(s.relative <= tolerance for s in found.sites)
+    if as_json:
+        print_json({"same": same, "tolerance": tolerance, **found.as_json()})
+    else:
+        worst = sorted(found.sites, key=lambda s: -s.relative)
+        rows = [(s.site, s.left, s.right, s.relative) for s in worst[: None if show_all else 10]]
+        table(("site", "|a|", "|b|", "relative"), rows, right=(1, 2, 3))
+        answer = "compute the same" if same else "differ"
+        click.echo(f"{a}\n{b}\n{answer}: {found.relative:.2e} over {len(worst)} sites")
+    click.get_current_context().exit(0 if same else 3)

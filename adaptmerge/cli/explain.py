@@ -1,0 +1,80 @@
+"""adaptmerge explain: why a site of an output is what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptmerge.cli.options import json_option
+from adaptmerge.cli.terminal import print_json, table
+
+if TYPE_CHECKING:
+    from adaptmerge.report import Report, SiteLine
+
+ACTIONS = {
+    "pass": "kept as it was stored",
+    "fit": "computed as one low-rank pair",
+    "value": "a stored parameter, averaged",
+}
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("site")
+@json_option
+def explain(output: Path, site: str, as_json: bool) -> None:
+    """Explain one SITE of OUTPUT (a module path, its end, or a glob) from the report."""
+    from dataclasses import asdict
+
+    from adaptmerge.report import load_report
+
+    report = load_report(output)
+    lines = _matching(report, site)
+    if as_json:
+        print_json({"method": report.method, "sites": [asdict(line) for line in lines]})
+        return
+    for line in lines:
+        _show(report, line)
+
+
+def _matching(report: Report, site: str) -> list[SiteLine]:
+    from fnmatch import fnmatchcase
+
+    from adaptmerge.errors import UsageError
+    from adaptmerge.names import did_you_mean, is_suffix
+
+    found = [
+        line
+        for line in report.sites
+        if is_suffix(site, line.site)
+        or fnmatchcase(line.site, site)
+        or fnmatchcase(line.site, f"*.{site}")
+    ]
+    if not found:
+        hint = did_you_mean(site, [line.site for line in report.sites][:2000])
+        raise UsageError(
+            f"no site matches {site!r}: {hint if 'mean' in hint else 'see the report'}"
+        )
+    return found
+
+
+def _show(report: Report, line: SiteLine) -> None:
+    click.echo(f"{line.site}: {ACTIONS[line.action]} by {report.method}")
+    default = report.options["weights"]
+    table(
+        ("input", "weight", "default weight", "rank"),
+        [
+            (name, weight, default.get(name), line.ranks_in.get(name))
+            for name, weight in line.weights.items()
+        ],
+        right=(1, 2, 3),
+    )
+    loss = (
+        "exact"
+        if line.error == 0
+        else f"relative error {line.error:.3e} (truncation {line.truncation:.3e}, rounding "
+        f"{line.rounding:.3e}, absolute)"
+    )
+    click.echo(f"rank {line.rank}, norm {line.norm:.4g}, {loss}\n")

@@ -1,0 +1,50 @@
+"""adaptmerge inspect: what is in an adapter, from headers and config only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptmerge.cli.options import base_option, json_option
+from adaptmerge.cli.terminal import print_json, show_notes, table
+
+if TYPE_CHECKING:
+    from adaptmerge.summary import Summary
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--values", is_flag=True, help="Read the tensors: norms, NaN, zero deltas.")
+@base_option
+@json_option
+def inspect(inputs: tuple[str, ...], values: bool, base: str | None, as_json: bool) -> None:
+    """Show formats, families, ranks, scales, heads and notes of adapters; reads headers only."""
+    from adaptmerge.base import open_base
+    from adaptmerge.inputs import open_inputs, parse_input
+    from adaptmerge.summary import summarise
+
+    model = open_base(base) if base else None
+    opened = open_inputs([parse_input(text) for text in inputs], model)
+    found = [summarise(item, values=values) for item in opened]
+    if as_json:
+        print_json([summary.as_json() for summary in found])
+        return
+    for summary in found:
+        _show(summary)
+
+
+def _show(summary: Summary) -> None:
+    click.echo(
+        f"{summary.name}: {summary.format}, {summary.parameters:,} parameters in {summary.sites} sites"
+    )
+    base: dict[str, Any] = summary.base
+    if base.get("name"):
+        click.echo(
+            f"base {base['name']}" + (f" @ {base['revision']}" if base.get("revision") else "")
+        )
+    headers = ["modules", "count", "edit", "shape", "rank", "scale", "dtype"]
+    headers += ["norm"] if summary.values else []
+    table(headers, summary.rows(), right=(1, 3, 4, 5, 7))
+    show_notes(summary.notes)
+    click.echo()

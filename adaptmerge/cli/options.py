@@ -1,0 +1,87 @@
+"""Options that several commands share, and how they become the library's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _apply(options: list[Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document only.")
+base_option = click.option("--base", metavar="DIR", help="The base model (folder or hub id).")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
+)
+
+budget_options = _apply(
+    [
+        click.option("--rank", type=int, help="At most this rank per site."),
+        click.option(
+            "--energy", type=float, help="Keep this share of the squared norm, e.g. 0.99."
+        ),
+        click.option("--max-error", type=float, help="Lose at most this share of the norm."),
+        click.option(
+            "--per-site", is_flag=True, help="Hold --energy and --max-error at every site alone."
+        ),
+    ]
+)
+
+writing_options = _apply(
+    [
+        click.option(
+            "--to", "target", metavar="FORMAT", help="Output format (adaptmerge formats)."
+        ),
+        click.option("--dtype", help="bf16, fp16 or fp32; default: the inputs' own."),
+        click.option(
+            "--ranks",
+            default="uniform",
+            show_default=True,
+            help="uniform: one rank, zero padded; per-site: patterns.",
+        ),
+        base_option,
+        click.option(
+            "--allow", metavar="WHAT,...", default="", help="Go on in spite of: base, nonfinite."
+        ),
+        click.option("--strict", is_flag=True, help="Treat every assumption and loss as an error."),
+        click.option("--force", is_flag=True, help="Replace an existing output."),
+        click.option("--jobs", type=click.IntRange(1), help="Sites worked on at once."),
+        click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+        json_option,
+    ]
+)
+
+
+def budget_of(given: dict[str, Any]) -> Any:
+    """The Budget of the budget options, taken out of `given`."""
+    from adaptmerge.fit import Budget
+
+    names = ("rank", "energy", "max_error", "per_site")
+    return Budget(**{name: given.pop(name) for name in names})
+
+
+def allowed(text: str) -> frozenset[str]:
+    """The names in a comma-separated --allow."""
+    return frozenset(part.strip() for part in text.split(",") if part.strip())
+
+
+def named_paths(pairs: tuple[str, ...], option: str) -> dict[str, str]:
+    """NAME=PATH pairs as a mapping."""
+    found = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise click.UsageError(f"{option} {pair!r}: expected NAME=PATH")
+        found[name] = path
+    return found

@@ -1,0 +1,105 @@
+"""Showing what a merge plans and what it made: shared by combine, run and convert."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptmerge.cli.terminal import WIDTH, print_json, progress, show_notes, table
+
+if TYPE_CHECKING:
+    from adaptmerge.inputs import InputSpec
+    from adaptmerge.merge import Options
+    from adaptmerge.report import Report
+
+
+def execute(
+    specs: Sequence[InputSpec],
+    output: Path,
+    options: Options,
+    *,
+    command: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Plans, or merges and shows the outcome."""
+    from adaptmerge import merge
+
+    if dry_run:
+        _show_plan(merge.prepare(specs, output, options), as_json)
+        return
+    with progress("merging sites") as advance:
+        report = merge.combine(specs, output, options, advance, command)
+    if as_json:
+        print_json({"output": str(output), **report.as_json()})
+        return
+    show_notes(report.notes)
+    _show_inputs(report)
+    click.echo(_headline(output, report))
+
+
+def _show_plan(prepared: object, as_json: bool) -> None:
+    from adaptmerge.merge import Prepared
+    from adaptmerge.plan import plan_rows
+
+    assert isinstance(prepared, Prepared)
+    rows = plan_rows(prepared.plan)
+    if as_json:
+        notes = [str(note) for note in prepared.notes]
+        print_json({"plan": rows, "notes": notes, "format": prepared.target.name})
+        return
+    show_notes(prepared.notes)
+    table(
+        ("site", "action", "weights", "ranks", "cap"),
+        [
+            (
+                row["site"],
+                row["action"],
+                _pairs(row["weights"]),
+                _pairs(row["ranks"]),
+                row["rank_cap"],
+            )
+            for row in rows
+        ],
+        right=(4,),
+    )
+    count, method = len(rows), prepared.plan.method.name
+    click.echo(f"{count} sites by {method} as {prepared.target.name}; nothing was written")
+
+
+def _pairs(values: object) -> str:
+    assert isinstance(values, dict)
+    return " ".join(f"{value:.4g}" for value in values.values())
+
+
+def _show_inputs(report: Report) -> None:
+    weights = report.options["weights"]
+    norms = report.totals.input_norms
+    table(
+        ("input", "format", "weight", "norm"),
+        [(i["name"], i["format"], weights[i["name"]], norms[i["name"]]) for i in report.inputs],
+        right=(2, 3),
+    )
+    if 1 < len(report.inputs) <= 4:
+        pairs = ", ".join(
+            f"{pair.replace(' ', '/')} {c:+.2f}" for pair, c in report.totals.cosines.items()
+        )
+        click.echo(textwrap.fill(f"cosines {pairs}", WIDTH))
+
+
+def _headline(output: Path, report: Report) -> str:
+    ranks = [line.rank for line in report.sites if line.rank is not None]
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    shown = f"{low}" if low == high else f"{low}-{high}"
+    totals = report.totals
+    if totals.error == 0:
+        loss = "exact"
+    else:
+        parts = f"truncation {totals.truncation:.1e}, rounding {totals.rounding:.1e}"
+        loss = f"error {totals.error:.2e} ({parts})"
+    made = f"{len(report.sites)} sites, rank {shown}, {report.output['dtype']}, {loss}"
+    return textwrap.fill(f"wrote {output}: {made}", WIDTH)

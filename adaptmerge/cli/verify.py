@@ -1,0 +1,76 @@
+"""adaptmerge verify: does an output compute what was promised?"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptmerge.cli.options import base_option, device_option, json_option, named_paths
+from adaptmerge.cli.terminal import WIDTH, print_json, table
+
+if TYPE_CHECKING:
+    from adaptmerge.verify import Verdict
+
+EPILOG = """\b
+Examples:
+  adaptmerge verify merged
+  adaptmerge verify merged --base ./llama --junit verify.xml
+  adaptmerge verify merged --input sql=/elsewhere/sql --base ./llama --layerwise
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("output", type=click.Path(path_type=Path))
+@base_option
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Where an input lies now; repeatable.",
+)
+@device_option
+@click.option("--layerwise", is_flag=True, help="Stream the base; for models that do not fit.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Also write a JUnit XML file.")
+@json_option
+def verify(
+    output: Path,
+    base: str | None,
+    inputs: tuple[str, ...],
+    device: str,
+    layerwise: bool,
+    junit: Path | None,
+    as_json: bool,
+) -> None:
+    """Check OUTPUT against its inputs, its report and, with --base, the real model's outputs.
+
+    Exit code 3 unless every check that was made passed.
+    """
+    from adaptmerge import verify as library
+
+    questions = library.Questions(base, named_paths(inputs, "--input"), device, layerwise)
+    verdict = library.verify(output, questions)
+    if junit:
+        junit.write_text(verdict.as_junit(), encoding="utf-8")
+    if as_json:
+        print_json(verdict.as_json())
+    else:
+        _show(verdict)
+    click.get_current_context().exit(0 if verdict.status == library.PASS else 3)
+
+
+def _show(verdict: Verdict) -> None:
+    table(("check", "status", "finding"), [(c.name, c.status, c.detail) for c in verdict.checks])
+    for check in verdict.checks:
+        if "relative_error" in check.numbers:
+            n = check.numbers
+            click.echo(
+                f"{check.name}: effect {n['effect']:.1e} of the outputs, max error "
+                f"{n['max_error']:.1e},\n  KL {n['kl']:.1e}, top-1 {100 * n['top1_agreement']:.1f} %"
+            )
+    if verdict.trusted:
+        click.echo(textwrap.fill(f"trusted without proof: {verdict.trusted}", WIDTH))
+    click.echo(f"{verdict.subject}: {verdict.status}")

@@ -1,0 +1,200 @@
+"""adaptmerge's own format: every edit as it is, in safetensors, with the graph as JSON.
+
+A folder holds graph.json and tensors.safetensors; a lone .safetensors file has the JSON in its metadata
+under "adaptmerge_graph". The JSON mirrors the classes of the graph: {"is": "Add", "site": ..., "factor":
+...}; a tensor is {"tensor": NAME} and, where several sites share one, the steps that cut it. Version 1;
+the page docs/formats/native.md is its definition.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from adaptmerge import edits as edit_classes
+from adaptmerge import factors as factor_classes
+from adaptmerge.errors import InputError
+from adaptmerge.files import refs as ref_classes
+from adaptmerge.files.dtypes import BY_NAME, DType
+from adaptmerge.files.listing import Listing
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.graph import Adapter, BaseReference, Bundle, Layer, Note, Site
+from adaptmerge.registry import Format, Output, ReadOptions, Stores, WriteOptions
+
+VERSION = 1
+KEY = "adaptmerge_graph"
+GRAPH = "graph.json"
+TENSORS = "tensors.safetensors"
+
+
+def _nodes() -> dict[str, type]:
+    """The classes a graph is made of, by name; each name is that of one class."""
+    table: dict[str, type] = {
+        "Site": Site,
+        "Layer": Layer,
+        "BaseReference": BaseReference,
+        "Note": Note,
+    }
+    for module in (factor_classes, edit_classes, ref_classes):
+        for name, found in vars(module).items():
+            if isinstance(found, type) and is_dataclass(found):
+                assert table.setdefault(name, found) is found, f"two classes are called {name}"
+    return table
+
+
+NODES = _nodes()
+
+
+def detect(listing: Listing) -> bool:
+    """Whether there is a graph, in a file of its own or in a header."""
+    if listing.single is None:
+        return listing.has(GRAPH) and KEY in listing.json(GRAPH)
+    if not listing.single.endswith(".safetensors"):
+        return False
+    return KEY in listing.tensors(listing.single).metadata
+
+
+def read(listing: Listing, options: ReadOptions) -> Bundle:
+    """The bundle at `listing`. Raises InputError for other versions and malformed graphs."""
+    file = listing.tensors(listing.single or TENSORS)
+    graph = _parsed(file.metadata[KEY], listing) if listing.single else listing.json(GRAPH)
+    if graph.get(KEY) != VERSION:
+        raise InputError(
+            f"is version {graph.get(KEY)!r} of the native format, expected {VERSION}: update adaptmerge",
+            where=listing.origin,
+        )
+    decoder = _Decoder(file.refs)
+    try:
+        adapters = {n: decoder.adapter(n, raw) for n, raw in graph["adapters"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as problem:
+        raise InputError(f"its graph is malformed: {problem!r}", where=listing.origin) from None
+    left = sorted(set(file.refs) - decoder.used)
+    if left:
+        raise InputError([f"tensor {name!r} is in no edit" for name in left], where=listing.origin)
+    return Bundle(adapters)
+
+
+def _parsed(text: str, listing: Listing) -> dict[str, Any]:
+    try:
+        graph = json.loads(text)
+    except ValueError as problem:
+        raise InputError(f"its graph is not JSON: {problem}", where=listing.origin) from None
+    if not isinstance(graph, dict):
+        raise InputError("its graph is not a JSON object", where=listing.origin)
+    return graph
+
+
+class _Decoder:
+    """Rebuilds graph nodes from JSON; only the classes in NODES can be named."""
+
+    def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
+        self.tensors = tensors
+        self.used: set[str] = set()
+
+    def adapter(self, name: str, raw: Mapping[str, Any]) -> Adapter:
+        return Adapter(
+            name=name,
+            edits=tuple(self.node(edit) for edit in raw["edits"]),
+            base=self.node(raw["base"]),
+            notes=tuple(self.node(note) for note in raw["notes"]),
+            hints=raw["hints"],
+            covers=frozenset(raw["covers"]),
+        )
+
+    def node(self, raw: Any) -> Any:
+        if isinstance(raw, list):
+            return tuple(self.node(part) for part in raw)
+        if not isinstance(raw, dict):
+            return raw
+        if "tensor" in raw:
+            return self._tensor(raw)
+        if "dtype" in raw and len(raw) == 1:
+            return BY_NAME[raw["dtype"]]
+        values = {key: self.node(value) for key, value in raw.items() if key != "is"}
+        return NODES[raw["is"]](**values)
+
+    def _tensor(self, raw: Mapping[str, Any]) -> TensorRef:
+        self.used.add(raw["tensor"])
+        ref = replace(self.tensors[raw["tensor"]], shared=bool(raw.get("shared", False)))
+        for step in raw.get("steps", ()):
+            ref = ref.then(self.node(step))
+        return ref
+
+
+class _Encoder:
+    """Turns graph nodes into JSON and collects the tensors they refer to."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorRef] = {}
+        self._shared: dict[Any, str] = {}
+
+    def adapter(self, adapter: Adapter) -> dict[str, Any]:
+        return {
+            "edits": [self.node(e, f"{i}.{e.site}.{e.kind}") for i, e in enumerate(adapter.edits)],
+            "base": self.node(adapter.base, ""),
+            "notes": [self.node(note, "") for note in adapter.notes],
+            "hints": adapter.hints,
+            "covers": sorted(adapter.covers),
+        }
+
+    def node(self, value: Any, path: str) -> Any:
+        if isinstance(value, TensorRef):
+            return self._tensor(value, path)
+        if isinstance(value, DType):
+            return {"dtype": value.name}
+        if isinstance(value, tuple):
+            return [self.node(part, f"{path}.{i}") for i, part in enumerate(value)]
+        if is_dataclass(value) and not isinstance(value, type):
+            inner = {
+                f.name: self.node(getattr(value, f.name), f"{path}.{f.name}") for f in fields(value)
+            }
+            return {"is": type(value).__name__, **inner}
+        return value
+
+    def _tensor(self, ref: TensorRef, path: str) -> dict[str, Any]:
+        if not ref.shared:
+            self.tensors[path] = ref
+            return {"tensor": path}
+        name = self._shared.setdefault(ref.source, f"shared.{len(self._shared)}")
+        source = ref.source
+        self.tensors[name] = replace(ref, shape=source.shape, dtype=source.dtype, steps=())
+        steps = [self.node(step, "") for step in ref.steps]
+        return {"tensor": name, "shared": True, "steps": steps}
+
+
+def stores(options: WriteOptions) -> Stores:
+    """Everything, each site with its own rank and scale."""
+    kinds = {
+        c.kind for c in vars(edit_classes).values() if isinstance(c, type) and hasattr(c, "kind")
+    }
+    return Stores(kinds=frozenset(kinds), low_rank=False, scale="site", dtypes=frozenset(BY_NAME))
+
+
+def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
+    """Writes the bundle; returns the name of the tensor file."""
+    encoder = _Encoder()
+    adapters = {name: encoder.adapter(adapter) for name, adapter in bundle.adapters.items()}
+    graph = {KEY: VERSION, "adapters": adapters}
+    metadata = dict(output.metadata)
+    if output.single:
+        metadata[KEY] = json.dumps(graph, sort_keys=True)
+    else:
+        text = json.dumps(graph, indent=1, sort_keys=True) + "\n"
+        output.path(GRAPH).write_text(text, encoding="utf-8")
+    name = output.single or TENSORS
+    output.safetensors(name, dict(sorted(encoder.tensors.items())), metadata)
+    return name
+
+
+FORMAT = Format(
+    name="native",
+    title="adaptmerge's own format: holds every edit",
+    url="docs/formats/native.md",
+    detect=detect,
+    read=read,
+    write=write,
+    stores=stores,
+    before=("peft",),
+)

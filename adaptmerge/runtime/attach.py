@@ -1,0 +1,215 @@
+"""Attaching an adapter to a model: while active, every forward uses the edited parameters.
+
+A parameter is swapped just before the forward of its own module and put back right after, so at
+most one module's edited copy exists at a time, weights tied to another module stay as they are
+there, and the originals are never written to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptmerge.edits import ActivationEdit, Replace, WeightEdit, factor_of
+from adaptmerge.errors import InputError
+from adaptmerge.graph import Adapter
+from adaptmerge.lazy import torch
+from adaptmerge.names import suffixes
+from adaptmerge.runtime.places import hook_activation
+
+
+@contextmanager
+def attach(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
+    """While active, `model` computes base and adapter; afterwards it is bit for bit what it was.
+
+    Raises InputError with all edits that have no place in the model.
+    """
+    paths = _resolve(model, adapter)
+    swaps = _swaps(model, adapter, paths)
+    with ExitStack() as undo:
+        for swap in swaps:
+            undo.callback(swap.restore)
+            for handle in swap.register():
+                undo.callback(handle.remove)
+        for edit in adapter.edits:
+            if isinstance(edit, ActivationEdit):
+                for handle in hook_activation(model, paths[edit.site.module], edit):
+                    undo.callback(handle.remove)
+        yield
+
+
+def _resolve(model: torch.nn.Module, adapter: Adapter) -> dict[str, str]:
+    """The model's path of every module that is edited: equal, or equal up to one model prefix."""
+    wanted = list(dict.fromkeys(edit.site.module for edit in adapter.edits))
+    known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    longer: dict[str, list[str]] = {}
+    for name in known:
+        longer.setdefault(name.partition(".")[2], []).append(name)
+    paths = {module: _path(module, set(known), longer) for module in wanted}
+    lost = [module for module, path in paths.items() if path is None]
+    if lost:
+        raise InputError(
+            f"{type(model).__name__} has no {', '.join(lost)}: is this adapter for another model?"
+        )
+    found = {module: path for module, path in paths.items() if path is not None}
+    taken = list(found.values())
+    twice = [module for module, path in found.items() if taken.count(path) > 1]
+    if twice:
+        raise InputError(f"{', '.join(twice)} are not told apart by {type(model).__name__}")
+    return found
+
+
+def _path(module: str, known: set[str], longer: Mapping[str, list[str]]) -> str | None:
+    if module in known:
+        return module
+    shorter = suffixes(module)[-2:-1]
+    candidates = [*(name for name in shorter if name in known), *longer.get(module, ())]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _swaps(model: torch.nn.Module, adapter: Adapter, paths: Mapping[str, str]) -> list[Swap]:
+    swaps: dict[str, Swap] = {}
+    problems: list[str] = []
+    for site, edits in adapter.sites().items():
+        weight_edits = [edit for edit in edits if isinstance(edit, WeightEdit)]
+        other = [edit for edit in edits if not isinstance(edit, (WeightEdit, ActivationEdit))]
+        problems += [f"{site}: edits of kind {edit.kind!r} cannot be run yet" for edit in other]
+        path = paths[site.module]
+        module = model.get_submodule(path)
+        found = _problems(module, site.param, weight_edits)
+        problems += [f"{site}: {problem}" for problem in found]
+        if weight_edits and not found and site.param in module._parameters:
+            swaps.setdefault(path, Swap(module)).edits[site.param] = weight_edits
+    if problems:
+        raise InputError(problems)
+    return list(swaps.values())
+
+
+def _problems(module: torch.nn.Module, param: str, edits: Sequence[WeightEdit]) -> list[str]:
+    """What speaks against editing this parameter, as far as shapes say."""
+    if not edits:
+        return []
+    value = module._parameters.get(param)
+    if value is None:
+        return _absent_problems(module, param, edits)
+    if not value.dtype.is_floating_point:
+        return [f"the base stores it quantised as {value.dtype}: load an unquantised base"]
+    shape, problems = canonical_shape(module, value.shape), []
+    for edit in edits:
+        if isinstance(edit, Replace):
+            shape = canonical_shape(module, edit.value.shape)
+        factor = factor_of(edit)
+        expected = shape if len(shape) == 2 else (shape[0], 1)
+        if factor is not None and factor.shape != expected:
+            problems.append(f"the base has shape {list(shape)}, the adapter {list(factor.shape)}")
+    return problems
+
+
+def _absent_problems(module: torch.nn.Module, param: str, edits: Sequence[WeightEdit]) -> list[str]:
+    if param in module._parameters and param == "bias":
+        return []
+    if param == "bias" and "weight" in module._parameters and _stays_zero(module, edits):
+        return []
+    return [f"{type(module).__name__} has no {param}: is this adapter for another model?"]
+
+
+def _stays_zero(module: torch.nn.Module, edits: Sequence[WeightEdit]) -> bool:
+    return not bool(apply_edits(_zero_bias(module), edits).any())
+
+
+@dataclass(eq=False)
+class Swap:
+    """The edited parameters of one module, in place of the originals during its forward only."""
+
+    module: torch.nn.Module
+    edits: dict[str, list[WeightEdit]] = field(default_factory=dict)
+    originals: dict[str, torch.nn.Parameter | None] = field(default_factory=dict)
+
+    def register(self) -> list[Any]:
+        """The hooks; restoring comes before hooks that were there, such as releasing weights."""
+        return [
+            self.module.register_forward_pre_hook(lambda *_: self.put()),
+            self.module.register_forward_hook(
+                lambda *_: self.restore(), prepend=True, always_call=True
+            ),
+        ]
+
+    def put(self) -> None:
+        """Swap in the edited parameters."""
+        for name, edits in self.edits.items():
+            original = self.module._parameters[name]
+            edited = self._edited(original, edits)
+            self.originals.setdefault(name, original)
+            self.module._parameters[name] = edited
+
+    def restore(self) -> None:
+        """Swap back the originals."""
+        for name, original in self.originals.items():
+            self.module._parameters[name] = original
+        self.originals.clear()
+
+    def _edited(
+        self, original: torch.nn.Parameter | None, edits: list[WeightEdit]
+    ) -> torch.nn.Parameter | None:
+        with torch.no_grad():
+            start = _zero_bias(self.module) if original is None else original.detach()
+            value = apply_edits(start, edits, transposed=is_transposed(self.module))
+        if original is None and not bool(value.any()):
+            return None
+        return torch.nn.Parameter(value, requires_grad=False)
+
+
+def apply_edits(
+    stored: torch.Tensor, edits: Sequence[WeightEdit], *, transposed: bool = False
+) -> torch.Tensor:
+    """The parameter as its module stores it, edited in order in float64 and rounded once.
+
+    Edits see the canonical matrix; a Replace holds the parameter as its module stores it.
+    """
+    place = torch.device("cpu") if stored.device.type == "mps" else stored.device
+    value, shape = stored.to(place).double(), stored.shape
+    for edit in edits:
+        if isinstance(edit, Replace):
+            value = edit.apply(value)
+            shape = value.shape
+        else:
+            value = _canonical(value, transposed)
+            value = _as_stored(edit.apply(value), shape, transposed)
+    return value.to(stored.dtype).to(stored.device).contiguous()
+
+
+def _canonical(value: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """(out, in) for matrices, (out, in * kernel) for convolutions, vectors as they are."""
+    if value.ndim == 2 and transposed:
+        return value.T
+    return value.flatten(1) if value.ndim > 2 else value
+
+
+def _as_stored(value: torch.Tensor, shape: Sequence[int], transposed: bool) -> torch.Tensor:
+    return value.T if value.ndim == 2 and transposed else value.reshape(*shape)
+
+
+def is_transposed(module: torch.nn.Module) -> bool:
+    """Whether the module stores its weight as (in, out), as GPT-2's layers do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def canonical_shape(module: torch.nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a parameter of the module as edits see it."""
+    if len(shape) == 2 and is_transposed(module):
+        return shape[1], shape[0]
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else tuple(shape)
+
+
+def _zero_bias(module: torch.nn.Module) -> torch.Tensor:
+    """The bias that a module without one computes with."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    width = canonical_shape(module, weight.shape)[0]
+    device = "cpu" if weight.is_meta else weight.device
+    return torch.zeros(width, dtype=weight.dtype, device=device)

@@ -1,0 +1,159 @@
+"""Does an output compute what its report promises? Three oracles, cheapest first.
+
+1. weights: each site's stored delta against the inputs' own tensors, dense, in float64.
+2. forward: outputs of the real base model with the result, against base plus the promised edits.
+3. native: inputs and output loaded by their format's own library, where it is installed.
+
+1 and 2 prove the merge, given our readers; only 3 proves the spelling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adaptmerge.align import align
+from adaptmerge.base import Base, open_base
+from adaptmerge.errors import CannotMerge, InputError, VerificationFailed
+from adaptmerge.files.dtypes import BY_NAME
+from adaptmerge.graph import Adapter
+from adaptmerge.inputs import Input, InputSpec, open_input
+from adaptmerge.report import Report, load_report
+from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
+from adaptmerge.verify.promise import promises
+from adaptmerge.verify.weights import check_weights
+
+__all__ = ["FAIL", "PASS", "SKIPPED", "UNDECIDABLE", "Check", "Questions", "Verdict", "verify"]
+
+TRUSTED = (
+    "adaptmerge's own readers (pass --base and install the format's library to prove them too)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """How to verify: the base to run, where inputs lie if not where the report says, and the device."""
+
+    base: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    device: str = "auto"
+    layerwise: bool = False
+
+
+def verify(output: Path, questions: Questions = Questions()) -> Verdict:
+    """The verdict on an output with a report. Raises InputError when it cannot be examined at all."""
+    if not output.exists():
+        raise InputError(
+            "does not exist: give the folder or file that was written", where=str(output)
+        )
+    report = load_report(output)
+    base = open_base(questions.base) if questions.base else None
+    inputs, checks = _inputs(output, report, questions, base)
+    result = open_input(InputSpec(str(output), "output"), base)
+    checks += _base_checks(report, result.adapter, base)
+    if inputs is None:
+        return Verdict(output.name, checks, TRUSTED)
+    try:
+        promised = promises(report, {i.name: i.adapter for i in inputs}, base)
+    except VerificationFailed as problem:
+        return Verdict(output.name, [*checks, Check("promise", FAIL, str(problem))], TRUSTED)
+    check, expected = check_weights(report, promised, result.adapter)
+    checks.append(check)
+    if base is None:
+        skipped = Check("forward", SKIPPED, "no base model was given: pass --base DIR")
+        return Verdict(output.name, [*checks, skipped], TRUSTED)
+    if _failed(checks, "base"):
+        return Verdict(output.name, checks, TRUSTED)
+    reference = result.adapter.with_edits(expected)
+    more, trusted = _model_checks(report, reference, result, inputs, base, questions)
+    return Verdict(output.name, [*checks, *more], trusted)
+
+
+def _failed(checks: Sequence[Check], name: str) -> bool:
+    return any(check.name == name and check.status == FAIL for check in checks)
+
+
+def _inputs(
+    output: Path, report: Report, questions: Questions, base: Base | None
+) -> tuple[list[Input] | None, list[Check]]:
+    """The report's inputs, found and unchanged; None with a failed check when they are not."""
+    opened, problems = [], []
+    for described in report.inputs:
+        path = _find(output, described, questions)
+        if path is None:
+            problems.append(
+                f"input {described['name']} is not at {described['source']}: "
+                f"say --input {described['name']}=PATH"
+            )
+            continue
+        item = open_input(InputSpec(path, described["name"], alpha=described["alpha"]), base)
+        opened.append(item)
+        problems += _changed(item, described["sha256"])
+    if problems:
+        return None, [Check("inputs", FAIL, "; ".join(problems), {"problems": problems})]
+    return opened, [Check("inputs", PASS, f"{len(opened)} inputs are the files that were merged")]
+
+
+def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> str | None:
+    """The input's path: as told, as written relative to here, beside the output, or its hub id."""
+    if described["name"] in questions.inputs:
+        return questions.inputs[described["name"]]
+    source = str(described["source"])
+    beside = output.resolve().parent
+    places = [Path(source), beside / source, beside / Path(source).name]
+    found = next((str(place) for place in places if place.exists()), None)
+    return found or (source if described["revision"] else None)
+
+
+def _changed(item: Input, recorded: Mapping[str, str]) -> list[str]:
+    missing = [name for name in recorded if not item.listing.has(name)]
+    if missing:
+        return [f"input {item.name} has no file {missing[0]}"]
+    now = item.listing.sha256(*recorded)
+    return [
+        f"input {item.name}: {name} has changed since the merge (sha256 {now[name][:12]}…, merged was "
+        f"{digest[:12]}…)"
+        for name, digest in recorded.items()
+        if now[name] != digest
+    ]
+
+
+def _base_checks(report: Report, output: Adapter, base: Base | None) -> list[Check]:
+    """Whether the base is the one the adapter is for: by fingerprint, modules and shapes."""
+    if base is None:
+        return []
+    recorded = (report.base or {}).get("fingerprint")
+    if recorded and recorded != base.fingerprint:
+        detail = f"{base.path.name} is not the base this was merged for (its fingerprint differs)"
+        return [Check("base", FAIL, detail)]
+    try:
+        align({"output": output}, base, frozenset())
+    except CannotMerge as problem:
+        return [Check("base", FAIL, problem.problems[0], {"problems": list(problem.problems)})]
+    how = "fingerprint, modules and shapes" if recorded else "modules and shapes"
+    return [Check("base", PASS, f"{base.path.name} fits by {how}")]
+
+
+def _model_checks(
+    report: Report,
+    expected: Adapter,
+    result: Input,
+    inputs: Sequence[Input],
+    base: Base,
+    questions: Questions,
+) -> tuple[list[Check], str]:
+    from adaptmerge.verify import forward
+
+    device = forward.device_named(questions.device)
+    bench = forward.Bench.of(base, device, questions.layerwise)
+    dtype = BY_NAME[report.output["dtype"].upper()]
+    checks, y_ref, y_base = forward.check_forward(bench, expected, result.adapter, dtype)
+    if questions.layerwise or not forward.installed(result.format):
+        return checks, TRUSTED
+    native = forward.check_native_output(bench, result.format, result.path, y_ref, y_base, dtype)
+    readings = forward.check_native_inputs(replace(bench, device="cpu"), inputs)
+    proved = [c for c in readings if c.status == PASS]
+    trusted = "" if len(proved) == len(inputs) else TRUSTED
+    return [*checks, native, *readings], trusted

@@ -1,0 +1,132 @@
+"""llama.cpp as the judge: a base folder as a GGUF model, and log-probabilities with an adapter.
+
+The converter here is our own few lines, with numpy: the reordering of q and k is written out again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
+Array = np.ndarray[Any, Any]
+
+
+def interleaved(weight: Array, heads: int) -> Array:
+    """Row 2i of each head from its first half, row 2i + 1 from its second."""
+    rows = weight.reshape(heads, -1, weight.shape[-1])
+    half = rows.shape[1] // 2
+    turned = np.empty_like(rows)
+    turned[:, 0::2], turned[:, 1::2] = rows[:, :half], rows[:, half:]
+    return turned.reshape(weight.shape)
+
+
+def model(base: Path, path: Path) -> Path:
+    """The base as a GGUF model in float32 with a vocabulary of placeholders."""
+    import gguf
+
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    arch = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, arch)
+    _hyperparameters(writer, config, arch)
+    _vocabulary(writer, config["vocab_size"])
+    blocks = config.get("num_hidden_layers", config.get("n_layer"))
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[arch], blocks)
+    for name, value in load_file(base / "model.safetensors").items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), _weight(name, value, config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _weight(name: str, value: Array, config: dict[str, Any]) -> Array:
+    if config["model_type"] == "llama" and name.endswith("q_proj.weight"):
+        value = interleaved(value, config["num_attention_heads"])
+    if config["model_type"] == "llama" and name.endswith("k_proj.weight"):
+        value = interleaved(value, config["num_key_value_heads"])
+    if config["model_type"] == "gpt2" and name.endswith(
+        (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
+    ):
+        value = value.T
+    return np.ascontiguousarray(value, dtype=np.float32)
+
+
+def _hyperparameters(writer: Any, config: dict[str, Any], arch: str) -> None:
+    hidden = config.get("hidden_size", config.get("n_embd"))
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    writer.add_context_length(config.get("max_position_embeddings", config.get("n_positions")))
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(config.get("num_hidden_layers", config.get("n_layer")))
+    writer.add_feed_forward_length(config.get("intermediate_size") or config["n_inner"])
+    writer.add_head_count(heads)
+    if arch == "gpt2":
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+        return
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config.get("head_dim") or hidden // heads)
+    writer.add_rope_freq_base(float(config["rope_parameters"]["rope_theta"]))
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def _vocabulary(writer: Any, size: int) -> None:
+    import gguf
+
+    kinds = gguf.TokenType
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))][:size]
+    types = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256][:size]
+    more = range(len(tokens), size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, *(f"t{number}" for number in more)])
+    writer.add_token_scores([-float(number) for number in range(size)])
+    writer.add_token_types([*types, *[kinds.NORMAL for _ in more]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+
+
+@contextmanager
+def server(model: Path, adapter: Path | None = None) -> Iterator[Any]:
+    """A llama.cpp server in this process, with float32 keys and values."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = 64, 64, 64, 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = 1
+    params.warmup = False
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    yield xllamacpp.Server(params)
+
+
+def logprobs(model: Path, prompt: list[int], size: int, adapter: Path | None = None) -> Array:
+    """Log-probabilities of all tokens after the prompt."""
+    with server(model, adapter) as served:
+        answer = served.handle_completions(
+            {
+                "prompt": prompt,
+                "n_predict": 1,
+                "n_probs": size,
+                "temperature": 0.0,
+                "cache_prompt": False,
+            }
+        )
+    if isinstance(answer, (str, bytes)):
+        answer = json.loads(answer)
+    (choice,) = answer["choices"]
+    found = {
+        item["id"]: item["logprob"] for item in choice["logprobs"]["content"][0]["top_logprobs"]
+    }
+    return np.array([found[token] for token in range(size)])

@@ -1,0 +1,282 @@
+"""The verifier passes what is right and fails what is wrong, each defect on its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from adaptmerge import verify as library
+from adaptmerge.errors import InputError
+from adaptmerge.fit import Budget
+from adaptmerge.formats.peft.config import PeftConfig
+from adaptmerge.inputs import InputSpec, open_input
+from adaptmerge.merge import Options, combine
+from adaptmerge.verify import forward
+from adaptmerge.verify.difference import difference
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+K0, V0 = Q0.replace("q_proj", "k_proj"), Q0.replace("q_proj", "v_proj")
+
+
+@pytest.fixture
+def tiny(fixtures: Path) -> Path:
+    return fixtures / "tinyllama"
+
+
+def merged(tiny: Path, out: Path, **options: object) -> Path:
+    names = ("lora-r8-shakespeare", "lora-r8-cheaders")
+    specs = [InputSpec(str(tiny / name), weight=w) for name, w in zip(names, (0.7, 0.4), strict=True)]
+    combine(specs, out, Options(**options))  # type: ignore[arg-type]
+    return out
+
+
+def ask(tiny: Path, out: Path, *, base: Path | None = None, **more: object) -> library.Verdict:
+    inputs = {name: str(tiny / name) for name in ("lora-r8-shakespeare", "lora-r8-cheaders")}
+    questions = library.Questions(
+        base=str(base or tiny / "base"), inputs=inputs, device="cpu", **more  # type: ignore[arg-type]
+    )
+    return library.verify(out, questions)
+
+
+def statuses(verdict: library.Verdict) -> dict[str, str]:
+    return {check.name: check.status for check in verdict.checks}
+
+
+def rewrite(out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(out / WEIGHTS)
+    with safe_open(out / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    change(tensors)
+    save_file(tensors, out / WEIGHTS, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"budget": Budget(rank=4)},
+        {"budget": Budget(energy=0.9)},
+        {"budget": Budget(max_error=0.2, per_site=True)},
+        {"dtype": "bf16"},
+        {"method": "svd", "dtype": "fp16", "ranks": "per-site"},
+        {"method": "peft-linear"},
+        {"method": "cat", "target": "native"},
+    ],
+    ids=str,
+)
+def test_a_right_merge_passes_every_oracle(
+    tiny: Path, tmp_path: Path, options: dict[str, object]
+) -> None:
+    verdict = ask(tiny, merged(tiny, tmp_path / "out", **options))
+    assert verdict.status == library.PASS, verdict.checks
+    effects = [c.numbers["effect"] for c in verdict.checks if "effect" in c.numbers]
+    assert effects
+    assert min(effects) > 0.1
+    if options.get("target") != "native":
+        assert statuses(verdict)["forward in peft"] == library.PASS
+        assert verdict.trusted == ""
+
+
+def test_layerwise_gives_the_same_verdict(tiny: Path, tmp_path: Path) -> None:
+    out = merged(tiny, tmp_path / "out")
+    verdict = ask(tiny, out, layerwise=True)
+    assert verdict.status == library.PASS
+    assert "readers" in verdict.trusted
+
+
+def test_without_a_base_the_readers_are_said_to_be_trusted(tiny: Path, tmp_path: Path) -> None:
+    out = merged(tiny, tmp_path / "out")
+    inputs = {name: str(tiny / name) for name in ("lora-r8-shakespeare", "lora-r8-cheaders")}
+    verdict = library.verify(out, library.Questions(inputs=inputs))
+    assert verdict.status == library.PASS
+    assert statuses(verdict)["forward"] == library.SKIPPED
+    assert verdict.trusted
+
+
+def scale_up(out: Path) -> None:
+    config = json.loads((out / CONFIG).read_text())
+    config["lora_alpha"] *= math.sqrt(2)
+    (out / CONFIG).write_text(json.dumps(config))
+
+
+def swap_k_and_v(out: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for side in ("lora_A.weight", "lora_B.weight"):
+            k, v = f"{K0}.{side}", f"{V0}.{side}"
+            tensors[k], tensors[v] = tensors[v], tensors[k]
+
+    rewrite(out, change)
+
+
+def zero_one_site(out: Path) -> None:
+    rewrite(out, lambda tensors: tensors[f"{Q0}.lora_B.weight"].zero_())  # type: ignore[arg-type]
+
+
+def swap_layers(out: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for side in ("lora_A.weight", "lora_B.weight"):
+            a, b = f"{Q0}.{side}", f"{Q0}.{side}".replace("layers.0", "layers.1")
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    rewrite(out, change)
+
+
+def zero_everything(out: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for value in tensors.values():
+            value.zero_()
+
+    rewrite(out, change)
+
+
+@pytest.mark.parametrize(
+    "damage", [scale_up, swap_k_and_v, zero_one_site, swap_layers, zero_everything]
+)
+@pytest.mark.parametrize("budget", [Budget(), Budget(rank=6)], ids=["exact", "rank6"])
+def test_a_damaged_result_fails(
+    tiny: Path, tmp_path: Path, damage: Callable[[Path], None], budget: Budget
+) -> None:
+    out = merged(tiny, tmp_path / "out", budget=budget)
+    damage(out)
+    verdict = ask(tiny, out)
+    assert verdict.status == library.FAIL
+    assert statuses(verdict)["weights"] == library.FAIL
+
+
+@pytest.mark.parametrize("damage", [scale_up, swap_k_and_v, zero_one_site])
+def test_the_model_alone_sees_the_damage_too(
+    tiny: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    out = merged(tiny, tmp_path / "out")
+    damage(out)
+    found = statuses(ask(tiny, out))
+    assert found["forward"] == library.FAIL
+    assert found["forward in peft"] == library.FAIL
+
+
+def other_base(tiny: Path, where: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    shutil.copytree(tiny / "base", where)
+    tensors = load_file(where / "model.safetensors")
+    change(tensors)
+    save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
+    return where
+
+
+def test_another_base_of_the_same_shapes_fails_by_its_fingerprint(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = merged(tiny, tmp_path / "out", base=str(tiny / "base"))
+
+    def nudge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.2.mlp.up_proj.weight"] += 0.01
+
+    verdict = ask(tiny, out, base=other_base(tiny, tmp_path / "base", nudge))
+    assert statuses(verdict)["base"] == library.FAIL
+    assert verdict.status == library.FAIL
+
+
+def test_another_base_of_other_shapes_fails_without_a_fingerprint(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = merged(tiny, tmp_path / "out")
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        key = "model.layers.0.mlp.up_proj.weight"
+        tensors[key] = torch.zeros(400, 128)
+
+    verdict = ask(tiny, out, base=other_base(tiny, tmp_path / "base", widen))
+    (check,) = [c for c in verdict.checks if c.name == "base"]
+    assert check.status == library.FAIL
+    assert "up_proj" in check.detail
+
+
+def test_a_reader_with_a_broken_scale_is_caught_by_the_own_library(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = PeftConfig.scale
+    monkeypatch.setattr(
+        PeftConfig, "scale", lambda self, *args: right(self, *args) * math.sqrt(2)
+    )
+    out = merged(tiny, tmp_path / "out")
+    verdict = ask(tiny, out)
+    found = statuses(verdict)
+    assert found["input lora-r8-shakespeare in peft"] == library.FAIL
+    assert verdict.status == library.FAIL
+
+
+def test_changed_and_missing_inputs_fail(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "lora-r8-shakespeare", tmp_path / "a")
+    combine([InputSpec(str(tmp_path / "a"))], tmp_path / "out")
+    rewrite(tmp_path / "a", lambda tensors: tensors[f"{Q0}.lora_A.weight"].mul_(2))  # type: ignore[arg-type]
+    verdict = library.verify(tmp_path / "out")
+    assert statuses(verdict) == {"inputs": library.FAIL}
+    assert "changed" in verdict.checks[0].detail
+    shutil.rmtree(tmp_path / "a")
+    verdict = library.verify(tmp_path / "out")
+    assert "--input a=PATH" in verdict.checks[0].detail
+    assert verdict.status == library.FAIL
+
+
+def test_an_output_without_a_report_is_an_error(tiny: Path) -> None:
+    with pytest.raises(InputError, match="adaptmerge diff"):
+        library.verify(tiny / "lora-r8-perl")
+
+
+def test_noise_that_hides_the_effect_is_undecidable_and_never_passes() -> None:
+    torch.manual_seed(0)
+    from adaptmerge.files.dtypes import F32
+
+    base = torch.randn(2, 8, 32)
+    found = forward.compare(base + 2e-6, base + 2e-6, base, F32)
+    check = forward.judge("forward", found)
+    assert check.status == library.UNDECIDABLE
+    assert library.Verdict("x", [check]).status == library.UNDECIDABLE
+
+
+def test_an_adapter_without_effect_fails() -> None:
+    from adaptmerge.files.dtypes import F32
+
+    base = torch.randn(2, 8, 32)
+    check = forward.judge("forward", forward.compare(base, base, base, F32))
+    assert check.status == library.FAIL
+
+
+def test_half_precision_tolerance_is_wider_but_still_catches_a_zeroed_site(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = merged(tiny, tmp_path / "out", dtype="bf16")
+    assert ask(tiny, out).status == library.PASS
+    zero_one_site(out)
+    assert ask(tiny, out).status == library.FAIL
+
+
+def test_junit_names_failures(tiny: Path, tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    out = merged(tiny, tmp_path / "out")
+    zero_one_site(out)
+    suite = ElementTree.fromstring(ask(tiny, out).as_junit())
+    assert suite.tag == "testsuite"
+    assert int(suite.attrib["failures"]) >= 1
+    failed = {case.attrib["name"] for case in suite if case.find("failure") is not None}
+    assert "weights" in failed
+
+
+def test_diff_of_equal_and_unequal_adapters(tiny: Path, tmp_path: Path) -> None:
+    a = open_input(InputSpec(str(tiny / "lora-r8-perl"))).adapter
+    b = open_input(InputSpec(str(tiny / "lora-r8-cheaders"))).adapter
+    assert difference(a, a).relative == 0.0
+    assert difference(a, b).relative > 0.5
+    combine([InputSpec(str(tiny / "lora-r8-perl"))], tmp_path / "n", Options(target="native"))
+    c = open_input(InputSpec(str(tmp_path / "n"))).adapter
+    assert difference(a, c).relative == 0.0
