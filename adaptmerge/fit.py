@@ -16,13 +16,15 @@ from adaptmerge.factors import Term
 from adaptmerge.files.dtypes import DType
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import (
+    Cores,
     noise_floor,
-    product_norm,
     rounding_error,
     thin_spectrum,
     thin_svd,
     working,
 )
+
+PEEK = 16  # entries of a row or column that mostly suffice to see that it is not zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,9 @@ def _is_verbatim(term: Term, dtype: DType) -> bool:
 def spectrum(terms: Sequence[Term]) -> list[float]:
     """Singular values of the sum above rounding noise, descending."""
     up, down = _stacked(terms, terms)
-    values: list[float] = thin_spectrum(up, down).tolist()
-    floor = _floor(terms, up, down)
+    sigma, cores = thin_spectrum(up, down)
+    values: list[float] = sigma.tolist()
+    floor = _floor(terms, up, down, cores)
     return [value for value in values if value > floor]
 
 
@@ -127,7 +130,7 @@ def truncate(
     up, down = _stacked(terms, terms)
     svd = thin_svd(up, down)
     sigma: list[float] = svd.sigma.tolist()
-    floor = _floor(terms, up, down)
+    floor = _floor(terms, up, down, svd.cores)
     usable = sum(value > floor for value in sigma)
     rank = site_rank(sigma[:usable], budget) if allotted is None else min(usable, allotted)
     tail = math.sqrt(sum(value**2 for value in sigma[rank:])) if usable else 0.0
@@ -164,8 +167,8 @@ def allot(spectra: Mapping[str, Sequence[float]], budget: Budget) -> dict[str, i
     return {site: rank if cap is None else min(rank, cap) for site, rank in ranks.items()}
 
 
-def _floor(terms: Sequence[Term], up: torch.Tensor, down: torch.Tensor) -> float:
-    norms = [abs(t.scale) * product_norm(working(t.up), working(t.down)) for t in terms]
+def _floor(terms: Sequence[Term], up: torch.Tensor, down: torch.Tensor, cores: Cores) -> float:
+    norms = cores.norms([term.up.shape[1] for term in terms])
     return noise_floor((up.shape[0], down.shape[1]), up.dtype, norms)
 
 
@@ -213,6 +216,8 @@ def _added(a: Term, b: Term, side: str) -> Term:
 
 
 def _without_zeros(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if bool(up[:PEEK].any(dim=0).all()) and bool(down[:, :PEEK].any(dim=1).all()):
+        return up, down
     keep = up.any(dim=0) & down.any(dim=1)
     return (up, down) if bool(keep.all()) else (up[:, keep], down[keep])
 

@@ -57,6 +57,24 @@ def gram(sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[list[float]
 
 
 @dataclass(frozen=True, slots=True)
+class Cores:
+    """The triangular factors of QR of both sides of a thin matrix: up = Q left, down.T = Q' right."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def product(self) -> torch.Tensor:
+        """The core whose singular values are those of up @ down."""
+        return self.left @ self.right.T
+
+    def norms(self, ranks: Sequence[int]) -> list[float]:
+        """|up_i @ down_i|_F of the blocks of so many columns that the sides were stacked from."""
+        lefts = torch.split(self.left, list(ranks), dim=1)
+        rights = torch.split(self.right, list(ranks), dim=1)
+        return [float((left @ right.T).norm()) for left, right in zip(lefts, rights, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
 class ThinSvd:
     """The singular value decomposition of a thin matrix: (left @ u) diag(sigma) (v @ right.T).
 
@@ -68,6 +86,7 @@ class ThinSvd:
     sigma: torch.Tensor
     v: torch.Tensor
     right: torch.Tensor
+    cores: Cores
 
     def balanced(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The best rank-`rank` pair (up, down), each carrying sqrt(sigma), signs fixed."""
@@ -79,10 +98,9 @@ class ThinSvd:
 
 
 def _signs(up: torch.Tensor) -> torch.Tensor:
-    if not up.numel():
-        return up.new_ones(up.shape[1])
-    peak = up.gather(0, up.abs().argmax(0, keepdim=True))[0]
-    sign: torch.Tensor = torch.where(peak < 0, -torch.ones_like(peak), torch.ones_like(peak))
+    """+1 or -1 per column, such that columns times their signs have no negative sum."""
+    total = (up.new_ones(1, up.shape[0]) @ up)[0]
+    sign: torch.Tensor = torch.where(total < 0, -torch.ones_like(total), torch.ones_like(total))
     return sign
 
 
@@ -93,15 +111,17 @@ def thin_svd(up: torch.Tensor, down: torch.Tensor) -> ThinSvd:
     """
     left, left_core = torch.linalg.qr(up)
     right, right_core = torch.linalg.qr(down.T)
-    u, sigma, v = torch.linalg.svd(left_core.double() @ right_core.double().T, full_matrices=False)
-    return ThinSvd(left, u, sigma, v, right)
+    cores = Cores(left_core.double(), right_core.double())
+    u, sigma, v = torch.linalg.svd(cores.product(), full_matrices=False)
+    return ThinSvd(left, u, sigma, v, right, cores)
 
 
-def thin_spectrum(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """The singular values of up @ down, descending, float64."""
-    left_core = torch.linalg.qr(up, mode="r").R
-    right_core = torch.linalg.qr(down.T, mode="r").R
-    return torch.linalg.svdvals(left_core.double() @ right_core.double().T)
+def thin_spectrum(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, Cores]:
+    """The singular values of up @ down, descending, float64, and the cores they are of."""
+    left = torch.linalg.qr(up, mode="r").R.double()
+    right = torch.linalg.qr(down.T, mode="r").R.double()
+    cores = Cores(left, right)
+    return torch.linalg.svdvals(cores.product()), cores
 
 
 def noise_floor(shape: Sequence[int], dtype: torch.dtype, norms: Sequence[float]) -> float:

@@ -10,8 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import adaptmerge
-from adaptmerge import carry
+from adaptmerge import __version__, carry
 from adaptmerge.align import align
 from adaptmerge.base import Base, open_base
 from adaptmerge.errors import AdaptmergeError, CannotStore, UsageError
@@ -20,7 +19,7 @@ from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
 from adaptmerge.fit import Budget
 from adaptmerge.graph import Adapter, BaseReference, Kind, Note, bundle_of
-from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
+from adaptmerge.inputs import SUFFIXES, Input, InputSpec, in_natural_order, open_inputs
 from adaptmerge.lower import lower
 from adaptmerge.names import is_suffix
 from adaptmerge.plan import Plan, Request, make_plan
@@ -137,12 +136,30 @@ def _target(output: Path, options: Options, inputs: Sequence[Input]) -> Format:
     else:
         fitting = [f for f in formats().values() if f.write and output.suffix in f.suffixes]
         own = inputs[0].format
-        suggested = fitting if output.suffix and own not in fitting else [own]
-        writable = [f for f in suggested if f.write] or [f for f in formats().values() if f.write]
-        target = writable[0]
+        target = fitting[0] if fitting and own not in fitting else own
+        if target.write is None:
+            target = _without_base()
     if target.write is None:
         raise CannotStore(f"{target.name} is read only so far: use --to with one of {_writable()}")
+    _check_name(output, target)
     return target
+
+
+def _check_name(output: Path, target: Format) -> None:
+    """Raises UsageError for a file name that promises another kind of file than will be written."""
+    suffixes = target.suffixes or (".safetensors",)
+    if (is_file_name(output) or output.suffix in SUFFIXES) and output.suffix not in suffixes:
+        wanted = " or ".join(suffixes)
+        raise UsageError(
+            f"-o {output}: {target.name} is written as a folder or a {wanted} file, not as "
+            f"{output.suffix}: choose another -o or --to"
+        )
+
+
+def _without_base() -> Format:
+    """A format that can be written whatever is known of the base, for inputs of one that cannot."""
+    found = (f for f in formats().values() if f.stores and not f.stores(WriteOptions()).base)
+    return next(found)
 
 
 def _writable() -> str:
@@ -249,7 +266,7 @@ def _header_room(prepared: Prepared) -> int:
 def _short(report: Report) -> dict[str, str]:
     """The report's short form, for the header of the main file."""
     inputs = [{k: i[k] for k in ("name", "sha256")} for i in report.inputs]
-    short = {"version": adaptmerge.__version__, "method": report.method, "inputs": inputs}
+    short = {"version": __version__, "method": report.method, "inputs": inputs}
     return {METADATA_KEY: json.dumps(short, sort_keys=True)}
 
 
@@ -342,4 +359,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return adaptmerge.__version__ if package == "adaptmerge" else "unknown"
+        return __version__ if package == "adaptmerge" else "unknown"

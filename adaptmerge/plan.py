@@ -18,6 +18,8 @@ from adaptmerge.lower import stored_scale, unstorable
 from adaptmerge.registry import Format, Member, Method, Stores, default_dtype
 from adaptmerge.weights import Weights
 
+EXACT = 1e-12  # weights that differ from a sum of 1 by no more than this sum to 1
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -224,13 +226,15 @@ def _whole(
         dropped = f"{role} of {owners} left out: --heads {request.heads} has none here"
         notes.append(Note(Kind.DROPPED, dropped, site=str(group.site)))
         return None
-    if _all_same(members):
+    summed = role == "bias" and "replace" in request.method.rules
+    whole = abs(sum(member.weight for member in members) - 1.0) <= EXACT
+    if _all_same(members) and (whole or not summed):
         if len(members) < len(group.members) or len(members) < _inputs(request):
             notes.append(
                 Note(Kind.INFO, f"{role} kept from {members[0].adapter}", site=str(group.site))
             )
         return Step("pass", members[0].edit, members)
-    if role == "bias" and "replace" in request.method.rules:
+    if summed:
         return _bias(group, members, request)
     names = ", ".join(member.adapter for member in members)
     raise CannotMerge(
@@ -257,7 +261,7 @@ def _bias(group: Group, members: tuple[Member, ...], request: Request) -> Step:
     """b = b0 + sum w (b_i - b0): without the base only if the weights of all inputs sum to 1."""
     total = sum(member.weight for member in members)
     extra: tuple[Member, ...] = ()
-    if abs(total - 1.0) > 1e-12:
+    if abs(total - 1.0) > EXACT:
         stored = request.base.parameter(group.site) if request.base else None
         if stored is None:
             raise CannotMerge(

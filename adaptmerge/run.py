@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -18,7 +18,7 @@ from adaptmerge.edits import factor_of, refitted, with_value
 from adaptmerge.errors import InputError
 from adaptmerge.factors import Factor, Leaf, Product, Term, low_rank, rank_bound, refs_of
 from adaptmerge.files.dtypes import DType
-from adaptmerge.files.refs import read_once
+from adaptmerge.files.refs import TensorRef, read_once
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.fit import Budget, Fitted, allot, spectrum, stack, truncate
 from adaptmerge.graph import Edit
@@ -151,15 +151,20 @@ def _compute(plan: Plan, step: Step, allotted: int | None) -> tuple[Computed, li
 
 
 def _nonfinite(step: Step, stats: SiteStats) -> list[str]:
-    """NaN and infinity reach the Gram matrix; only then is it worth looking for the tensor."""
-    if stats.gram and all(math.isfinite(value) for row in stats.gram for value in row):
-        return []
+    """NaN and infinity in a factor reach the Gram matrix; only then is it worth looking for them."""
+    clean = bool(stats.gram) and all(math.isfinite(v) for row in stats.gram for v in row)
     return [
         f"{member.adapter}: tensor {ref.name!r} of {step.site} holds NaN or infinity"
         for member in step.members
-        for ref in refs_of(member.edit)
+        for ref in _unseen(member.edit, clean)
         if ref.dtype.is_float and ref.dtype.bits >= 16 and not _finite(ref.read())
     ]
+
+
+def _unseen(edit: Edit, clean: bool) -> list[TensorRef]:
+    """The tensors that may not be finite: where factors are clean those beside them (magnitudes)."""
+    seen = set(refs_of(factor_of(edit))) if clean else set()
+    return [ref for ref in refs_of(edit) if ref not in seen]
 
 
 def _finite(value: torch.Tensor) -> bool:
@@ -169,8 +174,11 @@ def _finite(value: torch.Tensor) -> bool:
 def _matrix(
     plan: Plan, step: Step, factor: Factor, stats: SiteStats, allotted: int | None
 ) -> Computed:
-    fitted = _fitted(plan, step, factor.thin(), allotted)
+    terms = factor.thin()
+    fitted = _fitted(plan, step, terms, allotted)
     found = replace(stats, rank=fitted.rank, truncation=fitted.truncation, rounding=fitted.rounding)
+    if plan.method.promise is not None:  # not the weighted sum, whose norm `stats` has
+        found = replace(found, norm=math.sqrt(max(gram([_sides(terms)])[0][0], 0.0)))
     return Computed(fitted.up, fitted.down, found)
 
 
@@ -202,7 +210,7 @@ def _input_stats(step: Step) -> SiteStats:
     factors = [f for m in step.members if (f := factor_of(m.edit)) is not None]
     bounds = tuple(rank_bound(factor) for factor in factors)
     weights = tuple(member.weight for member in step.members)
-    inner = gram([_thin(factor) for factor in factors]) if factors else []
+    inner = gram([_sides(factor.thin()) for factor in factors]) if factors else []
     squared = sum(
         a * b * value
         for a, row in zip(weights, inner, strict=False)
@@ -220,8 +228,7 @@ def _input_stats(step: Step) -> SiteStats:
     )
 
 
-def _thin(factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
-    terms = factor.thin()
+def _sides(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
     ups = [working(term.up) * term.scale for term in terms]
     return torch.cat(ups, dim=1), torch.cat([working(term.down) for term in terms])
 

@@ -25,10 +25,13 @@ LAYERS = (
     ("names", "base"),
     ("registry",),
     ("formats", "methods", "schemes", "rounding"),
-    ("align", "lower", "weights", "plan"),
+    ("align", "lower", "weights", "inputs", "plan"),
     ("run",),
     ("fuse", "runtime"),
-    ("report", "verify"),
+    ("report", "summary"),
+    ("verify", "carry"),
+    ("merge",),
+    ("recipe", "recipe_schema"),
     ("__init__",),  # the public API
     ("cli",),
 )

@@ -5,14 +5,13 @@ Exit codes: 0 done, 1 an error, 2 wrong usage, 3 a verification or comparison th
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
 from adaptmerge import __version__
 from adaptmerge.cli import combine, convert, diff, explain, inspect, recipe, tables, verify
-from adaptmerge.cli.terminal import report_error
+from adaptmerge.cli.terminal import print_problems, report_error
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.names import did_you_mean
 
@@ -28,8 +27,15 @@ Shell completion: eval "$(_ADAPTMERGE_COMPLETE=bash_source adaptmerge)"
 """
 
 
+AS_JSON = "adaptmerge.as_json"  # key in click's context
+
+
 class Commands(click.Group):
     """A group that suggests the command that was meant and turns our errors into exit codes."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[AS_JSON] = "--json" in args
+        return super().parse_args(ctx, args)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -40,13 +46,18 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        as_json: bool = ctx.meta[AS_JSON]
         try:
             return super().invoke(ctx)
         except AdaptmergeError as problem:
-            report_error(problem, as_json="--json" in sys.argv)
+            report_error(problem, as_json=as_json)
             ctx.exit(problem.exit_code)
+        except click.UsageError as problem:
+            if as_json:
+                print_problems([problem.format_message()])
+            raise
         except KeyboardInterrupt:
-            click.echo("interrupted: nothing was written", err=True)
+            report_error(AdaptmergeError("interrupted: nothing was written"), as_json=as_json)
             ctx.exit(1)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from adaptmerge.cli.terminal import WIDTH, print_json, progress, show_notes, table
+from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, table
 
 if TYPE_CHECKING:
     from adaptmerge.inputs import InputSpec
@@ -35,7 +34,7 @@ def execute(
     with progress("merging sites") as advance:
         report = merge.combine(specs, output, options, advance, command)
     if as_json:
-        print_json({"output": str(output), **report.as_json()})
+        print_json({"path": str(output), **report.as_json()})
         return
     show_notes(report.notes)
     _show_inputs(report)
@@ -81,25 +80,26 @@ def _show_inputs(report: Report) -> None:
     norms = report.totals.input_norms
     table(
         ("input", "format", "weight", "norm"),
-        [(i["name"], i["format"], weights[i["name"]], norms[i["name"]]) for i in report.inputs],
+        [(i["name"], i["format"], weights[i["name"]], norms[i["name"]] or None) for i in report.inputs],
         right=(2, 3),
     )
     if 1 < len(report.inputs) <= 4:
         pairs = ", ".join(
             f"{pair.replace(' ', '/')} {c:+.2f}" for pair, c in report.totals.cosines.items()
         )
-        click.echo(textwrap.fill(f"cosines {pairs}", WIDTH))
+        click.echo(filled(f"cosines {pairs}"))
 
 
 def _headline(output: Path, report: Report) -> str:
     ranks = [line.rank for line in report.sites if line.rank is not None]
     low, high = min(ranks, default=0), max(ranks, default=0)
-    shown = f"{low}" if low == high else f"{low}-{high}"
+    shown = f"rank {low}" if low == high else f"rank {low}-{high}"
+    size = f"{len(report.sites)} sites" + (f", {shown}" if ranks else "")
     totals = report.totals
     if totals.error == 0:
         loss = "exact"
     else:
         parts = f"truncation {totals.truncation:.1e}, rounding {totals.rounding:.1e}"
         loss = f"error {totals.error:.2e} ({parts})"
-    made = f"{len(report.sites)} sites, rank {shown}, {report.output['dtype']}, {loss}"
-    return textwrap.fill(f"wrote {output}: {made}", WIDTH)
+    made = f"{size}, {report.output['dtype']}, {loss}"
+    return filled(f"wrote {output}: {made}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import click
@@ -15,19 +18,35 @@ from adaptmerge.errors import AdaptmergeError
 from adaptmerge.graph import Note
 
 WIDTH = 80
+GAP = "  "
+NARROWEST = 16  # columns that a cell which may wrap keeps in any case
 PATIENCE = 1.0  # seconds before a progress bar appears
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=str))
+    """One JSON document on stdout; what JSON has no number for is null."""
+    shown = json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False, default=str)
+    click.echo(shown)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def print_problems(problems: Sequence[str], where: str | None = None) -> None:
+    """What went wrong, as a document on stdout."""
+    print_json({"error": {"where": where, "problems": list(problems)}})
 
 
 def report_error(problem: AdaptmergeError, *, as_json: bool) -> None:
     """The error on stderr; with --json also as a document on stdout."""
     click.echo(f"error: {problem}", err=True)
     if as_json:
-        print_json({"error": {"where": problem.where, "problems": list(problem.problems)}})
+        print_problems(problem.problems, problem.where)
 
 
 def show_notes(notes: Iterable[Note]) -> None:
@@ -39,20 +58,45 @@ def show_notes(notes: Iterable[Note]) -> None:
 def table(
     headers: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()
 ) -> None:
-    """A table within 80 columns; `right` are the columns of numbers."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
+    """A table within 80 columns; `right` are the columns of numbers, the others may wrap."""
+    cells = [list(headers), *([cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    room = WIDTH - len(GAP) * (len(widths) - 1)
+    for index in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        if index not in right:
+            others = sum(widths) - widths[index]
+            widths[index] = min(widths[index], max(room - others, len(headers[index]), NARROWEST))
+    head, *body = [_lines(row, widths, right) for row in cells]
+    rule = "-" * (sum(widths) + len(GAP) * (len(widths) - 1))
+    click.echo("\n".join([*head, rule, *(line for row in body for line in row)]))
 
-    shown = Table(box=SIMPLE, pad_edge=False, show_edge=False)
-    for index, header in enumerate(headers):
-        number = index in right
-        shown.add_column(
-            header, justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
-    for row in rows:
-        shown.add_row(*(cell(value) for value in row))
-    Console(file=sys.stdout, width=WIDTH, highlight=False, markup=False).print(shown)
+
+def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> list[str]:
+    columns = [_wrapped(text, width) for text, width in zip(row, widths, strict=True)]
+    return [
+        GAP.join(
+            text.rjust(width) if index in right else text.ljust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in zip_longest(*columns, fillvalue="")
+    ]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width`, broken after a space or, in a path, after a dot, slash or dash."""
+    lines = []
+    while len(text) > width:
+        spaces = text.rfind(" ", 1, width + 1)
+        other = max(text.rfind(mark, 1, width) for mark in "./-_") + 1
+        end = spaces if spaces > 0 else other or width
+        lines.append(text[:end].rstrip())
+        text = text[end:].lstrip()
+    return [*lines, text]
+
+
+def filled(text: str) -> str:
+    """The text in lines of 80 columns, with paths kept whole."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def cell(value: object) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from adaptmerge.cli.options import base_option, device_option, json_option, named_paths
-from adaptmerge.cli.terminal import WIDTH, print_json, table
+from adaptmerge.cli.terminal import filled, print_json, table
 
 if TYPE_CHECKING:
     from adaptmerge.verify import Verdict
@@ -54,12 +53,21 @@ def verify(
     questions = library.Questions(base, named_paths(inputs, "--input"), device, layerwise)
     verdict = library.verify(output, questions)
     if junit:
-        junit.write_text(verdict.as_junit(), encoding="utf-8")
+        _write(junit, verdict.as_junit())
     if as_json:
         print_json(verdict.as_json())
     else:
         _show(verdict)
     click.get_current_context().exit(0 if verdict.status == library.PASS else 3)
+
+
+def _write(path: Path, text: str) -> None:
+    from adaptmerge.errors import OutputError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as problem:
+        raise OutputError(f"--junit: {problem.strerror}", where=str(path)) from None
 
 
 def _show(verdict: Verdict) -> None:
@@ -72,5 +80,5 @@ def _show(verdict: Verdict) -> None:
                 f"{n['max_error']:.1e},\n  KL {n['kl']:.1e}, top-1 {100 * n['top1_agreement']:.1f} %"
             )
     if verdict.trusted:
-        click.echo(textwrap.fill(f"trusted without proof: {verdict.trusted}", WIDTH))
+        click.echo(filled(f"trusted without proof: {verdict.trusted}"))
     click.echo(f"{verdict.subject}: {verdict.status}")

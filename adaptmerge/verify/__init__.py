@@ -93,7 +93,8 @@ def _inputs(
         problems += _changed(item, described["sha256"])
     if problems:
         return None, [Check("inputs", FAIL, "; ".join(problems), {"problems": problems})]
-    return opened, [Check("inputs", PASS, f"{len(opened)} inputs are the files that were merged")]
+    said = "the input is the file" if len(opened) == 1 else f"{len(opened)} inputs are the files"
+    return opened, [Check("inputs", PASS, f"{said} that went into the merge")]
 
 
 def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 from adaptmerge import runtime
 from adaptmerge.base import Base
 from adaptmerge.edits import factor_of
+from adaptmerge.errors import UsageError
 from adaptmerge.files.dtypes import DType
 from adaptmerge.graph import Adapter
 from adaptmerge.inputs import Input
@@ -51,8 +52,13 @@ class Comparison:
 
 
 def device_named(name: str) -> str:
-    """The device asked for; "auto" is CUDA, then MPS, then the CPU."""
+    """The device asked for; "auto" is CUDA, then MPS, then the CPU. Raises UsageError."""
     if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as problem:
+            sentence = str(problem).partition("\n")[0]
+            raise UsageError(f"--device {name} cannot be used here: {sentence}") from None
         return name
     if torch.cuda.is_available():
         return "cuda"

@@ -161,6 +161,7 @@ def bert_bottleneck(folder: Path, place: str, **fields: Any) -> dict[str, Tensor
     return load_file(folder / WEIGHTS)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("place", ["output", "attention.output"])
 @pytest.mark.parametrize("before", [True, False])
 def test_bottlenecks_where_the_sum_is_normalised(

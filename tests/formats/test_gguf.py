@@ -96,7 +96,10 @@ def interleaved(value: Array, heads: int) -> Array:
 def test_round_trip_is_bit_exact(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     """A power of two as the scale is folded without rounding, so A and scale * B come back."""
     case = CASES[name]
-    options = {"lora_alpha": 8, "alpha_pattern": {"v_proj": 16, r"layers\.0\.self_attn\.q_proj": 4}}
+    options: dict[str, Any] = {
+        "lora_alpha": 8,
+        "alpha_pattern": {"v_proj": 16, r"layers\.0\.self_attn\.q_proj": 4},
+    }
     if name == "patterns":
         options |= {"rank_pattern": {"q_proj": 8}}
     else:

@@ -6,8 +6,6 @@ The converter here is our own few lines, with numpy: the reordering of q and k i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ def interleaved(weight: Array, heads: int) -> Array:
     half = rows.shape[1] // 2
     turned = np.empty_like(rows)
     turned[:, 0::2], turned[:, 1::2] = rows[:, :half], rows[:, half:]
-    return turned.reshape(weight.shape)
+    result: Array = turned.reshape(weight.shape)
+    return result
 
 
 def model(base: Path, path: Path) -> Path:
@@ -53,16 +52,14 @@ def _weight(name: str, value: Array, config: dict[str, Any]) -> Array:
         value = interleaved(value, config["num_attention_heads"])
     if config["model_type"] == "llama" and name.endswith("k_proj.weight"):
         value = interleaved(value, config["num_key_value_heads"])
-    if config["model_type"] == "gpt2" and name.endswith(
-        (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
-    ):
+    if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
         value = value.T
     return np.ascontiguousarray(value, dtype=np.float32)
 
 
 def _hyperparameters(writer: Any, config: dict[str, Any], arch: str) -> None:
-    hidden = config.get("hidden_size", config.get("n_embd"))
-    heads = config.get("num_attention_heads", config.get("n_head"))
+    hidden = config.get("hidden_size") or config["n_embd"]
+    heads = config.get("num_attention_heads") or config["n_head"]
     writer.add_context_length(config.get("max_position_embeddings", config.get("n_positions")))
     writer.add_embedding_length(hidden)
     writer.add_block_count(config.get("num_hidden_layers", config.get("n_layer")))
@@ -94,9 +91,8 @@ def _vocabulary(writer: Any, size: int) -> None:
     writer.add_add_bos_token(False)
 
 
-@contextmanager
-def server(model: Path, adapter: Path | None = None) -> Iterator[Any]:
-    """A llama.cpp server in this process, with float32 keys and values."""
+def logprobs(model: Path, prompt: list[int], size: int, adapter: Path | None = None) -> Array:
+    """Log-probabilities of all `size` tokens after the prompt, with float32 keys and values."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -104,29 +100,12 @@ def server(model: Path, adapter: Path | None = None) -> Iterator[Any]:
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel = 64, 64, 64, 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cpuparams.n_threads = 1
-    params.warmup = False
+    params.cpuparams.n_threads, params.warmup, params.verbosity = 1, False, -1
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    yield xllamacpp.Server(params)
-
-
-def logprobs(model: Path, prompt: list[int], size: int, adapter: Path | None = None) -> Array:
-    """Log-probabilities of all tokens after the prompt."""
-    with server(model, adapter) as served:
-        answer = served.handle_completions(
-            {
-                "prompt": prompt,
-                "n_predict": 1,
-                "n_probs": size,
-                "temperature": 0.0,
-                "cache_prompt": False,
-            }
-        )
-    if isinstance(answer, (str, bytes)):
-        answer = json.loads(answer)
+    served = xllamacpp.Server(params)
+    answer = served.handle_completions({"prompt": prompt, "n_predict": 1, "n_probs": size})
     (choice,) = answer["choices"]
-    found = {
-        item["id"]: item["logprob"] for item in choice["logprobs"]["content"][0]["top_logprobs"]
-    }
+    (first,) = choice["logprobs"]["content"]
+    found = {item["id"]: item["logprob"] for item in first["top_logprobs"]}
     return np.array([found[token] for token in range(size)])

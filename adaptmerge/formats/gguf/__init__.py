@@ -16,9 +16,9 @@ from __future__ import annotations
 from adaptmerge.errors import InputError
 from adaptmerge.files.gguf import MAGIC, read_header
 from adaptmerge.files.listing import Listing
+from adaptmerge.formats.gguf import write
 from adaptmerge.formats.gguf.names import Names
 from adaptmerge.formats.gguf.read import Contents, base_reference, check_kind
-from adaptmerge.formats.gguf.write import KEPT, stores, write
 from adaptmerge.graph import Adapter, Bundle, bundle_of
 from adaptmerge.registry import Format, ReadOptions
 
@@ -60,7 +60,7 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
         )
     names = Names.of(options.base, InputError)
     edits, notes = Contents(file, names, options).read(listing.origin)
-    kept = {key: file.values[key] for key in KEPT if file.values.get(key)}
+    kept = {key: file.values[key] for key in write.KEPT if file.values.get(key)}
     base = base_reference(file.values)
     return bundle_of(Adapter("default", edits, base, notes, {"gguf": kept} if kept else {}))
 
@@ -71,7 +71,7 @@ FORMAT = Format(
     url="https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp",
     detect=detect,
     read=read,
-    write=write,
-    stores=stores,
+    write=write.write,
+    stores=write.stores,
     suffixes=(".gguf",),
 )

@@ -92,9 +92,7 @@ def _problems(edit: Edit, name: str | None, names: Names) -> list[str]:
     if names.tied and name == HEAD:
         return [f"{module}: the base ties it to the embedding; llama.cpp would not find its tensor"]
     if names.tied and name == EMBEDDING:
-        return [
-            f"{module}: is the head too, and llama.cpp stops when an adapter changes such a one"
-        ]
+        return [f"{module}: is the base's head too, and llama.cpp aborts on a delta of such a one"]
     a, b = _sides(edit)
     if {a.dtype.name, b.dtype.name} - DTYPES:
         return [f"{module}: llama.cpp applies no adapter in {a.dtype}: pass --dtype fp32"]

@@ -1,0 +1,164 @@
+"""What is measured, and the rows of the table that follow from it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench.data import Data
+from bench.shapes import BYTES, HIDDEN, SHAPES, TENSORS
+from bench.worker import RANK
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much work the cases are."""
+
+    layers: int = 32
+    square: int = HIDDEN  # the sites that PEFT is compared on are square x square
+    square_layers: int = 64  # with two such sites each
+    adapters: int = 8
+    file_layers: int = 384  # of the file to inspect: 1 GB
+    peft_rounds: int = 2
+    rounds: int = 7
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the file to inspect, without its header."""
+        return self.file_layers * RANK * BYTES * sum(map(sum, SHAPES.values()))
+
+
+FULL = Sizes()
+QUICK = Sizes(
+    layers=4, square=512, square_layers=8, adapters=4, file_layers=24, peft_rounds=1, rounds=3
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One number that is measured in every round, or in the first `most`."""
+
+    name: str
+    unit: str
+    measure: Callable[[], float]
+    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table: a case compared with another one, which `against` says in words."""
+
+    title: str
+    case: str
+    against: str
+    reference: str
+    goal: str
+    faster: bool = False  # the ratio is reference / case
+
+
+def cases(data: Data, sizes: Sizes) -> list[Case]:
+    """All cases, in the order of a round."""
+    return [*_merges(data, sizes), *_memory(data, sizes), *_commands(data, sizes)]
+
+
+def rows(sizes: Sizes) -> list[Row]:
+    """The table, as far as it does not depend on measured values."""
+    few, some, many = _depths(sizes)
+    site = f"{sizes.square}x{sizes.square}"
+    start = "starting Python"
+    return [
+        Row(f"`svd`, {many} layers", "svd", "its bare algebra", "bare", "< 2.5 s"),
+        Row(f"`linear`, {many} layers", "linear", "copying the inputs", "copy", "<= 2 x"),
+        Row(f"`svd`, one {site} site", "site", "PEFT", "peft", ">= 2000 x faster", faster=True),
+        Row(f"memory, {some} layers", f"memory-{some}", f"{few} layers", f"memory-{few}", "1 x"),
+        Row(
+            f"memory, {many} layers",
+            f"memory-{many}",
+            f"{few} layers",
+            f"memory-{few}",
+            "1 x, < 300 MB",
+        ),
+        Row(
+            f"memory, {sizes.adapters} adapters",
+            "memory-adapters",
+            "2 adapters",
+            f"memory-{few}",
+            "+ a site's working set",
+        ),
+        Row(f"`inspect`, {sizes.file_bytes / 1e9:.2f} GB", "inspect", start, "python", "< 0.4 s"),
+        Row("`--help`", "help", start, "python", "< 0.25 s"),
+    ]
+
+
+def _depths(sizes: Sizes) -> tuple[int, int, int]:
+    return sizes.layers // 4, sizes.layers // 2, sizes.layers
+
+
+def _merges(data: Data, sizes: Sizes) -> list[Case]:
+    def inputs() -> list[str]:
+        return data.adapters(2, sizes.layers)
+
+    def warm_up() -> str:
+        return data.adapters(1, 1)[0]
+
+    def merge(method: str) -> float:
+        return _worker("merge", method, warm_up(), data.output(method), *inputs())
+
+    def site() -> float:
+        found = data.squares(2, sizes.square_layers, sizes.square)
+        seconds = _worker("merge", "svd", warm_up(), data.output("site"), *found)
+        return seconds / (2 * sizes.square_layers)
+
+    return [
+        Case("svd", "s", partial(merge, "svd")),
+        Case("bare", "s", lambda: _worker("bare", warm_up(), *inputs())),
+        Case("linear", "s", partial(merge, "linear")),
+        Case("copy", "s", lambda: _worker("copy", data.output("copy"), *inputs())),
+        Case("site", "s", site),
+        Case("peft", "s", lambda: _worker("peft", str(sizes.square)), most=sizes.peft_rounds),
+    ]
+
+
+def _memory(data: Data, sizes: Sizes) -> list[Case]:
+    def peak(adapters: int, layers: int) -> float:
+        return _worker("memory", data.output("memory"), *data.adapters(adapters, layers))
+
+    few = _depths(sizes)[0]
+    return [
+        *(Case(f"memory-{n}", "MB", partial(peak, 2, n)) for n in _depths(sizes)),
+        Case("memory-adapters", "MB", partial(peak, sizes.adapters, few)),
+    ]
+
+
+def _commands(data: Data, sizes: Sizes) -> list[Case]:
+    def inspect() -> float:
+        file = Path(data.large(sizes.file_layers)) / TENSORS
+        return _wall("-m", "adaptmerge", "inspect", str(file))
+
+    return [
+        Case("inspect", "s", inspect),
+        Case("help", "s", lambda: _wall("-m", "adaptmerge", "--help")),
+        Case("python", "s", lambda: _wall("-c", "pass")),
+    ]
+
+
+def _worker(name: str, *arguments: str) -> float:
+    """The number that a measurement in a process of its own prints."""
+    command = [sys.executable, "-m", "bench.worker", name, *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def _wall(*arguments: str) -> float:
+    """Seconds from starting Python with these arguments to its end."""
+    start = time.perf_counter()
+    command = [sys.executable, *arguments]
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start

@@ -1,0 +1,44 @@
+"""The adapters that are measured on: made once, in a folder of their own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from bench.shapes import CONFIG, make_adapter, make_large, squares
+
+
+class Data:
+    """Synthetic adapters in a folder, made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def adapters(self, count: int, layers: int) -> list[str]:
+        """`count` adapters of the seven linears of that many layers."""
+        make = partial(make_adapter, layers=layers)
+        return [self._once(f"{layers}-layers-{i}", partial(make, seed=i)) for i in range(count)]
+
+    def squares(self, count: int, layers: int, size: int) -> list[str]:
+        """`count` adapters of two size x size linears per layer."""
+        make = partial(make_adapter, layers=layers, shapes=squares(size))
+        name = f"{layers}-square-{size}"
+        return [self._once(f"{name}-{i}", partial(make, seed=i)) for i in range(count)]
+
+    def large(self, layers: int) -> str:
+        """One adapter of that many layers."""
+        return self._once(f"large-{layers}", partial(make_large, layers=layers))
+
+    def output(self, case: str) -> str:
+        """Where a case may write."""
+        return str(self.folder / f"out-{case}")
+
+    def _once(self, name: str, make: Callable[[Path], Path]) -> str:
+        path = self.folder / name
+        # the config is written last
+        if not (path / CONFIG).exists():
+            shutil.rmtree(path, ignore_errors=True)
+            make(path)
+        return str(path)

@@ -1,0 +1,66 @@
+"""Samples as a table: the ratio of medians, with the raw figures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from bench.cases import Row
+
+Samples = Mapping[str, Sequence[float]]
+HEAD = ("", "ratio", "goal", "measured", "compared with", "measured")
+
+
+def lines(rows: Sequence[Row], samples: Samples, units: Mapping[str, str]) -> list[list[str]]:
+    """The cells of the table, heading first; rows without samples are left out."""
+    measured = [row for row in rows if samples.get(row.case) and samples.get(row.reference)]
+    return [list(HEAD), *(_cells(row, samples, units[row.case]) for row in measured)]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """The table for docs/performance.md."""
+    head, *body = cells
+    rule = ["---", "---:", "---", "---:", "---", "---:"]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+def plain(cells: Sequence[Sequence[str]]) -> str:
+    """The table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    """Median, least and most: 2.31 s (2.28-2.40)."""
+    low, middle, high = (
+        _number(value, unit) for value in (min(values), median(values), max(values))
+    )
+    return f"{middle} ({low}-{high})"
+
+
+def _cells(row: Row, samples: Samples, unit: str) -> list[str]:
+    ours, theirs = samples[row.case], samples[row.reference]
+    return [
+        row.title,
+        _ratio(row, median(ours), median(theirs), unit),
+        row.goal,
+        spread(ours, unit),
+        row.against,
+        spread(theirs, unit),
+    ]
+
+
+def _ratio(row: Row, ours: float, theirs: float, unit: str) -> str:
+    if row.faster:
+        return f"{theirs / ours:,.0f} x faster"
+    more = f", {ours - theirs:+.0f} MB" if unit == "MB" else ""
+    return f"{ours / theirs:.2f} x{more}"
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "MB":
+        return f"{value:.0f} MB"
+    return f"{value:.2f} s" if value >= 0.995 else f"{value * 1000:.3g} ms"

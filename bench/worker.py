@@ -1,0 +1,160 @@
+"""One measurement in a process of its own: `python -m bench.worker NAME ARGS...` prints one number.
+
+Start-up, warm-up and reading the inputs into the page cache are done before the clock starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bench import algebra
+from bench.shapes import TENSORS
+
+WORKERS = 2
+SCALE = 1.0  # alpha / r = 2, times the weight 1/2
+RANK = 16
+SAMPLING = 0.005  # seconds
+
+
+def merge(method: str, warm_up: str, output: str, *inputs: str) -> float:
+    """Seconds of combine(), from the first read to the last byte on disk."""
+    _combine(method, [warm_up, warm_up], f"{output}-warm-up")
+    _settle(inputs, output)
+    return _timed(lambda: _combine(method, inputs, output))
+
+
+def bare(warm_up: str, *inputs: str) -> float:
+    """Seconds of the same merge's algebra alone, from memory, without files."""
+    _bare([warm_up, warm_up])()
+    return _timed(_bare(inputs))
+
+
+def copy(output: str, *inputs: str) -> float:
+    """Seconds of copying the inputs' tensor files to the disk."""
+    _settle(inputs, output)
+    return _timed(lambda: _copy(inputs, Path(output)))
+
+
+def peft(size: str) -> float:
+    """Seconds of PEFT's SVD merge of two adapters of one size x size linear, from memory."""
+    model = _peft_model(int(size))
+    return _timed(
+        lambda: model.add_weighted_adapter(
+            ["default", "other"], [0.5, 0.5], "merged", combination_type="svd", svd_rank=RANK
+        )
+    )
+
+
+def memory(output: str, *inputs: str) -> float:
+    """MB of anonymous memory at the peak of a merge, above those when torch was imported."""
+    _settle(inputs, output)
+    with _peak() as peak:
+        before = peak[0]
+        _combine("svd", inputs, output)
+    return (peak[0] - before) / 1e6
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _combine(method: str, inputs: Sequence[str], output: str) -> None:
+    # imported here: memory() counts what that takes
+    from adaptmerge.inputs import InputSpec
+    from adaptmerge.merge import Options, combine
+
+    specs = [InputSpec(source) for source in inputs]
+    combine(specs, Path(output), Options(method=method, jobs=WORKERS, force=True))
+
+
+def _bare(inputs: Sequence[str]) -> Callable[[], None]:
+    from safetensors.torch import load_file
+
+    # cloned: the file is mapped, and reading it is no algebra
+    loaded = [load_file(Path(source) / TENSORS) for source in inputs]
+    tensors = [{name: value.clone() for name, value in found.items()} for found in loaded]
+    return lambda: algebra.merge_all(tensors, scale=SCALE, rank=RANK, workers=WORKERS)
+
+
+def _copy(inputs: Sequence[str], output: Path) -> None:
+    output.mkdir()
+    for number, source in enumerate(inputs):
+        target = output / str(number)
+        shutil.copyfile(Path(source) / TENSORS, target)
+        _sync(target)
+    _sync(output)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _peft_model(size: int):  # type: ignore[no-untyped-def]
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(size, size, bias=False))
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(layer, config)
+    model.add_adapter("other", config)
+    return model
+
+
+def _settle(inputs: Sequence[str], output: str) -> None:
+    """The same state for all: no output, nothing waiting to be written, inputs in the page cache."""
+    shutil.rmtree(output, ignore_errors=True)
+    for source in inputs:
+        with (Path(source) / TENSORS).open("rb") as file:
+            while file.read(1 << 20):
+                pass
+    os.sync()
+
+
+@contextmanager
+def _peak() -> Iterator[list[int]]:
+    """The most bytes of anonymous memory seen so far, sampled until the block ends."""
+    peak, done = [_anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLING):
+            peak[0] = max(peak[0], _anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def _anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("memory is measured on Linux only: /proc/self/status has no RssAnon here")
+
+
+MEASURES: dict[str, Callable[..., float]] = {
+    "merge": merge,
+    "bare": bare,
+    "copy": copy,
+    "peft": peft,
+    "memory": memory,
+}
+
+if __name__ == "__main__":
+    print(MEASURES[sys.argv[1]](*sys.argv[2:]))
