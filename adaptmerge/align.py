@@ -37,7 +37,7 @@ def align(
         adapters = _on_base(adapters, base)
         problems += _against_base(adapters, base)
     else:
-        problems += _coincidences(adapters)
+        problems += _coincidences(adapters) or _strangers(adapters, allowed)
     groups = _grouped(adapters)
     problems += [problem for group in groups for problem in _conflicts(group)]
     problems += _compositions(groups, len(adapters))
@@ -80,12 +80,20 @@ def _compositions(groups: Sequence[Group], inputs: int) -> list[str]:
         if group.kind not in ("replace", "rows"):
             owners = {name for name, _ in group.members}
             by_site.setdefault(group.site, {})[group.kind] = owners
+    mixed: dict[str, list[str]] = {}
+    for site, kinds in by_site.items():
+        if len(kinds) > 1 and inputs > 1 and len(set().union(*kinds.values())) > 1:
+            mixed.setdefault(" and ".join(sorted(kinds)), []).append(str(site))
     return [
-        f"{site}: inputs bring {' and '.join(sorted(kinds))} edits, which cannot be summed without "
-        "the base: convert them to one kind first"
-        for site, kinds in by_site.items()
-        if len(kinds) > 1 and inputs > 1 and len(set().union(*kinds.values())) > 1
+        f"{and_more(sites)}: inputs bring {kinds} edits, which cannot be summed without the base: "
+        "convert them to one kind first"
+        for kinds, sites in mixed.items()
     ]
+
+
+def and_more(sites: Sequence[str]) -> str:
+    """The first of some sites, and how many others there are."""
+    return sites[0] if len(sites) == 1 else f"{sites[0]} and {len(sites) - 1} more"
 
 
 def _coincidences(adapters: Mapping[str, Adapter]) -> list[str]:
@@ -109,6 +117,26 @@ def _coincidences(adapters: Mapping[str, Adapter]) -> list[str]:
                     "the same module or another one? pass --base DIR to decide"
                 )
     return problems
+
+
+def _strangers(adapters: Mapping[str, Adapter], allowed: frozenset[str]) -> list[str]:
+    """Adapters whose layers lie under different paths are for different architectures."""
+    if "base" in allowed:
+        return []
+    roots = {name: _layer_roots(adapter) for name, adapter in adapters.items()}
+    (first, known), *others = roots.items()
+    return [
+        f"{first} adapts {min(known)}.N and {name} adapts {min(found)}.N: these are different "
+        "architectures; if one model has both, pass --base DIR or --allow base"
+        for name, found in others
+        if known and found and not known & found
+    ]
+
+
+def _layer_roots(adapter: Adapter) -> set[str]:
+    """The paths of the lists of layers: what comes before the layer number."""
+    numbered = (re.match(r"(.*?)\.\d+(\.|$)", edit.site.module) for edit in adapter.edits)
+    return {found[1] for found in numbered if found}
 
 
 def _on_base(adapters: Mapping[str, Adapter], base: Base) -> dict[str, Adapter]:
@@ -152,7 +180,7 @@ def _edit_against_base(name: str, edit: Edit, base: Base) -> list[str]:
         if base.locate(edit.site.module) is not None:
             return []
         return [
-            f"{name}: {edit.site} is not in the base {base.path.name}: is it for another model?"
+            f"{name}: {edit.site} is not in the base {base.path.name!r}: is it for another model?"
         ]
     rows = weight.shape[0]
     shape = (rows, weight.count // rows if rows else 0)
@@ -160,7 +188,7 @@ def _edit_against_base(name: str, edit: Edit, base: Base) -> list[str]:
     if factor.shape == shape or (turned and factor.shape == shape[::-1]):
         return []
     return [
-        f"{name}: {edit.site} is for a weight of {list(factor.shape)}, but the base {base.path.name} "
+        f"{name}: {edit.site} is for a weight of {list(factor.shape)}, but the base {base.path.name!r} "
         f"has {list(shape)}"
     ]
 

@@ -93,14 +93,16 @@ class ThinSvd:
         root = self.sigma[:rank].sqrt()
         up = self.left @ (self.u[:, :rank] * root).to(self.left.dtype)
         down = (self.v[:rank] * root[:, None]).to(self.right.dtype) @ self.right.T
-        sign = _signs(up)
+        sign = _signs(down)
         return up * sign, down * sign[:, None]
 
 
-def _signs(up: torch.Tensor) -> torch.Tensor:
-    """+1 or -1 per column, such that columns times their signs have no negative sum."""
-    total = (up.new_ones(1, up.shape[0]) @ up)[0]
-    sign: torch.Tensor = torch.where(total < 0, -torch.ones_like(total), torch.ones_like(total))
+def _signs(down: torch.Tensor) -> torch.Tensor:
+    """+1 or -1 per row, such that the largest entry of a row times its sign is positive."""
+    if not down.numel():
+        return down.new_ones(down.shape[0])
+    peak = down.gather(1, down.abs().argmax(1, keepdim=True))[:, 0]
+    sign: torch.Tensor = torch.where(peak < 0, -torch.ones_like(peak), torch.ones_like(peak))
     return sign
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from adaptmerge.align import Group, layer_count
+from adaptmerge.align import Group, and_more, layer_count
 from adaptmerge.base import Base
 from adaptmerge.edits import factor_of, with_value
 from adaptmerge.errors import CannotMerge, CannotStore
 from adaptmerge.factors import Factor, rank_bound, refs_of
 from adaptmerge.files.compare import same_values
-from adaptmerge.files.dtypes import DType
+from adaptmerge.files.dtypes import F32, DType
 from adaptmerge.fit import Budget
 from adaptmerge.graph import Edit, Kind, Note, Site
 from adaptmerge.lower import stored_scale, unstorable
-from adaptmerge.registry import Format, Member, Method, Stores, default_dtype
+from adaptmerge.registry import Format, Member, Method, Stores, WriteOptions, default_dtype
 from adaptmerge.weights import Weights
 
 EXACT = 1e-12  # weights that differ from a sum of 1 by no more than this sum to 1
@@ -78,20 +78,25 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
     weighed = _weigh(groups, request.weights)
     notes: list[Note] = []
     steps: list[Step] = []
-    problems: list[str] = []
-    dtype = request.dtype or _common_dtype(groups)
-    scale = _shared_scale(weighed, request, dtype)
+    problems: list[tuple[str, str]] = []
+    dtype = request.dtype or _common_dtype(groups, request.stores)
+    scale = _shared_scale(weighed, request)
     for group, members in weighed:
         try:
             step = _step(group, members, request, scale, notes)
             steps += [] if step is None else [step]
         except CannotMerge as problem:
-            problems += [f"{problem.where}: {p}" if problem.where else p for p in problem.problems]
+            problems += [(problem.where or "", sentence) for sentence in problem.problems]
     if problems:
         raise CannotMerge(_gathered(problems))
     refused = unstorable((step.edit for step in steps), request.stores, request.target.name)
+    if not refused and request.target.refuses is not None:
+        edits = [step.edit for step in steps]
+        refused += request.target.refuses(edits, WriteOptions(base=request.base))
+    if dtype.name not in request.stores.dtypes:
+        refused.append(f"{request.target.name} does not store {dtype}")
     if refused:
-        raise CannotStore([*refused, "--to native holds every edit"])
+        raise CannotStore([*refused[:-1], f"{refused[-1]}; --to native holds every edit"])
     if not steps:
         raise CannotMerge("no site is left: every weight is zero")
     return Plan(
@@ -124,13 +129,13 @@ def _weigh(groups: Sequence[Group], weights: Weights) -> list[Weighed]:
     return weighed
 
 
-def _common_dtype(groups: Sequence[Group]) -> DType:
+def _common_dtype(groups: Sequence[Group], stores: Stores) -> DType:
     edits = [edit for group in groups for _, edit in group.members]
-    used = [ref.dtype for edit in edits for ref in refs_of(factor_of(edit))]
-    return default_dtype(used)
+    found = default_dtype([ref.dtype for edit in edits for ref in refs_of(factor_of(edit))])
+    return found if found.name in stores.dtypes else F32
 
 
-def _shared_scale(weighed: Sequence[Weighed], request: Request, dtype: DType) -> float | None:
+def _shared_scale(weighed: Sequence[Weighed], request: Request) -> float | None:
     """The one scale that lets every site pass as it is; None: sites may pass with their own."""
     if request.stores.scale == "site":
         return None
@@ -149,7 +154,7 @@ def _passing_scale(members: Sequence[Member], request: Request) -> float | None:
     factor = factor_of(members[0].edit)
     if factor is None or len(members) > 1 or members[0].weight != 1.0:
         return None
-    if _over_budget(factor, request.budget) or _recast(factor, request.dtype):
+    if _over_budget(factor, request.budget) or _recast(factor, request):
         return None
     return stored_scale(factor)
 
@@ -158,8 +163,12 @@ def _over_budget(factor: Factor, budget: Budget) -> bool:
     return budget.spectral or (budget.rank is not None and rank_bound(factor) > budget.rank)
 
 
-def _recast(factor: Factor, dtype: DType | None) -> bool:
-    return dtype is not None and any(ref.dtype != dtype for ref in refs_of(factor))
+def _recast(factor: Factor, request: Request) -> bool:
+    """Whether stored tensors are not in the dtype asked for, or in none that the target stores."""
+    return any(
+        ref.dtype != (request.dtype or ref.dtype) or ref.dtype.name not in request.stores.dtypes
+        for ref in refs_of(factor)
+    )
 
 
 def _step(
@@ -192,7 +201,7 @@ def _may_pass(members: Sequence[Member], request: Request, scale: float | None) 
     if not request.stores.low_rank:
         factor = factor_of(members[0].edit)
         assert factor is not None
-        return not (_over_budget(factor, request.budget) or _recast(factor, request.dtype))
+        return not (_over_budget(factor, request.budget) or _recast(factor, request))
     found = _passing_scale(members, request)
     return found is not None and scale in (None, found)
 
@@ -217,8 +226,15 @@ def _whole(
     group: Group, members: tuple[Member, ...], request: Request, notes: list[Note]
 ) -> Step | None:
     """Parameters stored whole: equal ones are one, a chosen input's wins, biases are averaged."""
-    chosen = [member for member in members if member.adapter == request.heads]
     role = getattr(members[0].edit, "role", "tokens")
+    if (
+        role == "base copy"
+        and group.kind not in request.stores.kinds
+        and _is_base(members, request)
+    ):
+        notes.append(Note(Kind.INFO, "a copy of the base is left out", site=str(group.site)))
+        return None
+    chosen = [member for member in members if member.adapter == request.heads]
     if request.heads and role != "bias":
         if chosen:
             return Step("pass", chosen[0].edit, tuple(chosen))
@@ -240,6 +256,14 @@ def _whole(
     raise CannotMerge(
         f"{role} differs between {names}: pass --heads NAME to keep one of them",
         where=str(group.site),
+    )
+
+
+def _is_base(members: Sequence[Member], request: Request) -> bool:
+    """Whether every stored value is the base's own, bit for bit."""
+    stored = request.base.parameter(members[0].edit.site) if request.base else None
+    return stored is not None and all(
+        same_values(stored, ref) for member in members for ref in refs_of(member.edit)
     )
 
 
@@ -275,11 +299,12 @@ def _bias(group: Group, members: tuple[Member, ...], request: Request) -> Step:
     return Step("value", members[0].edit, members, rule(group.site, (*members, *extra)))
 
 
-def _gathered(problems: Sequence[str], limit: int = 12) -> list[str]:
-    shown = list(dict.fromkeys(problems))
-    if len(shown) <= limit:
-        return shown
-    return [*shown[:limit], f"and {len(shown) - limit} more sites like these"]
+def _gathered(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """One sentence for all sites that have the same problem."""
+    sites: dict[str, list[str]] = {}
+    for where, sentence in problems:
+        sites.setdefault(sentence, []).append(where)
+    return [f"{and_more(found)}: {sentence}" for sentence, found in sites.items()]
 
 
 def plan_rows(plan: Plan) -> list[Mapping[str, object]]:

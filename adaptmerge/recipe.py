@@ -126,12 +126,12 @@ class _Lines:
 
 def _child(node: Node, part: str | int) -> tuple[Node, int] | None:
     """The node under a key or index, and the line where that begins."""
-    if isinstance(node.value, str):
-        return None
-    if isinstance(part, int):
-        items = node.value[part : part + 1]
-        return (items[0], items[0].start_mark.line) if items and node.id == "sequence" else None
-    pairs = node.value if node.id == "mapping" else []
+    from yaml import MappingNode, SequenceNode
+
+    if isinstance(node, SequenceNode) and isinstance(part, int):
+        found = node.value[part] if part < len(node.value) else None
+        return found and (found, found.start_mark.line)
+    pairs = node.value if isinstance(node, MappingNode) else []
     return next(((v, k.start_mark.line) for k, v in pairs if k.value == part), None)
 
 
@@ -143,7 +143,7 @@ def _parsed(path: Path) -> tuple[_Lines, Mapping[str, Any]]:
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
-        if root is None or root.id != "mapping":
+        if not isinstance(root, yaml.MappingNode):
             raise InputError("is no recipe: expected a table with the key inputs", where=str(path))
         lines = _Lines(path, root)
         repeated = sorted(_repeated(root, set()))
@@ -174,20 +174,21 @@ def _text(path: Path) -> str:
 
 def _repeated(node: Node, seen: set[int]) -> Iterable[tuple[int, str]]:
     """(line, sentence) of each key that a table has twice, which YAML readers pass over."""
-    if isinstance(node.value, str) or id(node) in seen:
+    from yaml import MappingNode, ScalarNode, SequenceNode
+
+    if id(node) in seen:
         return
     seen.add(id(node))
-    first: dict[str, int] = {}
-    for item in node.value:
-        if node.id == "sequence":
+    if isinstance(node, SequenceNode):
+        for item in node.value:
             yield from _repeated(item, seen)
-            continue
-        key, value = item
+    first: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, MappingNode) else []:
         line = key.start_mark.line + 1
-        if key.id == "scalar" and key.value in first:
-            yield line, f"the key {key.value!r} is also on line {first[key.value]}: keep one"
-        elif key.id == "scalar":
-            first[key.value] = line
+        if isinstance(key, ScalarNode):
+            if key.value in first:
+                yield line, f"the key {key.value!r} is also on line {first[key.value]}: keep one"
+            first.setdefault(key.value, line)
         yield from _repeated(value, seen)
 
 

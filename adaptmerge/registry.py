@@ -98,7 +98,8 @@ class Oracle:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One on-disk format. `write` returns the name of the main file."""
+    """One on-disk format. `write` returns the name of the main file; `refuses` says in advance, one
+    sentence each, which edits it would not find a place for beyond what `stores` declares."""
 
     name: str
     title: str
@@ -107,6 +108,7 @@ class Format:
     read: Callable[[Listing, ReadOptions], Bundle]
     write: Callable[[Bundle, Output, WriteOptions], str] | None = None
     stores: Callable[[WriteOptions], Stores] | None = None
+    refuses: Callable[[Sequence[Edit], WriteOptions], list[str]] | None = None
     suffixes: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     oracle: Oracle | None = None

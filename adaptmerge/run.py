@@ -91,7 +91,8 @@ def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[
                 settled.append(Settled(step, _store(step, computed, scratch), computed.stats))
             progress(len(settled), len(plan.steps))
     if problems:
-        raise InputError([*problems, "pass --allow nonfinite to merge them all the same"])
+        advice = "pass --allow nonfinite to merge it all the same"
+        raise InputError([*problems[:-1], f"{problems[-1]}; {advice}"])
     return settled
 
 

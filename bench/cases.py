@@ -151,14 +151,20 @@ def _commands(data: Data, sizes: Sizes) -> list[Case]:
 
 def _worker(name: str, *arguments: str) -> float:
     """The number that a measurement in a process of its own prints."""
-    command = [sys.executable, "-m", "bench.worker", name, *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return float(_run("-m", "bench.worker", name, *arguments).split()[-1])
 
 
 def _wall(*arguments: str) -> float:
     """Seconds from starting Python with these arguments to its end."""
     start = time.perf_counter()
-    command = [sys.executable, *arguments]
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    _run(*arguments)
     return time.perf_counter() - start
+
+
+def _run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"python {' '.join(arguments)} failed with exit code {done.returncode}")
+    return done.stdout

@@ -27,7 +27,7 @@ BYTES = 2  # of a bfloat16
 
 def squares(size: int) -> Shapes:
     """Only the two linears of a layer that are size x size."""
-    return {name: (size, size) for name in ("self_attn.q_proj", "self_attn.o_proj")}
+    return dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), (size, size))
 
 
 def sites(layers: int, shapes: Shapes = SHAPES) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -35,10 +35,9 @@ def plain(cells: Sequence[Sequence[str]]) -> str:
 
 def spread(values: Sequence[float], unit: str) -> str:
     """Median, least and most: 2.31 s (2.28-2.40)."""
-    low, middle, high = (
-        _number(value, unit) for value in (min(values), median(values), max(values))
-    )
-    return f"{middle} ({low}-{high})"
+    factor, shown, digits = _scale(median(values), unit)
+    low, middle, high = (f"{f(values) * factor:.{digits}f}" for f in (min, median, max))
+    return f"{middle} {shown} ({low}-{high})"
 
 
 def _cells(row: Row, samples: Samples, unit: str) -> list[str]:
@@ -60,7 +59,10 @@ def _ratio(row: Row, ours: float, theirs: float, unit: str) -> str:
     return f"{ours / theirs:.2f} x{more}"
 
 
-def _number(value: float, unit: str) -> str:
+def _scale(value: float, unit: str) -> tuple[float, str, int]:
+    """What to multiply by, the unit to show, and the digits behind the point."""
     if unit == "MB":
-        return f"{value:.0f} MB"
-    return f"{value:.2f} s" if value >= 0.995 else f"{value * 1000:.3g} ms"
+        return 1, unit, 0
+    if value >= 1:
+        return 1, unit, 2
+    return 1000, "ms", 0 if value >= 0.02 else 2

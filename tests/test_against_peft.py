@@ -27,13 +27,20 @@ SUMMED = [name for name in CASES if name != "dora"]  # a sum of DoRAs is not def
 WHOLE = {"head_llama": "lm_head", "head_bert": "classifier", "tokens": "embed_tokens"}
 
 
+@cache
+def fresh(name: str) -> nn.Module:
+    """The base of a case, to be copied: building it takes longer."""
+    return CASES[name].make_model()
+
+
 def loaded(case: PeftCase, path: Path) -> nn.Module:
     """The base with an adapter as PEFT loads it, computing in float64."""
     from peft import PeftModel
 
+    base = copy.deepcopy(fresh(case.name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: nn.Module = PeftModel.from_pretrained(case.make_model(), path).double().eval()
+        model: nn.Module = PeftModel.from_pretrained(base, path).double().eval()
     return model
 
 
@@ -54,7 +61,7 @@ class Setting:
 
     def __init__(self, case: PeftCase, folder: Path) -> None:
         self.case, self.folder = case, folder
-        self.base: State = case.make_model().double().state_dict()
+        self.base: State = copy.deepcopy(fresh(case.name)).double().state_dict()
         self.y_base = self.outputs(self.base)
 
     @cache  # noqa: B019 - as long as the module's tests
@@ -74,7 +81,7 @@ class Setting:
         return {name: after[name] - value for name, value in self.base.items()}
 
     def outputs(self, state: State) -> Tensor:
-        model = self.case.make_model().double()
+        model = copy.deepcopy(fresh(self.case.name)).double()
         model.load_state_dict(state)
         return logits(model, inputs(self.case))
 

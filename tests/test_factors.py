@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def values(ref: TensorRef) -> Matrix:
     return np.array(ref.source.values).reshape(ref.shape)
 
 
-def naive(factor: Factor) -> Matrix:
+def naive(factor: Factor) -> Any:
     """The matrix by the textbook, without a line of the code under test."""
     match factor:
         case Leaf(ref=ref):
@@ -182,14 +183,19 @@ def test_shapes_that_do_not_fit_are_refused(build: object, message: str) -> None
         build()  # type: ignore[operator]
 
 
+def sum_of(weights: tuple[float, ...], refs: tuple[TensorRef, ...]) -> torch.Tensor:
+    parts = [w * ref.read().double() for w, ref in zip(weights, refs, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
 @given(seed=seeds, shape=shapes)
 @settings(max_examples=25)
 def test_side_average_is_a_factor_too(seed: int, shape: Shape) -> None:
     ups = tuple(ref_of(values(random_ref(seed + i, shape[0], 2)), F32) for i in range(3))
     downs = tuple(ref_of(values(random_ref(seed + 9 + i, 2, shape[1])), F32) for i in range(3))
     factor = SideAverage(ups, (0.5, 1.0, 2.0), downs, (0.5, -1.0, 2.0))
-    up = sum(w * u.read().double() for w, u in zip(factor.up_weights, ups, strict=True))
-    down = sum(w * d.read().double() for w, d in zip(factor.down_weights, downs, strict=True))
+    up = sum_of(factor.up_weights, ups)
+    down = sum_of(factor.down_weights, downs)
     expected = up @ down
     assert isinstance(factor, Factor)
     assert factor.shape == shape

@@ -204,7 +204,7 @@ def test_signs_are_fixed(seed: int) -> None:
     term = random_term(seed, (12, 9), 3)
     one = truncate([term], Budget(rank=3), F32)
     flipped = truncate([Term(-term.up, -term.down, 1.0)], Budget(rank=3), F32)
-    peaks = one.up.gather(0, one.up.abs().argmax(0, keepdim=True))
+    peaks = one.down.gather(1, one.down.abs().argmax(1, keepdim=True))
     assert bool((peaks > 0).all())
     assert torch.allclose(one.up, flipped.up, rtol=1e-3, atol=1e-3)
     assert torch.allclose(one.down, flipped.down, rtol=1e-3, atol=1e-3)

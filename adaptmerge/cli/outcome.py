@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,14 +81,17 @@ def _show_inputs(report: Report) -> None:
     norms = report.totals.input_norms
     table(
         ("input", "format", "weight", "norm"),
-        [(i["name"], i["format"], weights[i["name"]], norms[i["name"]] or None) for i in report.inputs],
+        [
+            (i["name"], i["format"], weights[i["name"]], norms[i["name"]] or None)
+            for i in report.inputs
+        ],
         right=(2, 3),
     )
-    if 1 < len(report.inputs) <= 4:
-        pairs = ", ".join(
-            f"{pair.replace(' ', '/')} {c:+.2f}" for pair, c in report.totals.cosines.items()
-        )
-        click.echo(filled(f"cosines {pairs}"))
+    if 1 < sum(map(bool, norms.values())) and len(norms) <= 4:
+        used = [i["name"] for i in report.inputs if norms[i["name"]]]
+        cosines = report.totals.cosines
+        pairs = [f"{a}/{b} {cosines[f'{a} {b}']:+.2f}" for a, b in combinations(used, 2)]
+        click.echo(filled(f"cosines {', '.join(pairs)}"))
 
 
 def _headline(output: Path, report: Report) -> str:

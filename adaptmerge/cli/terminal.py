@@ -83,12 +83,12 @@ def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> l
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width`, broken after a space or, in a path, after a dot, slash or dash."""
+    """Lines of at most `width`, broken at spaces, else after dots and slashes, else after dashes."""
     lines = []
     while len(text) > width:
         spaces = text.rfind(" ", 1, width + 1)
-        other = max(text.rfind(mark, 1, width) for mark in "./-_") + 1
-        end = spaces if spaces > 0 else other or width
+        breaks = (max(text.rfind(m, 1, width) for m in marks) + 1 for marks in ("./\\", "-_"))
+        end = spaces if spaces > 0 else next(filter(None, breaks), width)
         lines.append(text[:end].rstrip())
         text = text[end:].lstrip()
     return [*lines, text]

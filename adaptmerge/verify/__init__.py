@@ -105,7 +105,13 @@ def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> s
     beside = output.resolve().parent
     places = [Path(source), beside / source, beside / Path(source).name]
     found = next((str(place) for place in places if place.exists()), None)
-    return found or (source if described["revision"] else None)
+    return found or (_pinned(source, described["revision"]) if described["revision"] else None)
+
+
+def _pinned(source: str, revision: str) -> str:
+    """A hub id at the very revision that was merged."""
+    repository, slashes, subfolder = source.partition("//")
+    return f"{repository.partition('@')[0]}@{revision}{slashes}{subfolder}"
 
 
 def _changed(item: Input, recorded: Mapping[str, str]) -> list[str]:

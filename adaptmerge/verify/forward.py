@@ -54,15 +54,24 @@ class Comparison:
 def device_named(name: str) -> str:
     """The device asked for; "auto" is CUDA, then MPS, then the CPU. Raises UsageError."""
     if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as problem:
-            sentence = str(problem).partition("\n")[0]
-            raise UsageError(f"--device {name} cannot be used here: {sentence}") from None
+        _probe(name)
         return name
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _probe(name: str) -> None:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        sentence = f"--device {name}: expected auto, cpu, cuda, cuda:1 or mps"
+        raise UsageError(sentence) from None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        sentence = str(problem).partition("\n")[0]
+        raise UsageError(f"--device {name} cannot be used here: {sentence}") from None
 
 
 @dataclass(frozen=True)

@@ -73,5 +73,6 @@ FORMAT = Format(
     read=read,
     write=write.write,
     stores=write.stores,
+    refuses=write.refuses,
     suffixes=(".gguf",),
 )

@@ -37,6 +37,14 @@ def stores(options: WriteOptions) -> Stores:
     )
 
 
+def refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
+    """Why sites have no tensor in GGUF, by their names alone."""
+    assert options.base is not None, "asked for by `stores`"
+    names = Names.of(options.base, lambda problem: _refusal([problem]))
+    found = [(edit, names.tensor(edit.site.module)) for edit in edits]
+    return capped([problem for edit, name in found for problem in _homeless(edit, name, names)])
+
+
 def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     """Writes the adapter, lowered for `stores`; returns the file's name. Raises CannotStore."""
     assert options.base is not None, "asked for by `stores`"
@@ -55,7 +63,9 @@ def _tensors(edits: Sequence[Edit], names: Names) -> Tensors:
     problems: list[str] = []
     for edit in edits:
         name = names.tensor(edit.site.module)
-        found = _problems(edit, name, names)
+        found = _homeless(edit, name, names)
+        if name is not None and not found:
+            found = _problems(edit, name, names)
         if name is not None and f"{name}.lora_a" in tensors:
             found.append(f"{edit.site}: {name} can be adapted only once")
         problems += found
@@ -84,8 +94,8 @@ def _sides(edit: Edit) -> tuple[TensorRef, TensorRef]:
     return pair.down, pair.up
 
 
-def _problems(edit: Edit, name: str | None, names: Names) -> list[str]:
-    """Why an edit has no place."""
+def _homeless(edit: Edit, name: str | None, names: Names) -> list[str]:
+    """Why a site has no tensor that llama.cpp would find."""
     module = edit.site.module
     if name is None:
         return [f"{module}: llama.cpp's {names.architecture.name} has no tensor of its own for it"]
@@ -93,6 +103,12 @@ def _problems(edit: Edit, name: str | None, names: Names) -> list[str]:
         return [f"{module}: the base ties it to the embedding; llama.cpp would not find its tensor"]
     if names.tied and name == EMBEDDING:
         return [f"{module}: is the base's head too, and llama.cpp aborts on a delta of such a one"]
+    return []
+
+
+def _problems(edit: Edit, name: str, names: Names) -> list[str]:
+    """Why the stored sides of an edit have no place."""
+    module = edit.site.module
     a, b = _sides(edit)
     if {a.dtype.name, b.dtype.name} - DTYPES:
         return [f"{module}: llama.cpp applies no adapter in {a.dtype}: pass --dtype fp32"]

@@ -47,6 +47,11 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
             f"(read: {', '.join(FAMILIES)})",
             where=listing.origin,
         )
+    if options.alpha is not None and config.alpha not in (None, options.alpha):
+        raise InputError(
+            f"?alpha={options.alpha:g} contradicts its config, which says {config.alpha:g}: leave it out",
+            where=listing.origin,
+        )
     keys = Keys.of(file, config)
     edits, notes = FAMILIES[config.peft_type](keys, config, options)
     keys.finish()

@@ -201,8 +201,7 @@ def _lora_problems(raw: Mapping[str, Any]) -> list[str]:
     ):
         problems.append(f"lora_alpha is {raw.get('lora_alpha')!r}: expected a number")
     for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(name) or {}, dict):
-            problems.append(f"{name} is not an object of pattern to number")
+        problems += _pattern_problems(name, raw.get(name) or {})
     if raw.get("bias", "none") not in (None, "none", "all", "lora_only"):
         problems.append(f"bias is {raw['bias']!r}: expected none, all or lora_only")
     problems += [
@@ -216,6 +215,22 @@ def _lora_problems(raw: Mapping[str, Any]) -> list[str]:
             f"init_lora_weights is {init!r}, which changed the base weights in training: save it "
             "with path_initial_model_for_weight_conversion to get a plain LoRA"
         )
+    return problems
+
+
+def _pattern_problems(name: str, patterns: Any) -> list[str]:
+    if not isinstance(patterns, dict):
+        return [f"{name} is not an object of pattern to number"]
+    problems = []
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            problems.append(f"{name}: {pattern!r} is no regular expression: {problem}")
+        if name == "rank_pattern" and not _is_rank(value):
+            problems.append(f"{name}: {pattern!r} is {value!r}: expected a rank")
+        elif not isinstance(value, (int, float)):
+            problems.append(f"{name}: {pattern!r} is {value!r}: expected a number")
     return problems
 
 

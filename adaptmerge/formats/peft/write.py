@@ -42,6 +42,7 @@ def stores(options: WriteOptions) -> Stores:
         exclusive=frozenset({"add", "dora"}),
         scale="site" if per_site else "adapter",
         one_rank=not per_site,
+        dtypes=frozenset({"F64", "F32", "F16", "BF16"}),
     )
 
 
