@@ -180,7 +180,7 @@ def _edit_against_base(name: str, edit: Edit, base: Base) -> list[str]:
         if base.locate(edit.site.module) is not None:
             return []
         return [
-            f"{name}: {edit.site} is not in the base {base.path.name!r}: is it for another model?"
+            f"{name}: {edit.site} is not in the base {base.path.name}: is it for another model?"
         ]
     rows = weight.shape[0]
     shape = (rows, weight.count // rows if rows else 0)
@@ -188,7 +188,7 @@ def _edit_against_base(name: str, edit: Edit, base: Base) -> list[str]:
     if factor.shape == shape or (turned and factor.shape == shape[::-1]):
         return []
     return [
-        f"{name}: {edit.site} is for a weight of {list(factor.shape)}, but the base {base.path.name!r} "
+        f"{name}: {edit.site} is for a weight of {list(factor.shape)}, but the base {base.path.name} "
         f"has {list(shape)}"
     ]
 

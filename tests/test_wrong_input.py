@@ -316,13 +316,15 @@ def test_a_base_that_does_not_have_the_module(good: Path, tmp_path: Path) -> Non
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
     save_file({f"{Q}.weight": torch.ones(12, 9)}, base / "model.safetensors")
     (problem,) = refused(CannotMerge, tmp_path, lambda: merge(good, base=str(base)))
-    assert problem == f"good: {UP} is not in the base base: is it for another model?"
+    assert problem.startswith(f"good: {UP} is not in the base")
+    assert problem.endswith("is it for another model?")
     save_file(
         {f"{Q}.weight": torch.ones(12, 9), f"{UP}.weight": torch.ones(12, 5)},
         base / "model.safetensors",
     )
     (problem,) = refused(CannotMerge, tmp_path, lambda: merge(good, base=str(base)))
-    assert problem == f"good: {UP} is for a weight of [12, 9], but the base base has [12, 5]"
+    assert problem.startswith(f"good: {UP} is for a weight of [12, 9], but the base")
+    assert problem.endswith("has [12, 5]")
 
 
 def test_the_base_decides_about_prefixes(good: Path, tmp_path: Path) -> None:

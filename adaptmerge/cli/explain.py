@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptmerge.cli.options import json_option
-from adaptmerge.cli.terminal import print_json, table
+from adaptmerge.cli.terminal import filled, print_json, table
 
 if TYPE_CHECKING:
     from adaptmerge.report import Report, SiteLine
@@ -60,16 +60,26 @@ def _matching(report: Report, site: str) -> list[SiteLine]:
     return found
 
 
+def _set_by(report: Report, line: SiteLine, name: str) -> str:
+    """The last rule that speaks of this input here, or the input's own weight."""
+    from adaptmerge.graph import Site
+    from adaptmerge.weights import SiteRule
+
+    site = Site(line.module, line.param)
+    rules = [SiteRule(**rule) for rule in report.options["rules"]]
+    found = [rule.match for rule in rules if name in rule.weights and rule.selects(site, line.kind)]
+    return f"rule {found[-1]}" if found else "the input's weight"
+
+
 def _show(report: Report, line: SiteLine) -> None:
     click.echo(f"{line.site}: {ACTIONS[line.action]} by {report.method}")
-    default = report.options["weights"]
     table(
-        ("input", "weight", "default weight", "rank"),
+        ("input", "weight", "rank", "weight set by"),
         [
-            (name, weight, default.get(name), line.ranks_in.get(name))
+            (name, weight, line.ranks_in.get(name), _set_by(report, line, name))
             for name, weight in line.weights.items()
         ],
-        right=(1, 2, 3),
+        right=(1, 2),
     )
     loss = (
         "exact"
@@ -77,4 +87,4 @@ def _show(report: Report, line: SiteLine) -> None:
         else f"relative error {line.error:.3e} (truncation {line.truncation:.3e}, rounding "
         f"{line.rounding:.3e}, absolute)"
     )
-    click.echo(f"rank {line.rank}, norm {line.norm:.4g}, {loss}\n")
+    click.echo(filled(f"rank {line.rank}, norm {line.norm:.4g}, {loss}") + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,5 +47,5 @@ def _show(summary: Summary) -> None:
     headers = ["modules", "count", "edit", "shape", "rank", "scale", "dtype"]
     headers += ["norm"] if summary.values else []
     table(headers, summary.rows(), right=(1, 3, 4, 5, 7))
-    show_notes(summary.notes)
+    show_notes(replace(note, input=summary.name) for note in summary.notes)
     click.echo()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.peft import ia3, lora, vera, write
-from adaptmerge.formats.peft.config import FAMILY_MARKS, WEIGHTS, PeftConfig, find_config
+from adaptmerge.formats.peft.config import FAMILY_MARKS, READABLE, WEIGHTS, PeftConfig, find_config
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.oracle import ORACLE
 from adaptmerge.graph import Adapter, BaseReference, Bundle, Note, bundle_of
@@ -69,10 +69,10 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
 def _weights(listing: Listing) -> str:
     if listing.single:
         return listing.single
-    name = next((name for name in WEIGHTS if listing.has(name)), None)
+    name = next((name for name in READABLE if listing.has(name)), None)
     if name is None:
         raise InputError(
-            f"has adapter_config.json but no weights: expected {' or '.join(WEIGHTS)}",
+            f"has adapter_config.json but no weights: expected {WEIGHTS[0]}",
             where=listing.origin,
         )
     return name

@@ -18,6 +18,7 @@ from adaptmerge.names import is_suffix
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+READABLE = (*WEIGHTS, "adapter_model.safetensors.index.json")
 METADATA_KEY = "adapter_config"
 FAMILY_MARKS = (".lora_A.", ".lora_embedding_A", ".ia3_l", ".vera_lambda_")
 
