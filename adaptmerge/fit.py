@@ -19,6 +19,7 @@ from adaptmerge.linalg import (
     Cores,
     noise_floor,
     rounding_error,
+    side_by_side,
     thin_spectrum,
     thin_svd,
     working,
@@ -176,13 +177,15 @@ def _stacked(terms: Sequence[Term], shapes: Sequence[Term]) -> tuple[torch.Tenso
     if not terms:
         first = shapes[0]
         return working(first.up[:, :0]), working(first.down[:0])
-    ups = [_folded(term) for term in terms]
-    return torch.cat(ups, dim=1), torch.cat([working(term.down) for term in terms])
+    folded = [_folded(term) for term in terms]
+    return side_by_side(folded, 1), side_by_side([term.down for term in terms], 0)
 
 
 def _folded(term: Term) -> torch.Tensor:
+    if term.scale == 1.0:
+        return term.up
     up = working(term.up)
-    return up if term.scale == 1.0 else (up.double() * term.scale).to(up.dtype)
+    return (up.double() * term.scale).to(up.dtype)
 
 
 def _reduced(terms: list[Term]) -> list[Term]:

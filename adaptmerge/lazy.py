@@ -13,7 +13,9 @@ else:
 
     class _Lazy(ModuleType):
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module(self.__name__), name)
+            value = getattr(importlib.import_module(self.__name__), name)
+            setattr(self, name, value)
+            return value
 
     torch = _Lazy("torch")
     numpy = _Lazy("numpy")

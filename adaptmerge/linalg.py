@@ -34,26 +34,26 @@ def working(value: torch.Tensor) -> torch.Tensor:
 
 def product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
     """|up @ down|_F by two r x r Gram matrices; for pairs that do not cancel."""
-    return math.sqrt(max(inner(up, down, up, down), 0.0))
+    squared = (up.T @ up).double() * (down @ down.T).double()
+    return math.sqrt(max(float(squared.sum()), 0.0))
 
 
-def inner(
-    up: torch.Tensor, down: torch.Tensor, other_up: torch.Tensor, other_down: torch.Tensor
-) -> float:
-    """<up @ down, other_up @ other_down>, the Frobenius inner product, without the dense matrices."""
-    left = (up.T @ other_up).double()
-    right = (down @ other_down.T).double()
-    return float((left * right).sum())
+def side_by_side(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """The tensors joined along an axis, in working precision; widened once where they agree."""
+    if len({value.dtype for value in values}) > 1:
+        values = [working(value) for value in values]
+    return working(values[0] if len(values) == 1 else torch.cat(list(values), dim=axis))
 
 
-def gram(sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[list[float]]:
-    """<up_i @ down_i, up_j @ down_j> for all pairs of thin matrices, in float64."""
-    up = torch.cat([pair[0] for pair in sides], dim=1)
-    down = torch.cat([pair[1] for pair in sides])
-    ranks = [pair[1].shape[0] for pair in sides]
+def gram(
+    up: torch.Tensor, down: torch.Tensor, ranks: Sequence[int], scales: Sequence[float]
+) -> torch.Tensor:
+    """scale_i scale_j <up_i @ down_i, up_j @ down_j> for blocks of so many columns, in float64."""
     core = (up.T @ up).double() * (down @ down.T).double()
-    blocks = [torch.split(part, ranks, dim=1) for part in torch.split(core, ranks)]
-    return [[float(block.sum()) for block in row] for row in blocks]
+    blocks = [torch.split(part, list(ranks), dim=1) for part in torch.split(core, list(ranks))]
+    inner = torch.stack([torch.stack([block.sum() for block in row]) for row in blocks])
+    scale = torch.tensor(list(scales), dtype=torch.float64)
+    return inner * scale[:, None] * scale[None, :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from adaptmerge.files.scratch import Scratch
 from adaptmerge.fit import Budget, Fitted, allot, spectrum, stack, truncate
 from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
-from adaptmerge.linalg import gram, one_thread_each, working
+from adaptmerge.linalg import gram, one_thread_each, side_by_side
 from adaptmerge.plan import Plan, Step
 
 Job = TypeVar("Job")
@@ -179,7 +179,7 @@ def _matrix(
     fitted = _fitted(plan, step, terms, allotted)
     found = replace(stats, rank=fitted.rank, truncation=fitted.truncation, rounding=fitted.rounding)
     if plan.method.promise is not None:  # not the weighted sum, whose norm `stats` has
-        found = replace(found, norm=math.sqrt(max(gram([_sides(terms)])[0][0], 0.0)))
+        found = replace(found, norm=math.sqrt(max(float(_gram([factor])), 0.0)))
     return Computed(fitted.up, fitted.down, found)
 
 
@@ -211,12 +211,9 @@ def _input_stats(step: Step) -> SiteStats:
     factors = [f for m in step.members if (f := factor_of(m.edit)) is not None]
     bounds = tuple(rank_bound(factor) for factor in factors)
     weights = tuple(member.weight for member in step.members)
-    inner = gram([_sides(factor.thin()) for factor in factors]) if factors else []
-    squared = sum(
-        a * b * value
-        for a, row in zip(weights, inner, strict=False)
-        for b, value in zip(weights, row, strict=False)
-    )
+    inner = _gram(factors)
+    counted = torch.tensor(weights[: len(inner)], dtype=torch.float64)
+    squared = float(counted @ inner @ counted)
     return SiteStats(
         names=tuple(member.adapter for member in step.members),
         weights=weights,
@@ -225,13 +222,22 @@ def _input_stats(step: Step) -> SiteStats:
         norm=math.sqrt(max(squared, 0.0)),
         truncation=0.0,
         rounding=0.0,
-        gram=tuple(tuple(row) for row in inner),
+        gram=tuple(tuple(row) for row in inner.tolist()),
     )
 
 
-def _sides(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
-    ups = [working(term.up) * term.scale for term in terms]
-    return torch.cat(ups, dim=1), torch.cat([working(term.down) for term in terms])
+def _gram(factors: Sequence[Factor]) -> torch.Tensor:
+    """Inner products of whole deltas, each the sum over its terms."""
+    terms = [(i, term) for i, factor in enumerate(factors) for term in factor.thin()]
+    if not terms:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    up = side_by_side([term.up for _, term in terms], 1)
+    down = side_by_side([term.down for _, term in terms], 0)
+    ranks = [term.up.shape[1] for _, term in terms]
+    inner = gram(up, down, ranks, [term.scale for _, term in terms])
+    owner = torch.zeros(len(factors), len(terms), dtype=torch.float64)
+    owner[[i for i, _ in terms], range(len(terms))] = 1.0
+    return owner @ inner @ owner.T
 
 
 def _store(step: Step, computed: Computed, scratch: Scratch) -> Edit:

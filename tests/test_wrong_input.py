@@ -139,7 +139,7 @@ def test_no_weights(good: Path, tmp_path: Path) -> None:
     bad = adapter(tmp_path / "bad", 2)
     (bad / WEIGHTS).rename(bad / "model.safetensors")
     problem = refused_alone(tmp_path, bad, good)
-    assert "no weights: expected adapter_model.safetensors or adapter_model.bin" in problem
+    assert "no weights: expected adapter_model.safetensors" in problem
 
 
 def test_no_config(good: Path, tmp_path: Path) -> None:
