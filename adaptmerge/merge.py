@@ -224,6 +224,7 @@ def combine(
     _strict(prepared.notes, options)
     single = is_file_name(output)
     paths = [item.path for item in prepared.inputs]
+    paths += [prepared.base.path] if prepared.base else []
     with Staging(output, force=options.force, inputs=paths, single=single) as staging:
         with ThreadPoolExecutor(max_workers=1) as hasher:
             digests = [hasher.submit(_digests, item) for item in prepared.inputs]

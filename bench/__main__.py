@@ -26,14 +26,12 @@ def main() -> None:
     asked = _arguments()
     sizes = QUICK if asked.quick else FULL
     with _workspace(keep=asked.keep) as data:
-        selected = [
-            case for case in cases(data, sizes) if not asked.only or case.name in asked.only
-        ]
+        selected = _selected(cases(data, sizes), asked.only)
         described = machine.describe(data.folder)
         samples = _rounds(selected, asked.rounds or sizes.rounds)
     units = {case.name: case.unit for case in selected}
     cells = table.lines(rows(sizes), samples, units)
-    print("\n".join(f"{key}: {value}" for key, value in described.items()), end="\n\n")
+    print("\n".join(f"- {key}: {value}" for key, value in described.items()), end="\n\n")
     print(table.markdown(cells) if asked.markdown else table.plain(cells))
     if asked.json:
         found = {"machine": described, "sizes": asdict(sizes), "units": units, "samples": samples}
@@ -51,6 +49,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.add_argument("--keep", action="store_true", help="keep the data in build/bench")
     return parser.parse_args()
+
+
+def _selected(found: Sequence[Case], only: Sequence[str] | None) -> list[Case]:
+    names = [case.name for case in found]
+    unknown = sorted(set(only or ()) - set(names))
+    if unknown:
+        raise SystemExit(f"--only {unknown[0]}: expected some of {', '.join(names)}")
+    return [case for case in found if not only or case.name in only]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from inspect import cleandoc
 from pathlib import Path
 
 import click
@@ -62,7 +63,7 @@ def _command(name: str, command: click.Command) -> str:
     context = click.Context(command, info_name=f"adaptmerge {name}")
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"## adaptmerge {name}", "", f"`adaptmerge {name} {usage}`", ""]
-    lines += [(command.help or "").strip(), "", "| option | meaning |", "|---|---|"]
+    lines += [cleandoc(command.help or ""), "", "| option | meaning |", "|---|---|"]
     options = [p for p in command.params if isinstance(p, click.Option)]
     lines += [f"| {_spelled(option)} | {_meaning(option)} |" for option in options]
     epilog = (command.epilog or "").replace("\b\n", "").strip()

@@ -87,7 +87,7 @@ def _show_inputs(report: Report) -> None:
         ],
         right=(2, 3),
     )
-    if 1 < sum(map(bool, norms.values())) and len(norms) <= 4:
+    if sum(map(bool, norms.values())) > 1 and len(norms) <= 4:
         used = [i["name"] for i in report.inputs if norms[i["name"]]]
         cosines = report.totals.cosines
         pairs = [f"{a}/{b} {cosines[f'{a} {b}']:+.2f}" for a, b in combinations(used, 2)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from adaptmerge import edits as edit_classes
 from adaptmerge import factors as factor_classes
@@ -27,10 +27,14 @@ VERSION = 1
 KEY = "adaptmerge_graph"
 GRAPH = "graph.json"
 TENSORS = "tensors.safetensors"
+WITHIN = (TensorRef, *get_args(ref_classes.Source))  # written as {"tensor": NAME}
 
 
 def _nodes() -> dict[str, type]:
-    """The classes a graph is made of, by name; each name is that of one class."""
+    """The classes a graph is made of, by name; each name is that of one class.
+
+    A ref and its source are none of them: a file must not be able to name a path on this machine.
+    """
     table: dict[str, type] = {
         "Site": Site,
         "Layer": Layer,
@@ -39,7 +43,7 @@ def _nodes() -> dict[str, type]:
     }
     for module in (factor_classes, edit_classes, ref_classes):
         for name, found in vars(module).items():
-            if isinstance(found, type) and is_dataclass(found):
+            if isinstance(found, type) and is_dataclass(found) and found not in WITHIN:
                 assert table.setdefault(name, found) is found, f"two classes are called {name}"
     return table
 

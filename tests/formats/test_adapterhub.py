@@ -211,7 +211,7 @@ def test_heads_are_noted(copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("llama/ia3")
     save_file({"heads.ad.1.weight": torch.ones(2, 2)}, folder / "model_head.safetensors")
     (note,) = read(folder).notes
-    assert note.kind == "info"
+    assert note.kind == "dropped"
     assert "model_head.safetensors" in note.what
 
 

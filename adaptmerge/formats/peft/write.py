@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from adaptmerge.files.refs import TensorRef, constant
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS
 from adaptmerge.formats.peft.keys import PREFIX
 from adaptmerge.graph import Adapter, Bundle, Site
-from adaptmerge.names import exact_suffixes
+from adaptmerge.names import exact_suffixes, is_suffix
 from adaptmerge.registry import Output, Stores, WriteOptions
 
 # Fields that describe training or the old layout; with the written tensors they are no longer true.
@@ -191,10 +192,16 @@ def _saved_modules(adapter: Adapter) -> list[str] | None:
     return sorted(owners) or None
 
 
-def _targets(adapter: Adapter, pairs: Mapping[str, LowRank], options: WriteOptions) -> list[str]:
+def _targets(
+    adapter: Adapter, pairs: Mapping[str, LowRank], options: WriteOptions
+) -> list[str] | str:
+    """Suffixes that select exactly the adapted modules; a regular expression where none can."""
     others = (options.modules or frozenset()) - set(pairs)
     known = adapter.covers if options.modules is None else None
-    return exact_suffixes(list(pairs), others, known)
+    found = exact_suffixes(list(pairs), others, known)
+    if any(is_suffix(target, other) for target in found for other in others):
+        return "|".join(re.escape(module) for module in sorted(pairs))
+    return found
 
 
 def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:
