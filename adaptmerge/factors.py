@@ -304,6 +304,16 @@ def refs_of(node: Any) -> Iterator[TensorRef]:
     elif isinstance(node, tuple):
         for part in node:
             yield from refs_of(part)
-    elif is_dataclass(node) and not isinstance(node, type):
-        for field in fields(node):
-            yield from refs_of(getattr(node, field.name))
+    else:
+        for name in _fields(type(node)):
+            yield from refs_of(getattr(node, name))
+
+
+_FIELDS: dict[type, tuple[str, ...]] = {}
+
+
+def _fields(kind: type) -> tuple[str, ...]:
+    """The field names of a dataclass, looked up once; none for other classes."""
+    if kind not in _FIELDS:
+        _FIELDS[kind] = tuple(f.name for f in fields(kind)) if is_dataclass(kind) else ()
+    return _FIELDS[kind]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from adaptmerge.edits import factor_of
 from adaptmerge.factors import rank_bound, refs_of
+from adaptmerge.files.refs import TensorRef
 from adaptmerge.graph import Edit, Kind, Note
 from adaptmerge.inputs import Input
 from adaptmerge.lower import stored_scale
@@ -61,9 +62,10 @@ class Summary:
 def summarise(item: Input, *, values: bool = False) -> Summary:
     """The summary of an opened input; `values` reads every tensor."""
     edits = item.adapter.edits
+    stored = [tuple(refs_of(edit)) for edit in edits]
     groups: dict[tuple[Any, ...], list[Edit]] = {}
-    for edit in edits:
-        groups.setdefault(_likeness(edit), []).append(edit)
+    for edit, refs in zip(edits, stored, strict=True):
+        groups.setdefault(_likeness(edit, refs), []).append(edit)
     families = [_family(key, group, values) for key, group in groups.items()]
     notes = [*item.adapter.notes, *(_value_notes(edits) if values else ())]
     return Summary(
@@ -71,23 +73,27 @@ def summarise(item: Input, *, values: bool = False) -> Summary:
         format=item.format.name,
         base=asdict(item.adapter.base),
         sites=len({edit.site for edit in edits}),
-        parameters=_parameters(edits),
+        parameters=_parameters(ref for refs in stored for ref in refs),
         families=families,
         notes=notes,
         values=values,
     )
 
 
-def _parameters(edits: Sequence[Edit]) -> int:
+def _parameters(refs: Iterable[TensorRef]) -> int:
     """Stored numbers, shared tensors counted once."""
-    shared = {ref.source: ref.source.shape for edit in edits for ref in refs_of(edit) if ref.shared}
-    own = sum(ref.count for edit in edits for ref in refs_of(edit) if not ref.shared)
-    return own + sum(math.prod(shape) for shape in shared.values())
+    shared: dict[Any, int] = {}
+    own = 0
+    for ref in refs:
+        if ref.shared:
+            shared[ref.source] = math.prod(ref.source.shape)
+        else:
+            own += ref.count
+    return own + sum(shared.values())
 
 
-def _likeness(edit: Edit) -> tuple[Any, ...]:
+def _likeness(edit: Edit, refs: Sequence[TensorRef]) -> tuple[Any, ...]:
     factor = factor_of(edit)
-    refs = list(refs_of(edit))
     shape = factor.shape if factor is not None else refs[0].shape
     rank = None if factor is None else rank_bound(factor)
     scale = None if factor is None else stored_scale(factor)

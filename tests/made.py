@@ -72,9 +72,7 @@ def config_of(source: Path) -> dict[str, object]:
     return found
 
 
-def save(
-    target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object]
-) -> None:
+def save(target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> None:
     target.mkdir(parents=True)
     save_file(dict(tensors), target / WEIGHTS, {"format": "pt"})
     (target / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

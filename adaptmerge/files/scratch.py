@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from adaptmerge.files import dtypes, header, refs
@@ -12,6 +13,9 @@ from adaptmerge.files.refs import Reshape, Stored, TensorRef
 from adaptmerge.lazy import torch
 
 _ALIGNMENT = 8
+_FLUSH = (
+    16 << 20
+)  # bytes after which the disk is set to work, so that a commit has little to wait for
 
 
 class Scratch:
@@ -23,7 +27,9 @@ class Scratch:
         Raises OutputError when that is impossible.
         """
         self.path = str(Path(path).absolute())
-        self.reserve = self._end = reserve
+        self.reserve = self._end = self._flushed = reserve
+        self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._pending: list[Future[None]] = []
         with writing(self.path):
             # unbuffered, so that a tensor can be read as soon as put() returns
             self._file = Path(self.path).open("wb", buffering=0)  # noqa: SIM115
@@ -82,10 +88,16 @@ class Scratch:
         while done < len(data):
             done += self._file.write(data[done:])
         self._end += done
+        if self._end - self._flushed >= _FLUSH:
+            self._flushed = self._end
+            self._pending.append(self._flusher.submit(os.fsync, self._file.fileno()))
 
     def close(self) -> None:
         """Close the file; it stays where it is."""
+        self._flusher.shutdown()
         with writing(self.path):
+            for flush in self._pending:
+                flush.result()
             self._file.close()
 
     def __enter__(self) -> Scratch:

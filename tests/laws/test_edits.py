@@ -41,7 +41,11 @@ EXAMPLES: dict[type, Callable[[], Any]] = {
     ),
     Gated: lambda: Gated(SITE, factor(), ref(1, IN, seed=4), ref(1, seed=5)),
 }
-CLASSES = [c for c in vars(edits).values() if isinstance(c, type) and is_dataclass(c) and hasattr(c, "kind")]
+CLASSES = [
+    c
+    for c in vars(edits).values()
+    if isinstance(c, type) and is_dataclass(c) and hasattr(c, "kind")
+]
 WEIGHT = [c for c in CLASSES if hasattr(c, "apply")]
 ACTIVATION = [c for c in CLASSES if hasattr(c, "forward")]
 
