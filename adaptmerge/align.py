@@ -199,7 +199,7 @@ def _base_names(
     """Bases that differ in spelling are a Note, others an error unless allowed."""
     names = {name: a.base.name for name, a in adapters.items() if a.base.name}
     if len(set(names.values())) < 2:
-        return [], []
+        return _revisions(adapters), []
     listed = ", ".join(f"{name}: {base}" for name, base in names.items())
     if len({_bare(base or "") for base in names.values()}) == 1:
         return [Note(Kind.INFO, f"base names are spelled differently ({listed})")], []
@@ -209,6 +209,14 @@ def _base_names(
         f"the adapters name different bases ({listed}): their sum means nothing unless these are the "
         "same weights; if they are, pass --allow base"
     ]
+
+
+def _revisions(adapters: Mapping[str, Adapter]) -> list[Note]:
+    found = {name: a.base.revision for name, a in adapters.items() if a.base.revision}
+    if len(set(found.values())) < 2:
+        return []
+    listed = ", ".join(f"{name}: {revision}" for name, revision in found.items())
+    return [Note(Kind.ASSUMED, f"revisions of the base differ and are taken as one ({listed})")]
 
 
 def _bare(name: str) -> str:

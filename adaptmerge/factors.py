@@ -103,10 +103,10 @@ class Product:
         return self.parts[0].shape[0], self.parts[-1].shape[1]
 
     def dense(self, rows: Rows = None) -> torch.Tensor:
-        value = self.parts[0].dense(rows)
+        value = self.parts[0].dense(rows) * self.scale
         for part in self.parts[1:]:
             value = value @ part.dense()
-        return value * self.scale
+        return value
 
     def thin(self) -> list[Term]:
         if len(self.parts) == 1:

@@ -133,6 +133,8 @@ def open_input(spec: InputSpec, base: Base | None = None) -> Input:
         path, revision = hub.resolve(spec.source)
         listing = Listing.of(path, spec.source)
         found = detect(listing)
+        if spec.alpha is not None and not found.takes_alpha:
+            raise InputError(f"?alpha= is not needed: {found.name} says its scale; leave it out")
         bundle = found.read(listing, ReadOptions(alpha=spec.alpha, base=base))
     except AdaptmergeError as problem:
         raise problem.located(spec.source) from None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from adaptmerge.edits import factor_of, refitted
-from adaptmerge.factors import Factor, Leaf, Product, as_low_rank, low_rank
+from adaptmerge.factors import Factor, Leaf, Product, as_low_rank, low_rank, refs_of
 from adaptmerge.files.refs import TensorRef, constant, join
 from adaptmerge.graph import Adapter, Edit
 from adaptmerge.registry import Stores
@@ -55,8 +55,8 @@ def _is_column(factor: Factor) -> bool:
 def lower(adapter: Adapter, stores: Stores) -> Adapter:
     """The settled adapter as the target stores it: one rank for all where it has only one.
 
-    Padding with zero rows and columns is exact. Sites of rank 0 are left out, unless all are: then one
-    zero rank keeps the adapter loadable.
+    Padding with zero rows and columns is exact. Sites of rank 0 are left out, unless all are or they
+    hold something else (magnitudes, a bias beside them): then one zero rank keeps them loadable.
     """
     ranks = {edit.site: _rank(edit) for edit in adapter.edits if _rank(edit) is not None}
     if not ranks or not stores.low_rank:
@@ -64,10 +64,22 @@ def lower(adapter: Adapter, stores: Stores) -> Adapter:
     most = max(rank or 0 for rank in ranks.values())
     if most == 0:
         return adapter.with_edits(_padded(edit, 1) for edit in adapter.edits)
-    kept = [edit for edit in adapter.edits if _rank(edit) != 0]
-    if stores.one_rank:
-        kept = [_padded(edit, most) for edit in kept]
-    return adapter.with_edits(kept)
+    beside = {edit.site.module for edit in adapter.edits if _is_vector(edit)}
+    kept = [edit for edit in adapter.edits if _rank(edit) != 0 or _holds_more(edit, beside)]
+    return adapter.with_edits(
+        _padded(edit, most if stores.one_rank else _rank(edit) or 1) for edit in kept
+    )
+
+
+def _is_vector(edit: Edit) -> bool:
+    factor = factor_of(edit)
+    return factor is not None and _is_column(factor)
+
+
+def _holds_more(edit: Edit, beside: Collection[str]) -> bool:
+    """Whether an edit of rank 0 still matters: by other tensors of its own, or a vector beside it."""
+    own = set(refs_of(factor_of(edit)))
+    return edit.site.module in beside or any(ref not in own for ref in refs_of(edit))
 
 
 def _rank(edit: Edit) -> int | None:

@@ -48,14 +48,17 @@ def exact_suffixes(
     """
     unwanted = {suffix for other in others for suffix in suffixes(other)}
 
+    known = frozenset(complete or ())
+
     def safe(suffix: str) -> bool:
         if suffix in unwanted:
             return False
-        return complete is None or any(is_suffix(known, suffix) for known in complete)
+        return complete is None or any(part in known for part in suffixes(suffix))
 
     chosen = (next((s for s in suffixes(module) if safe(s)), module) for module in sorted(modules))
-    found = sorted(set(chosen), key=lambda s: (s.count("."), natural_key(s)))
-    return [s for s in found if not any(s != t and is_suffix(t, s) for t in found)]
+    found = set(chosen)
+    shortest = [s for s in found if not any(part in found for part in suffixes(s)[:-1])]
+    return sorted(shortest, key=lambda s: (s.count("."), natural_key(s)))
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

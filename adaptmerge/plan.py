@@ -37,6 +37,11 @@ class Step:
         return self.edit.site
 
     @property
+    def is_vector(self) -> bool:
+        """Whether the parameter is a vector (a bias), settled as one column; weights have two sides."""
+        return self.site.param != "weight"
+
+    @property
     def label(self) -> str:
         """The site, and the kind of edit where that is not the usual one."""
         kind = self.edit.kind

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,7 +25,7 @@ from adaptmerge.files.refs import TensorRef
 from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.graph import Adapter, Bundle, Edit, Site
-from adaptmerge.names import did_you_mean
+from adaptmerge.names import did_you_mean, natural_key
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,8 @@ class Oracle:
 @dataclass(frozen=True, slots=True)
 class Format:
     """One on-disk format. `write` returns the name of the main file; `refuses` says in advance, one
-    sentence each, which edits it would not find a place for beyond what `stores` declares."""
+    sentence each, which edits it would not find a place for beyond what `stores` declares.
+    `takes_alpha` is for formats whose files may leave the scale unsaid."""
 
     name: str
     title: str
@@ -110,6 +111,7 @@ class Format:
     stores: Callable[[WriteOptions], Stores] | None = None
     refuses: Callable[[Sequence[Edit], WriteOptions], list[str]] | None = None
     suffixes: tuple[str, ...] = ()
+    takes_alpha: bool = False
     before: tuple[str, ...] = ()
     oracle: Oracle | None = None
 
@@ -144,7 +146,6 @@ class Method:
     promise: Rule | None = None
     linear: bool = True
     gauge_invariant: bool = True
-    properties: Mapping[str, bool] = field(default_factory=dict)
 
 
 def _modules(package: str) -> list[Any]:
@@ -212,7 +213,8 @@ def _nothing_found(listing: Listing) -> str:
     hint = f"; its folders are {', '.join(inside[:5])}" if inside else ""
     checkpoints = [name for name in listing.folders if name.startswith("checkpoint-")]
     if checkpoints:
-        hint += f"; it has training checkpoints: name one, e.g. {checkpoints[-1]}"
+        latest = max(checkpoints, key=natural_key)
+        hint += f"; it has training checkpoints: name one, e.g. {latest}"
     return f"holds no adapter of a known format (see 'adaptmerge formats'){hint}"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.errors import InputError
+from adaptmerge.files.strict_json import dump
 from adaptmerge.graph import Kind, Note
 from adaptmerge.names import natural_key
 from adaptmerge.run import Settled, SiteStats
@@ -74,7 +75,7 @@ class Report:
 
     def as_text(self) -> str:
         """The content of the report file."""
-        return json.dumps(self.as_json(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        return dump(self.as_json()) + "\n"
 
 
 def site_lines(settled: Sequence[Settled]) -> list[SiteLine]:
@@ -176,6 +177,10 @@ def report_name(file: str) -> str:
 def load_report(output: Path) -> Report:
     """The report of an output. Raises InputError when there is none or it is of another version."""
     path = report_path(output)
+    if not output.exists():
+        raise InputError(
+            "does not exist: give the folder or file that was written", where=str(output)
+        )
     if not path.is_file():
         raise InputError(
             f"has no report: expected {path.name}, written with every output; to compare two "
@@ -186,7 +191,9 @@ def load_report(output: Path) -> Report:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return _parsed(raw)
     except (ValueError, KeyError, TypeError) as problem:
-        raise InputError(f"is no report of this version: {problem}", where=str(path)) from None
+        found = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
+        sentence = f"is no report of this version ({found}): restore it, or write the output again"
+        raise InputError(sentence, where=str(path)) from None
 
 
 def _parsed(raw: dict[str, Any]) -> Report:
@@ -194,9 +201,15 @@ def _parsed(raw: dict[str, Any]) -> Report:
     if version != VERSION:
         raise ValueError(f"found version {version}, expected {VERSION}")
     raw["totals"] = Totals(**raw["totals"])
-    raw["sites"] = [SiteLine(**line) for line in raw["sites"]]
+    raw["sites"] = [SiteLine(**_with_nan(line)) for line in raw["sites"]]
     raw["notes"] = [Note(**note) for note in raw["notes"]]
     return Report(**raw)
+
+
+def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: a site of inputs that are not finite was written with null."""
+    numbers = ("norm", "truncation", "rounding", "error")
+    return {k: math.nan if v is None and k in numbers else v for k, v in line.items()}
 
 
 def worst_sites(report: Report, count: int = 5) -> list[SiteLine]:

@@ -30,6 +30,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 WINDOW = 2  # jobs in flight per worker
+CANCELS = 1e-2  # below this share of what it could be, a squared norm is computed in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _capped(rank: int, budget: Budget) -> int:
 
 
 def _is_matrix(step: Step) -> bool:
-    return step.action == "fit" and step.factor is not None and step.factor.shape[1] > 1
+    return step.action == "fit" and step.factor is not None and not step.is_vector
 
 
 def _survey(step: Step) -> list[float]:
@@ -146,7 +147,7 @@ def _compute(plan: Plan, step: Step, allotted: int | None) -> tuple[Computed, li
         problems = [] if "nonfinite" in plan.allowed else _nonfinite(step, stats)
         if problems or step.action == "pass" or step.factor is None:
             return Computed(None, None, stats), problems
-        if step.action == "value" or step.factor.shape[1] == 1:
+        if step.action == "value" or step.is_vector:
             return _column(plan, step, step.factor, stats), []
         return _matrix(plan, step, step.factor, stats, allotted), []
 
@@ -214,6 +215,9 @@ def _input_stats(step: Step) -> SiteStats:
     inner = _gram(factors)
     counted = torch.tensor(weights[: len(inner)], dtype=torch.float64)
     squared = float(counted @ inner @ counted)
+    if squared < CANCELS * float((counted.abs() @ inner.diagonal().clamp(min=0).sqrt()) ** 2):
+        inner = _gram(factors, torch.float64)
+        squared = float(counted @ inner @ counted)
     return SiteStats(
         names=tuple(member.adapter for member in step.members),
         weights=weights,
@@ -226,13 +230,14 @@ def _input_stats(step: Step) -> SiteStats:
     )
 
 
-def _gram(factors: Sequence[Factor]) -> torch.Tensor:
-    """Inner products of whole deltas, each the sum over its terms."""
+def _gram(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Inner products of whole deltas, each the sum over its terms; in `dtype` where they cancel."""
     terms = [(i, term) for i, factor in enumerate(factors) for term in factor.thin()]
     if not terms:
         return torch.zeros(0, 0, dtype=torch.float64)
     up = side_by_side([term.up for _, term in terms], 1)
     down = side_by_side([term.down for _, term in terms], 0)
+    up, down = (up, down) if dtype is None else (up.to(dtype), down.to(dtype))
     ranks = [term.up.shape[1] for _, term in terms]
     inner = gram(up, down, ranks, [term.scale for _, term in terms])
     owner = torch.zeros(len(factors), len(terms), dtype=torch.float64)

@@ -21,6 +21,7 @@ PAIR = re.compile(r"\s*(?P<name>[^=,\[\]]+)=(?P<value>\[[^\]]*\]|[^,\[\]]+)\s*(?
 class SiteRule:
     """Weights for the sites that `match` selects: a glob on the module path or its end, or re:REGEX.
 
+    A module's path selects its weight and its bias; the path of a parameter only that.
     A tuple is a gradient: its numbers are spread evenly over the layers and interpolated.
     """
 
@@ -32,7 +33,9 @@ class SiteRule:
         """Whether the rule is about this site and kind of edit."""
         if self.kind not in (None, kind):
             return False
-        path = str(site)
+        return any(self._matches(path) for path in {site.module, str(site)})
+
+    def _matches(self, path: str) -> bool:
         if self.match.startswith("re:"):
             return re.search(self.match[3:], path) is not None
         return fnmatchcase(path, self.match) or fnmatchcase(path, f"*.{self.match}")
@@ -64,7 +67,10 @@ class Weights:
             ]
             if not any(rule.selects(site, kind) for site, kind in sites):
                 example = sites[0][0] if sites else "none"
-                problems.append(f"site rule {rule.match!r} selects no site; a site is {example}")
+                kinds = f" of kind {rule.kind!r}" if rule.kind else ""
+                problems.append(
+                    f"site rule {rule.match!r} selects no site{kinds}; a site is {example}"
+                )
         if problems:
             raise UsageError(problems)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import same_bits, tensors_of
 from peft_cases import CASES, PeftCase, logits
+from samples import same_bits, tensors_of
 from torch import Tensor, nn
 
 from adaptmerge.errors import CannotMerge

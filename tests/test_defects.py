@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import (
+from peft_cases import CASES, PeftCase, logits, peft_forward
+from safetensors.torch import save_file
+from samples import (
     MODULES,
     PREFIX,
     adapter,
@@ -29,8 +31,6 @@ from adapters import (
     weighted_sum,
     write,
 )
-from peft_cases import CASES, PeftCase, logits, peft_forward
-from safetensors.torch import save_file
 
 from adaptmerge.errors import CannotMerge, InputError, OutputError, UsageError
 from adaptmerge.fit import Budget

@@ -45,4 +45,4 @@ def test_outputs_agree_with_the_cpu(fixtures: Path) -> None:
         inputs = {k: v.to(device) for k, v in runtime.example_inputs(base.config).items()}
         with runtime.attach(model, adapter):
             outputs.append(runtime.outputs_of(model, inputs).cpu())
-    assert torch.allclose(*outputs, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)

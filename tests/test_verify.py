@@ -35,7 +35,9 @@ def tiny(fixtures: Path) -> Path:
 
 def merged(tiny: Path, out: Path, **options: object) -> Path:
     names = ("lora-r8-shakespeare", "lora-r8-cheaders")
-    specs = [InputSpec(str(tiny / name), weight=w) for name, w in zip(names, (0.7, 0.4), strict=True)]
+    specs = [
+        InputSpec(str(tiny / name), weight=w) for name, w in zip(names, (0.7, 0.4), strict=True)
+    ]
     combine(specs, out, Options(**options))  # type: ignore[arg-type]
     return out
 
@@ -43,7 +45,10 @@ def merged(tiny: Path, out: Path, **options: object) -> Path:
 def ask(tiny: Path, out: Path, *, base: Path | None = None, **more: object) -> library.Verdict:
     inputs = {name: str(tiny / name) for name in ("lora-r8-shakespeare", "lora-r8-cheaders")}
     questions = library.Questions(
-        base=str(base or tiny / "base"), inputs=inputs, device="cpu", **more  # type: ignore[arg-type]
+        base=str(base or tiny / "base"),
+        inputs=inputs,
+        device="cpu",
+        **more,  # type: ignore[arg-type]
     )
     return library.verify(out, questions)
 
@@ -204,9 +209,7 @@ def test_a_reader_with_a_broken_scale_is_caught_by_the_own_library(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = PeftConfig.scale
-    monkeypatch.setattr(
-        PeftConfig, "scale", lambda self, *args: right(self, *args) * math.sqrt(2)
-    )
+    monkeypatch.setattr(PeftConfig, "scale", lambda self, *args: right(self, *args) * math.sqrt(2))
     out = merged(tiny, tmp_path / "out")
     verdict = ask(tiny, out)
     found = statuses(verdict)

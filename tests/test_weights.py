@@ -146,9 +146,10 @@ def test_globs_and_regular_expressions(match: str, sites: list[Site]) -> None:
     assert found == sites
 
 
-def test_parameters_other_than_the_weight_have_their_own_path() -> None:
+def test_a_module_means_its_parameters_and_a_parameter_has_a_path_of_its_own() -> None:
     bias = Site("model.layers.0.self_attn.q_proj", "bias")
-    assert not SiteRule("q_proj", {}).selects(bias, "add")
+    assert SiteRule("q_proj", {}).selects(bias, "add")
+    assert not SiteRule("q_proj.bias", {}).selects(Q0, "add")
     assert SiteRule("q_proj.bias", {}).selects(bias, "add")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import (
+from safetensors.torch import save_file
+from samples import (
     CONFIG,
     MODULES,
     PREFIX,
@@ -21,7 +22,6 @@ from adapters import (
     tree,
     write,
 )
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adaptmerge.errors import (

@@ -53,10 +53,10 @@ def _matching(report: Report, site: str) -> list[SiteLine]:
         or fnmatchcase(line.site, f"*.{site}")
     ]
     if not found:
-        hint = did_you_mean(site, [line.site for line in report.sites][:2000])
-        raise UsageError(
-            f"no site matches {site!r}: {hint if 'mean' in hint else 'see the report'}"
-        )
+        names = [line.site for line in report.sites][:2000]
+        hint = did_you_mean(site, names)
+        example = f"a site is {names[0]}" if names else "the output has no sites"
+        raise UsageError(f"no site matches {site!r}: {hint if 'mean' in hint else example}")
     return found
 
 

@@ -40,6 +40,7 @@ def execute(
     show_notes(report.notes)
     _show_inputs(report)
     click.echo(_headline(output, report))
+    _show_worst(report)
 
 
 def _show_plan(prepared: object, as_json: bool) -> None:
@@ -92,6 +93,15 @@ def _show_inputs(report: Report) -> None:
         cosines = report.totals.cosines
         pairs = [f"{a}/{b} {cosines[f'{a} {b}']:+.2f}" for a, b in combinations(used, 2)]
         click.echo(filled(f"cosines {', '.join(pairs)}"))
+
+
+def _show_worst(report: Report) -> None:
+    """The sites that lose most, where any loses something."""
+    from adaptmerge.report import worst_sites
+
+    worst = [f"{line.site} {line.error:.2e}" for line in worst_sites(report, 3)]
+    if worst:
+        click.echo(filled(f"worst sites: {', '.join(worst)}"))
 
 
 def _headline(output: Path, report: Report) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import textwrap
 import time
@@ -15,6 +13,7 @@ from typing import Any
 import click
 
 from adaptmerge.errors import AdaptmergeError
+from adaptmerge.files.strict_json import dump
 from adaptmerge.graph import Note
 
 WIDTH = 80
@@ -24,17 +23,8 @@ PATIENCE = 1.0  # seconds before a progress bar appears
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout; what JSON has no number for is null."""
-    shown = json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False, default=str)
-    click.echo(shown)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+    """One JSON document on stdout."""
+    click.echo(dump(value))
 
 
 def print_problems(problems: Sequence[str], where: str | None = None) -> None:

@@ -67,7 +67,8 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as problem:
-        raise OutputError(f"--junit: {problem.strerror}", where=str(path)) from None
+        sentence = f"cannot be written: {problem.strerror}; choose another --junit"
+        raise OutputError(sentence, where=str(path)) from None
 
 
 def _show(verdict: Verdict) -> None:

@@ -41,7 +41,9 @@ def resolve(source: str) -> tuple[Path, str | None]:
 def is_id(source: str) -> bool:
     """Whether a source that is no local path can be meant as one of the Hub."""
     names_a_file = source.endswith(_FILES) and "//" not in source
-    return _ID.fullmatch(source) is not None and not names_a_file
+    plain_path = "@" not in source and "//" not in source
+    in_a_folder = plain_path and exists(Path(source.partition("/")[0]))
+    return _ID.fullmatch(source) is not None and not (names_a_file or in_a_folder)
 
 
 def _commit(snapshot: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -38,3 +39,16 @@ def capped(problems: list[str], limit: int = 10) -> list[str]:
     if len(problems) <= limit + 1:
         return problems
     return [*problems[:limit], f"and {len(problems) - limit} more problems"]
+
+
+def dump(value: Any) -> str:
+    """The value as JSON text, sorted and indented; a number that JSON lacks (NaN, infinity) is null."""
+    return json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value

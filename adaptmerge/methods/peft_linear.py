@@ -45,10 +45,10 @@ class SideAverage:
 
 
 def _like_peft(refs: Sequence[TensorRef], weights: Sequence[float]) -> torch.Tensor:
-    """The sum in PEFT's own order of operations: float32 weights, then the adapter's dtype."""
+    """The sum in PEFT's own order of operations, in float32; storing rounds it as PEFT does."""
     values = torch.stack([ref.read() for ref in refs])
     shaped = torch.tensor(weights).view(-1, *(1 for _ in values.shape[1:]))
-    return (values * shaped).sum(dim=0).to(values.dtype)
+    return (values * shaped).sum(dim=0)
 
 
 def side_average(site: Site, members: Sequence[Member]) -> Factor:

@@ -8,7 +8,8 @@ there, and the originals are never written to.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,25 +45,25 @@ def attach(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
 def _resolve(model: torch.nn.Module, adapter: Adapter) -> dict[str, str]:
     """The model's path of every module that is edited: equal, or equal up to one model prefix."""
     wanted = list(dict.fromkeys(edit.site.module for edit in adapter.edits))
-    known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    known = {name: None for name, _ in model.named_modules(remove_duplicate=False)}
     longer: dict[str, list[str]] = {}
     for name in known:
         longer.setdefault(name.partition(".")[2], []).append(name)
-    paths = {module: _path(module, set(known), longer) for module in wanted}
+    paths = {module: _path(module, known, longer) for module in wanted}
     lost = [module for module, path in paths.items() if path is None]
     if lost:
         raise InputError(
             f"{type(model).__name__} has no {', '.join(lost)}: is this adapter for another model?"
         )
     found = {module: path for module, path in paths.items() if path is not None}
-    taken = list(found.values())
-    twice = [module for module, path in found.items() if taken.count(path) > 1]
+    taken = Counter(found.values())
+    twice = [module for module, path in found.items() if taken[path] > 1]
     if twice:
         raise InputError(f"{', '.join(twice)} are not told apart by {type(model).__name__}")
     return found
 
 
-def _path(module: str, known: set[str], longer: Mapping[str, list[str]]) -> str | None:
+def _path(module: str, known: Collection[str], longer: Mapping[str, list[str]]) -> str | None:
     if module in known:
         return module
     shorter = suffixes(module)[-2:-1]

@@ -18,9 +18,10 @@ from adaptmerge.align import align
 from adaptmerge.base import Base, open_base
 from adaptmerge.errors import CannotMerge, InputError, VerificationFailed
 from adaptmerge.files.dtypes import BY_NAME
-from adaptmerge.graph import Adapter
+from adaptmerge.graph import Adapter, Kind
 from adaptmerge.inputs import Input, InputSpec, open_input
 from adaptmerge.report import Report, load_report
+from adaptmerge.verify.audit import malformed
 from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.verify.promise import promises
 from adaptmerge.verify.weights import check_weights
@@ -49,16 +50,21 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
             "does not exist: give the folder or file that was written", where=str(output)
         )
     report = load_report(output)
+    problems = malformed(report)
+    if problems:
+        raise InputError(f"its report is damaged: {problems[0]}", where=str(output))
     base = open_base(questions.base) if questions.base else None
     inputs, checks = _inputs(output, report, questions, base)
     result = open_input(InputSpec(str(output), "output"), base)
-    checks += _base_checks(report, result.adapter, base)
+    checks += [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]
     if inputs is None:
         return Verdict(output.name, checks, TRUSTED)
     try:
         promised = promises(report, {i.name: i.adapter for i in inputs}, base)
     except VerificationFailed as problem:
-        return Verdict(output.name, [*checks, Check("promise", FAIL, str(problem))], TRUSTED)
+        return Verdict(
+            output.name, [*checks, Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
+        )
     check, expected = check_weights(report, promised, result.adapter)
     checks.append(check)
     if base is None:
@@ -69,6 +75,12 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     reference = result.adapter.with_edits(expected)
     more, trusted = _model_checks(report, reference, result, inputs, base, questions)
     return Verdict(output.name, [*checks, *more], trusted)
+
+
+def _reading(output: Adapter) -> list[Check]:
+    """An output says all that it is: what must be assumed to read it is read otherwise elsewhere."""
+    said = [str(note) for note in output.notes if note.kind in Kind.FATAL_UNDER_STRICT]
+    return [Check("reading", FAIL, "; ".join(said[:3]), {"notes": said})] if said else []
 
 
 def _failed(checks: Sequence[Check], name: str) -> bool:
@@ -115,6 +127,9 @@ def _pinned(source: str, revision: str) -> str:
 
 
 def _changed(item: Input, recorded: Mapping[str, str]) -> list[str]:
+    unknown = sorted(set(item.listing.used) - set(recorded))
+    if unknown:
+        return [f"input {item.name}: the report has no sha256 of {unknown[0]}"]
     missing = [name for name in recorded if not item.listing.has(name)]
     if missing:
         return [f"input {item.name} has no file {missing[0]}"]

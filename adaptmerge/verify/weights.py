@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptmerge.edits import factor_of
+from adaptmerge.factors import refs_of
 from adaptmerge.files.compare import same_values
 from adaptmerge.graph import Adapter, Edit
 from adaptmerge.lazy import torch
+from adaptmerge.linalg import noise_floor
 from adaptmerge.report import Report
+from adaptmerge.verify.audit import Audit, Loss, auditor, unearned
 from adaptmerge.verify.checks import FAIL, PASS, Check
 from adaptmerge.verify.promise import (
     Distance,
@@ -18,7 +22,9 @@ from adaptmerge.verify.promise import (
     WeightedSum,
     distance,
     expected_edit,
+    key_of,
     other_tensors,
+    settings,
 )
 
 TOLERANCE = 1e-5  # relative; float32 factors and their products stay well below
@@ -29,29 +35,56 @@ def check_weights(
     report: Report, promised: Sequence[Promised], output: Adapter
 ) -> tuple[Check, list[Edit]]:
     """The check of all sites, and the promised edits for oracle 2: truncated where the output is."""
-    stored = {_key(edit): edit for edit in output.edits}
+    stored = {key_of(edit): edit for edit in output.edits}
     expected: list[Edit] = []
-    problems: list[str] = []
+    problems = _twice(output) + _dtypes(report, promised, stored)
     worst: list[tuple[float, str]] = []
     effect = 0.0
+    losses: list[Loss] = []
+    audit = auditor(report, losses)
     for item in promised:
-        edit = stored.pop(_key(item.edit), None)
-        found, size, off = _site(item, edit, expected)
+        edit = stored.pop((item.line.module, item.line.param, item.line.kind), None)
+        found, size, off = _site(item, edit, expected, audit)
         problems += found
         effect += size**2
         worst.append((off, item.line.site))
     problems += [f"{edit.site}: is in the output, but in no input" for edit in stored.values()]
-    if not problems and effect == 0.0 and _only_deltas(promised) and report.totals.norm > 0.0:
+    problems += unearned(report, losses)
+    if not problems and effect == 0.0 and _any_delta(promised):
         problems.append("the output has no effect at all")
     return _check(problems, worst, len(promised)), expected
 
 
-def _key(edit: Edit) -> tuple[str, str, str]:
-    return edit.site.module, edit.site.param, edit.kind
+def _twice(output: Adapter) -> list[str]:
+    counts = Counter(key_of(edit) for edit in output.edits)
+    return [f"{module}: is in the output {n} times" for (module, *_), n in counts.items() if n > 1]
 
 
-def _only_deltas(promised: Sequence[Promised]) -> bool:
-    return all(item.terms for item in promised)
+def _dtypes(
+    report: Report, promised: Sequence[Promised], stored: Mapping[tuple[str, str, str], Edit]
+) -> list[str]:
+    """What was computed is stored in the dtype that the report says, which sets the tolerances."""
+    said = report.output["dtype"]
+    fitted = [item.line for item in promised if item.line.action == "fit"]
+    keys = [(line.module, line.param, line.kind) for line in fitted]
+    return [
+        f"{line.site}: is stored as {ref.dtype}, reported was {said}"
+        for line, key in zip(fitted, keys, strict=True)
+        if key in stored
+        for ref in refs_of(factor_of(stored[key]))
+        if str(ref.dtype) != said
+    ]
+
+
+def _any_delta(promised: Sequence[Promised]) -> bool:
+    """Whether there are only deltas, and one of them at least is no rounding noise."""
+    if not all(item.terms for item in promised):
+        return False
+    return any(not _is_noise(item, _whole(item)) for item in promised)
+
+
+def _whole(item: Promised) -> WeightedSum:
+    return WeightedSum(item.terms, item.terms[0][1].shape)
 
 
 def _check(problems: list[str], worst: list[tuple[float, str]], count: int) -> Check:
@@ -69,7 +102,7 @@ def _check(problems: list[str], worst: list[tuple[float, str]], count: int) -> C
 
 
 def _site(
-    item: Promised, edit: Edit | None, expected: list[Edit]
+    item: Promised, edit: Edit | None, expected: list[Edit], audit: Audit
 ) -> tuple[list[str], float, float]:
     """Problems of one site, the size of its stored delta, and its error beyond what was reported."""
     if item.values:
@@ -77,10 +110,12 @@ def _site(
     if not item.terms:
         expected.append(item.edit)
         return (_same_tensors(item, edit), 0.0, 0.0) if edit else ([_missing(item)], 0.0, 0.0)
-    whole = WeightedSum(item.terms, item.terms[0][1].shape)
+    whole = _whole(item)
     stored = factor_of(edit) if edit else None
     if edit is None or stored is None:
-        return _absent(item, whole, expected)
+        found, size, off = _absent(item, whole, expected)
+        size_of = distance(whole, whole).left
+        return found or audit(item, whole, None, Distance(size_of, size_of, 0.0)), size, off
     if stored.shape != whole.shape:
         return [f"{item.line.site}: stored {stored.shape}, promised {whole.shape}"], 0.0, 1.0
     lossy = item.line.truncation > 0.0
@@ -88,6 +123,7 @@ def _site(
     expected.append(expected_edit(item, reference))
     apart = distance(whole, stored)
     problems = _same_tensors(item, edit) + _error(item, apart)
+    problems += audit(item, whole, stored, apart)
     return problems, apart.right, abs(apart.relative - item.line.error)
 
 
@@ -99,15 +135,27 @@ def _absent(
     item: Promised, whole: WeightedSum, expected: list[Edit]
 ) -> tuple[list[str], float, float]:
     """A site without a stored delta is right only when the promise is that nothing is left of it."""
-    if item.line.rank == 0 and (item.line.truncation > 0.0 or item.line.norm == 0.0):
+    if item.line.rank == 0 and not other_tensors(item.edit) and _nothing_left(item, whole):
         return [], 0.0, 0.0
     expected.append(expected_edit(item, whole))
     return [_missing(item)], 0.0, 1.0
 
 
+def _nothing_left(item: Promised, whole: WeightedSum) -> bool:
+    """Whether all of the delta was truncated, as reported, or inputs cancel up to rounding."""
+    return abs(item.line.error - 1.0) <= TOLERANCE or _is_noise(item, whole)
+
+
+def _is_noise(item: Promised, whole: WeightedSum) -> bool:
+    """Whether inputs cancel up to what float32 resolves of their sizes (not of the sum's)."""
+    sizes = [abs(weight) * distance(factor, factor).left for weight, factor in item.terms]
+    floor = noise_floor(whole.shape, torch.float32, sizes)
+    return distance(whole, whole).left <= floor
+
+
 def _error(item: Promised, apart: Distance) -> list[str]:
     """The measured error must be the reported one."""
-    if item.line.rank == 0 and apart.right == 0.0:
+    if item.line.rank == 0 and apart.right == 0.0 and _is_noise(item, _whole(item)):
         return []
     allowed = max(TOLERANCE, SLACK * item.line.error)
     if abs(apart.relative - item.line.error) <= allowed:
@@ -122,17 +170,22 @@ def _same_tensors(item: Promised, edit: Edit | None) -> list[str]:
     """Magnitudes, vectors and stored values must be the inputs' own, bit for bit."""
     if edit is None:
         return [_missing(item)]
-    theirs = other_tensors(edit)
-    return [
-        f"{item.line.site}: {name} differs from the input's"
+    theirs, said = other_tensors(edit), settings(edit)
+    wrong = [name for name, value in settings(item.edit).items() if said.get(name) != value]
+    wrong += [
+        name
         for name, ref in other_tensors(item.edit).items()
         if name not in theirs or not _equal(ref, theirs[name])
     ]
+    return [f"{item.line.site}: {name} differs from the input's" for name in wrong]
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return same_values(a, b) or (
-        a.count == b.count and torch.equal(a.read().double().flatten(), b.read().double().flatten())
+    if same_values(a, b):
+        return True
+    shapes = [tuple(size for size in ref.shape if size != 1) for ref in (a, b)]
+    return shapes[0] == shapes[1] and torch.equal(
+        a.read().double().flatten(), b.read().double().flatten()
     )
 
 
@@ -144,7 +197,10 @@ def _value(
     if edit is None:
         return [_missing(item)], 0.0, 1.0
     a = other_tensors(wanted)["value"].read().double()
-    b = other_tensors(edit)["value"].read().double().reshape(a.shape)
+    b = other_tensors(edit)["value"].read().double()
+    if a.shape != b.shape:
+        found = f"has shape {list(b.shape)}, promised was {list(a.shape)}"
+        return [f"{item.line.site}: {found}"], 0.0, 1.0
     off = float((a - b).norm()) / (float(a.norm()) or 1.0)
     if abs(off - item.line.error) <= max(TOLERANCE, SLACK * item.line.error):
         return [], 0.0, off

@@ -40,7 +40,7 @@ def raw(value: torch.Tensor) -> bytes:
 
 
 def deserialized(content: bytes) -> dict[str, Any]:
-    return dict(safetensors.deserialize(content))  # type: ignore[no-untyped-call]
+    return dict(safetensors.deserialize(content))
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)

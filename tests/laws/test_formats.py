@@ -14,7 +14,7 @@ from adaptmerge import registry
 from adaptmerge.base import open_base
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.files.listing import Listing
-from adaptmerge.graph import Adapter
+from adaptmerge.graph import Adapter, Edit
 from adaptmerge.inputs import InputSpec, open_input
 from adaptmerge.merge import Options, combine
 from adaptmerge.verify.difference import difference
@@ -113,8 +113,11 @@ def _unscaled(adapter: Adapter) -> Adapter:
     from adaptmerge.edits import factor_of, refitted
     from adaptmerge.factors import as_low_rank, low_rank
 
-    def fold(edit):  # type: ignore[no-untyped-def]
-        pair = as_low_rank(factor_of(edit))
+    def fold(edit: Edit) -> Edit:
+        factor = factor_of(edit)
+        assert factor is not None
+        pair = as_low_rank(factor)
+        assert pair is not None
         return refitted(edit, low_rank(pair.up.scaled(pair.scale), pair.down))
 
     return adapter.with_edits(fold(edit) for edit in adapter.edits)
@@ -162,5 +165,3 @@ def test_a_flipped_header_byte_raises_our_errors_only(
             opened(path, base)
         except AdaptmergeError:
             continue
-
-

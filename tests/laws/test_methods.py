@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import (
+from samples import (
     MODULES,
     adapter,
     config_of,

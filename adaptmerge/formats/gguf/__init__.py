@@ -75,4 +75,5 @@ FORMAT = Format(
     stores=write.stores,
     refuses=write.refuses,
     suffixes=(".gguf",),
+    takes_alpha=True,
 )

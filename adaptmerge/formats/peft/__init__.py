@@ -52,6 +52,11 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
             f"?alpha={options.alpha:g} contradicts its config, which says {config.alpha:g}: leave it out",
             where=listing.origin,
         )
+    if options.alpha is not None and config.peft_type != "LORA":
+        raise InputError(
+            f"?alpha= is for LoRA; {config.peft_type} has no alpha: leave it out",
+            where=listing.origin,
+        )
     keys = Keys.of(file, config)
     edits, notes = FAMILIES[config.peft_type](keys, config, options)
     keys.finish()
@@ -86,6 +91,8 @@ FORMAT = Format(
     read=read,
     write=write.write,
     stores=write.stores,
+    refuses=write.refuses,
     suffixes=(".safetensors",),
+    takes_alpha=True,
     oracle=ORACLE,
 )

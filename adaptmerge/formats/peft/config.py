@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.safetensors import TensorFile
 from adaptmerge.graph import Kind
-from adaptmerge.names import is_suffix
+from adaptmerge.names import suffixes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -104,6 +104,34 @@ def _family(file: TensorFile) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Patterns:
+    """Values by regular expressions on module paths; the first that matches, as PEFT matches, wins.
+
+    paths: every expression is a whole path, as writers spell them, and can be looked up.
+    """
+
+    values: Mapping[str, Any]
+    paths: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Patterns:
+        """The patterns of a config's table."""
+        return cls(values, all(key == exactly(key[1:].replace("\\", "")) for key in values))
+
+    def find(self, module: str, default: Any) -> Any:
+        """The value for a module."""
+        if self.paths:
+            return self.values.get(exactly(module), default)
+        found = (v for key, v in self.values.items() if re.match(rf"(.*\.)?({key})$", module))
+        return next(found, default)
+
+
+def exactly(module: str) -> str:
+    """The pattern that matches this module path and no other."""
+    return "^" + re.escape(module)
+
+
+@dataclass(frozen=True, slots=True)
 class PeftConfig:
     """The fields that change what an adapter computes, with PEFT's defaults; `raw` is the whole."""
 
@@ -116,8 +144,8 @@ class PeftConfig:
     use_dora: bool = False
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    ranks: Patterns = Patterns({}, True)
+    alphas: Patterns = Patterns({}, True)
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], where: str) -> PeftConfig:
@@ -135,8 +163,8 @@ class PeftConfig:
             use_dora=bool(raw.get("use_dora")),
             bias=raw.get("bias") or "none",
             modules_to_save=tuple(raw.get("modules_to_save") or ()),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
+            ranks=Patterns.of(raw.get("rank_pattern") or {}),
+            alphas=Patterns.of(raw.get("alpha_pattern") or {}),
         )
 
     @property
@@ -151,16 +179,32 @@ class PeftConfig:
 
     def rank(self, module: str) -> int | None:
         """The rank the config gives a module; None when there is no config."""
-        found: int | None = _pattern(self.rank_pattern, module, self.r)
+        found: int | None = self.ranks.find(module, self.r)
         return found
 
     def scale(self, module: str, rank: int, alpha: float | None) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
-        value = _pattern(self.alpha_pattern, module, self.alpha)
+        value = self.alphas.find(module, self.alpha)
         value = alpha if value is None else value
         if value is None:
             return 1.0
         return float(value) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def has_no_bias(self) -> bool:
+        """Whether a config is there and says nothing of biases of lora_B."""
+        return self.r is not None and not self.raw.get("lora_bias")
+
+    def unselected(self, modules: Iterable[str]) -> list[str]:
+        """The modules that target_modules, where it is spelled out, does not make PEFT adapt."""
+        targets = self.raw.get("target_modules")
+        paths = {module: module.partition(".base_layer.")[0] for module in modules}
+        if isinstance(targets, str) and targets != "all-linear":
+            return [module for module, path in paths.items() if not re.fullmatch(targets, path)]
+        if not isinstance(targets, list):
+            return []
+        listed = frozenset(targets)
+        return [module for module, path in paths.items() if listed.isdisjoint(suffixes(path))]
 
     def covers(self, modules: Iterable[str]) -> frozenset[str]:
         """The listed target suffixes, where the config promises that all their modules are adapted."""
@@ -168,19 +212,12 @@ class PeftConfig:
         filters = ("layers_to_transform", "layers_pattern", "exclude_modules")
         if not isinstance(targets, list) or any(self.raw.get(name) for name in filters):
             return frozenset()
-        adapted = list(modules)
-        return frozenset(t for t in targets if any(is_suffix(t, module) for module in adapted))
+        adapted = {suffix for module in modules for suffix in suffixes(module)}
+        return frozenset(target for target in targets if target in adapted)
 
     def hints(self) -> dict[str, Any]:
         """What a writer of this format keeps and that never changes outputs, or spells the same."""
         return dict(self.raw)
-
-
-def _pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The first pattern, in order, that matches as PEFT matches; else `default`."""
-    return next(
-        (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default
-    )
 
 
 def _problems(raw: Mapping[str, Any]) -> list[str]:
@@ -203,6 +240,7 @@ def _lora_problems(raw: Mapping[str, Any]) -> list[str]:
         problems.append(f"lora_alpha is {raw.get('lora_alpha')!r}: expected a number")
     for name in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(name, raw.get(name) or {})
+    problems += _target_problems(raw.get("target_modules"))
     if raw.get("bias", "none") not in (None, "none", "all", "lora_only"):
         problems.append(f"bias is {raw['bias']!r}: expected none, all or lora_only")
     problems += [
@@ -217,6 +255,16 @@ def _lora_problems(raw: Mapping[str, Any]) -> list[str]:
             "with path_initial_model_for_weight_conversion to get a plain LoRA"
         )
     return problems
+
+
+def _target_problems(targets: Any) -> list[str]:
+    if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
+        return [f"target_modules is {targets!r}: expected names of modules"]
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as problem:
+        return [f"target_modules is no regular expression: {problem}"]
+    return []
 
 
 def _pattern_problems(name: str, patterns: Any) -> list[str]:

@@ -43,8 +43,9 @@ class Keys:
         origins: dict[str, str] = {}
         renamed = 0
         for key, ref in file.refs.items():
-            plain = unwrapped(key.removeprefix(PREFIX))
-            renamed += plain != key.removeprefix(PREFIX)
+            plain = unwrapped(key)
+            renamed += plain != key
+            plain = plain.removeprefix(PREFIX)
             if plain in refs:
                 problems.append(
                     f"{origins[plain]!r} and {key!r} name the same tensor once prefixes are "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptmerge.edits import Add, Dora, Replace, ReplaceRows
@@ -33,7 +33,21 @@ def read(keys: Keys, config: PeftConfig, options: ReadOptions) -> tuple[list[Edi
                 Kind.ASSUMED, "DoRA magnitudes are stored though use_dora is not set: read as DoRA"
             )
         )
-    return edits, notes
+    return edits, notes + unread_by_peft(config, edits)
+
+
+def unread_by_peft(config: PeftConfig, edits: Sequence[Edit]) -> list[Note]:
+    """Tensors that PEFT ignores, since its config does not say that they are there; they are read."""
+    added = [edit.site for edit in edits if edit.kind in ("add", "dora")]
+    lost = config.unselected(site.module for site in added)
+    notes = []
+    if lost:
+        what = f"target_modules selects {len(lost)} stored sites not, which PEFT ignores: read as active"
+        notes.append(Note(Kind.ASSUMED, what, site=lost[0]))
+    if config.has_no_bias and any(site.param == "bias" for site in added):
+        what = "biases are stored though lora_bias is not set, which PEFT ignores: read as active"
+        notes.append(Note(Kind.ASSUMED, what))
+    return notes
 
 
 def _module(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from adaptmerge.edits import Add, Dora, Replace, ReplaceRows
 from adaptmerge.factors import Factor, LowRank, Product, as_low_rank
 from adaptmerge.files.refs import TensorRef, constant
-from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS
+from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS, exactly
 from adaptmerge.formats.peft.keys import PREFIX
-from adaptmerge.graph import Adapter, Bundle, Site
+from adaptmerge.graph import Adapter, Bundle, Edit, Site
 from adaptmerge.names import exact_suffixes, is_suffix
 from adaptmerge.registry import Output, Stores, WriteOptions
 
@@ -45,6 +46,17 @@ def stores(options: WriteOptions) -> Stores:
         one_rank=not per_site,
         dtypes=frozenset({"F64", "F32", "F16", "BF16"}),
     )
+
+
+def refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
+    """Biases of a LoRA lie beside its two sides: PEFT ignores one where there are none."""
+    adapted = {edit.site.module for edit in edits if edit.kind == "add" and not _is_bias(edit)}
+    alone = [str(e.site) for e in edits if _is_bias(e) and e.site.module not in adapted]
+    return [f"peft has no place for {bias} without a delta of its weight" for bias in alone[:1]]
+
+
+def _is_bias(edit: Edit) -> bool:
+    return edit.kind == "add" and edit.site.param == "bias"
 
 
 def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
@@ -94,7 +106,7 @@ def _tensors(adapter: Adapter) -> Tensors:
 
 
 def _has_bias(adapter: Adapter) -> bool:
-    return any(edit.kind == "add" and edit.site.param == "bias" for edit in adapter.edits)
+    return any(_is_bias(edit) for edit in adapter.edits)
 
 
 def _beside(edit: Replace, adapted: set[str]) -> bool:
@@ -162,18 +174,14 @@ def _ranks(pairs: Mapping[str, LowRank]) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {_exactly(m): r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(m): _plain(a) for m, a in alphas.items() if a != alpha},
+        "rank_pattern": {exactly(m): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {exactly(m): _plain(a) for m, a in alphas.items() if a != alpha},
     }
 
 
 def _commonest(values: Iterable[Any], default: Any) -> Any:
-    listed = list(values)
-    return max(listed, key=lambda v: (listed.count(v), -v)) if listed else default
-
-
-def _exactly(module: str) -> str:
-    return "^" + module.replace(".", r"\.") if "." in module else module
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], -value)) if counts else default
 
 
 def _plain(alpha: float) -> float | int:
