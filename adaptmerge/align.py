@@ -9,11 +9,18 @@ from dataclasses import dataclass, replace
 from adaptmerge.base import Base
 from adaptmerge.edits import factor_of
 from adaptmerge.errors import CannotMerge
+from adaptmerge.files.strict_json import capped
 from adaptmerge.graph import Adapter, Edit, Kind, Note, Site
 from adaptmerge.names import natural_key, suffixes
 
 # Models whose linear weights lie (in, out) in their checkpoints (transformers' Conv1D).
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# What models with a head put before the modules of the model without (their base_model_prefix).
+MODEL_PREFIXES = frozenset(
+    {"model", "transformer", "bert", "roberta", "distilbert", "electra", "deberta", "albert"}
+    | {"gpt_neox", "backbone", "encoder", "vit", "wav2vec2"}
+)
+SHOWN = 6  # conflicts of one merge; the others are mostly the same
 QUANTISED = re.compile(
     r"[-_.](unsloth|bnb|4bit|8bit|int4|int8|nf4|fp4|gptq|awq|gguf|fp8|bf16|fp16|hf|quantized|w4a16)\b"
 )
@@ -34,7 +41,8 @@ def align(
     """Groups in natural order of their sites. Raises CannotMerge with all conflicts at once."""
     notes, problems = _base_names(adapters, allowed)
     if base is not None:
-        adapters = _on_base(adapters, base)
+        given, adapters = adapters, _on_base(adapters, base)
+        notes += _renamed(given, adapters)
         problems += _against_base(adapters, base)
     else:
         problems += _coincidences(adapters) or _strangers(adapters, allowed)
@@ -42,7 +50,7 @@ def align(
     problems += [problem for group in groups for problem in _conflicts(group)]
     problems += _compositions(groups, len(adapters))
     if problems:
-        raise CannotMerge(problems)
+        raise CannotMerge(capped(problems, SHOWN))
     return groups, notes
 
 
@@ -140,18 +148,24 @@ def _layer_roots(adapter: Adapter) -> set[str]:
 
 
 def _on_base(adapters: Mapping[str, Adapter], base: Base) -> dict[str, Adapter]:
-    """Sites that the base has under one name, spelled one way: the longest any adapter uses."""
+    """Sites under the base's own names; where the checkpoint leaves out the model's prefix and an
+    adapter has it, with that prefix."""
     spelled: dict[str, str] = {}
     for adapter in adapters.values():
         for edit in adapter.edits:
             located = base.locate(edit.site.module)
             if located is not None:
-                longest = max(spelled.get(located, ""), edit.site.module, key=len)
-                spelled[located] = longest
+                known = spelled.get(located, located)
+                spelled[located] = _fuller(known, edit.site.module, located)
     return {
         name: adapter.with_edits(_respelled(edit, base, spelled) for edit in adapter.edits)
         for name, adapter in adapters.items()
     }
+
+
+def _fuller(known: str, module: str, located: str) -> str:
+    prefix = module.removesuffix(located).removesuffix(".")
+    return module if prefix in MODEL_PREFIXES and module.endswith(f".{located}") else known
 
 
 def _respelled(edit: Edit, base: Base, spelled: Mapping[str, str]) -> Edit:
@@ -161,6 +175,19 @@ def _respelled(edit: Edit, base: Base, spelled: Mapping[str, str]) -> Edit:
         return edit
     moved: Edit = replace(edit, site=replace(edit.site, module=module))  # type: ignore[type-var]
     return moved
+
+
+def _renamed(before: Mapping[str, Adapter], after: Mapping[str, Adapter]) -> list[Note]:
+    """What the base's names changed."""
+    notes = []
+    for name, adapter in before.items():
+        pairs = zip(adapter.edits, after[name].edits, strict=True)
+        moved = [(old.site, new.site) for old, new in pairs if old.site != new.site]
+        if moved:
+            old, new = moved[0]
+            what = f"{len(moved)} sites are named as in the base: {old} is {new}"
+            notes.append(Note(Kind.INFO, what, input=name))
+    return notes
 
 
 def _against_base(adapters: Mapping[str, Adapter], base: Base) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.graph import Kind, Note
 from adaptmerge.inputs import Input
-from adaptmerge.registry import Output
+from adaptmerge.registry import Output, format_named
 from adaptmerge.report import Report
 
 TOKENIZER = (
@@ -72,7 +72,10 @@ def _copy(item: Input, name: str, output: Output, as_name: str) -> None:
 def card(inputs: Sequence[Input], report: Report) -> str:
     """A model card that names base, inputs, weights, method and error."""
     base = inputs[0].adapter.base.name
-    head = ["---", "library_name: adaptmerge", "tags: [adapter, merge]"]
+    title = "Converted" if report.command == "convert" else "Merged"
+    oracle = format_named(report.format).oracle
+    head = ["---", f"tags: [adapter, {title.lower()}]"]
+    head += [f"library_name: {oracle.package}"] if oracle else []
     head += [f"base_model: {base}"] if base else []
     weights = report.options["weights"]
     rows = [f"| {item.name} | {item.format.name} | {weights[item.name]:.6g} |" for item in inputs]
@@ -81,7 +84,7 @@ def card(inputs: Sequence[Input], report: Report) -> str:
             *head,
             "---",
             "",
-            "# Merged adapter",
+            f"# {title} adapter",
             "",
             f"Method `{report.method}`, relative error {report.totals.error:.2e}. "
             "Details are in `adaptmerge.json`; `adaptmerge verify` checks them.",

@@ -30,6 +30,9 @@ class Term(NamedTuple):
 class Factor(Protocol):
     """A matrix in factored form."""
 
+    def __hash__(self) -> int:
+        """Factors are data."""
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,8 @@ from adaptmerge.report import (
     FILE,
     METADATA_KEY,
     Report,
+    SiteLine,
+    Totals,
     report_name,
     sanity_notes,
     site_lines,
@@ -95,6 +98,7 @@ def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepa
     plan = make_plan(groups, _request(options, weights, target, base), names)
     adapter = _described(adapters, base)
     said = (*_weight_notes(options, given, weights), *notes, *plan.notes)
+    said += tuple(Note(Kind.INFO, caution) for caution in [plan.method.caution] if caution)
     said += tuple(replace(n, input=i.name) for i in inputs for n in i.adapter.notes)
     return Prepared(inputs, plan, target, base, weights, said, adapter, options)
 
@@ -102,6 +106,8 @@ def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepa
 def _check(specs: Sequence[InputSpec], options: Options) -> None:
     if not specs:
         raise UsageError("no input was given: name at least one adapter")
+    if options.total and (options.weights or any(spec.weight is not None for spec in specs)):
+        raise UsageError("--sum means weight 1 for each: leave it out, or the weights")
     unknown = sorted(options.allow - set(ALLOWABLE))
     if unknown:
         raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
@@ -239,7 +245,7 @@ def combine(
                     staging.path, output.name if single else None, _short(report), scratch
                 )
                 main = _write(prepared, settled, report, output_to)
-        staging.commit(main)
+        staging.commit(main, obsolete={name for f in formats().values() for name in f.files})
     return report
 
 
@@ -309,7 +315,9 @@ def _report(
 ) -> Report:
     plan, options = prepared.plan, prepared.options
     found = totals(settled, plan.inputs)
+    lines = site_lines(settled)
     notes = [*prepared.notes, *sanity_notes(found), *carry.notes(prepared.inputs)]
+    notes += _missed_budget(plan.budget, found, lines)
     return Report(
         command=command,
         method=plan.method.name,
@@ -321,10 +329,26 @@ def _report(
         else {"name": prepared.base.path.name, "fingerprint": prepared.base.fingerprint},
         versions={name: _version(name) for name in ("adaptmerge", "torch")},
         totals=found,
-        sites=site_lines(settled),
+        sites=lines,
         notes=sorted(set(notes)),
         output={"dtype": str(plan.dtype), "ranks": options.ranks},
     )
+
+
+def _missed_budget(budget: Budget, found: Totals, lines: Sequence[SiteLine]) -> list[Note]:
+    """A word where a rank cap leaves a larger error than the other budgets allow."""
+    if not budget.spectral or budget.rank is None:
+        return []
+    lost = found.truncation
+    if budget.per_site:
+        lost = max((line.truncation / line.norm for line in lines if line.norm), default=0.0)
+    allowed = math.sqrt(budget.allowed_loss)
+    if lost <= allowed * (1 + 1e-6):
+        return []
+    what = (
+        f"--rank {budget.rank} leaves a truncation error of {lost:.3g}, asked for was {allowed:.3g}"
+    )
+    return [Note(Kind.APPROXIMATED, what)]
 
 
 def _said(prepared: Prepared) -> dict[str, Any]:

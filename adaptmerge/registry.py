@@ -100,7 +100,8 @@ class Oracle:
 class Format:
     """One on-disk format. `write` returns the name of the main file; `refuses` says in advance, one
     sentence each, which edits it would not find a place for beyond what `stores` declares.
-    `takes_alpha` is for formats whose files may leave the scale unsaid."""
+    `takes_alpha` is for formats whose files may leave the scale unsaid. `files` are the names in a
+    folder that make it be of this format."""
 
     name: str
     title: str
@@ -112,6 +113,7 @@ class Format:
     refuses: Callable[[Sequence[Edit], WriteOptions], list[str]] | None = None
     suffixes: tuple[str, ...] = ()
     takes_alpha: bool = False
+    files: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     oracle: Oracle | None = None
 
@@ -135,6 +137,7 @@ class Method:
     A rule returns the merged delta (or value) as a factor expression; `fit` computes it. `reduce`
     False stacks terms even where redundant. `rank` gives the method's own cap from the input ranks.
     `promise` is what the result should be, for the verifier; None means the weighted sum of deltas.
+    `caution` is a sentence shown with every result.
     """
 
     name: str
@@ -144,6 +147,7 @@ class Method:
     reduce: bool = True
     rank: Callable[[Sequence[int]], int] | None = None
     promise: Rule | None = None
+    caution: str = ""
     linear: bool = True
     gauge_invariant: bool = True
 

@@ -21,7 +21,7 @@ PAIR = re.compile(r"\s*(?P<name>[^=,\[\]]+)=(?P<value>\[[^\]]*\]|[^,\[\]]+)\s*(?
 class SiteRule:
     """Weights for the sites that `match` selects: a glob on the module path or its end, or re:REGEX.
 
-    A module's path selects its weight and its bias; the path of a parameter only that.
+    A module's path selects its weight and its bias; "...q_proj.bias" or ".weight" only that.
     A tuple is a gradient: its numbers are spread evenly over the layers and interpolated.
     """
 
@@ -33,7 +33,7 @@ class SiteRule:
         """Whether the rule is about this site and kind of edit."""
         if self.kind not in (None, kind):
             return False
-        return any(self._matches(path) for path in {site.module, str(site)})
+        return self._matches(site.module) or self._matches(f"{site.module}.{site.param}")
 
     def _matches(self, path: str) -> bool:
         if self.match.startswith("re:"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptmerge import verify
-from adaptmerge.errors import InputError
+from adaptmerge.errors import AdaptmergeError, InputError
+from adaptmerge.fit import Budget
 from adaptmerge.inputs import InputSpec, open_input
 from adaptmerge.merge import Options, combine
 from adaptmerge.report import Totals, load_report, sanity_notes
+from adaptmerge.verify.difference import difference
 
 
 def poisoned(fixtures: Path, folder: Path) -> Path:
-    import shutil
 
     shutil.copytree(fixtures / "tinyllama" / "lora-r8-perl", folder)
     file = folder / "adapter_model.safetensors"
@@ -68,3 +70,77 @@ def test_sanity_notes_speak_of_opposition_and_overshoot() -> None:
     assert "overshoot" in note.what
     assert "2.1 x" in note.what
     assert sanity_notes(totals(norm=1.0, kept=1.0)) == []
+
+
+def test_a_rank_cap_that_breaks_the_error_budget_is_said(fixtures: Path, tmp_path: Path) -> None:
+    names = ("lora-r8-perl", "lora-r8-cheaders")
+    specs = [InputSpec(str(fixtures / "tinyllama" / name)) for name in names]
+    report = combine(specs, tmp_path / "a", Options(budget=Budget(rank=3, max_error=0.05)))
+    assert any(n.kind == "approximated" and "--rank 3" in n.what for n in report.notes)
+    report = combine(specs, tmp_path / "b", Options(budget=Budget(rank=16, max_error=0.05)))
+    assert not any(n.kind == "approximated" for n in report.notes)
+    with pytest.raises(AdaptmergeError, match="--rank 3"):
+        combine(specs, tmp_path / "c", Options(budget=Budget(rank=3, max_error=0.05), strict=True))
+    assert not (tmp_path / "c").exists()
+
+
+def test_peft_linear_is_labelled(fixtures: Path, tmp_path: Path) -> None:
+    names = ("lora-r8-perl", "lora-r8-cheaders")
+    specs = [InputSpec(str(fixtures / "tinyllama" / name)) for name in names]
+    report = combine(specs, tmp_path / "a", Options(method="peft-linear"))
+    assert any("not the sum of the deltas" in note.what for note in report.notes)
+
+
+def test_force_leaves_no_file_of_another_format(fixtures: Path, tmp_path: Path) -> None:
+    spec, out = InputSpec(str(fixtures / "tinyllama" / "lora-r8-perl")), tmp_path / "out"
+    combine([spec], out, Options(target="native"))
+    (out / "mine.txt").write_text("keep")
+    combine([spec], out, Options(target="peft", force=True))
+    names = {file.name for file in out.iterdir()}
+    assert not names & {"graph.json", "tensors.safetensors"}
+    assert {"mine.txt", "adapter_config.json"} <= names
+    assert open_input(InputSpec(str(out))).format.name == "peft"
+
+
+def test_a_base_gives_its_own_names(fixtures: Path, tmp_path: Path) -> None:
+    """A site under a wrapper that the base does not have is named as the base names it."""
+    source, tiny = tmp_path / "in", fixtures / "tinyllama"
+    shutil.copytree(tiny / "lora-r8-perl", source)
+    file = source / "adapter_model.safetensors"
+    tensors = load_file(file)
+    longer = {
+        k.replace("base_model.model.", "base_model.model.language_model."): v
+        for k, v in tensors.items()
+    }
+    save_file(longer, file, metadata={"format": "pt"})
+    specs = [InputSpec(str(source)), InputSpec(str(tiny / "lora-r8-cheaders"))]
+    report = combine(specs, tmp_path / "out", Options(base=str(tiny / "base")))
+    assert {line.module.split(".")[0] for line in report.sites} == {"model"}
+    assert any("named as in the base" in note.what for note in report.notes)
+    inputs = {"in": str(source), "lora-r8-cheaders": str(tiny / "lora-r8-cheaders")}
+    verdict = verify.verify(tmp_path / "out", verify.Questions(str(tiny / "base"), inputs, "cpu"))
+    found = {check.name: check.status for check in verdict.checks}
+    assert found["weights"] == found["forward"] == found["forward in peft"] == verify.PASS
+
+
+def test_a_folder_without_a_config_is_read_with_alpha(fixtures: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(fixtures / "tinyllama" / "lora-r8-perl" / "adapter_model.safetensors", source)
+    told = open_input(InputSpec(str(source), alpha=16.0)).adapter
+    right = open_input(InputSpec(str(fixtures / "tinyllama" / "lora-r8-perl"))).adapter
+    assert difference(told, right).relative == 0.0
+    guessed = open_input(InputSpec(str(source))).adapter
+    assert any(note.kind == "assumed" and "alpha" in note.what for note in guessed.notes)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "16", None, True])
+def test_an_alpha_that_is_no_number_is_refused(
+    fixtures: Path, tmp_path: Path, alpha: object
+) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(fixtures / "tinyllama" / "lora-r8-perl", source)
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
+    with pytest.raises(InputError, match="lora_alpha"):
+        open_input(InputSpec(str(source)))

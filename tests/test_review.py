@@ -114,7 +114,7 @@ def test_a_bias_outlives_a_weight_that_cancels(tmp_path: Path) -> None:
 def test_a_bias_alone_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     tensors = {**sides(1), **rows("lora_B.bias")}
     one = save(tmp_path / "a", tensors, lora_bias=True)
-    rules = (parse_rule("layers.0.self_attn.q_proj:a=0"),)
+    rules = (parse_rule("layers.0.self_attn.q_proj.weight:a=0"),)
     with pytest.raises(CannotStore, match="bias"):
         combine([InputSpec(str(one))], tmp_path / "out", Options(rules=rules))
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from adaptmerge.cli.options import base_option, json_option
@@ -21,8 +23,14 @@ def diff(a: str, b: str, tolerance: float, show_all: bool, base: str | None, as_
     from adaptmerge.inputs import open_input, parse_input
     from adaptmerge.verify.difference import difference
 
+    if not 0 <= tolerance < math.inf:
+        raise click.UsageError(f"--tolerance {tolerance}: expected a number of at least 0")
     model = open_base(base) if base else None
-    left, right = (open_input(parse_input(text), model).adapter for text in (a, b))
+    specs = [parse_input(text) for text in (a, b)]
+    weighted = [spec.source for spec in specs if spec.weight is not None]
+    if weighted:
+        raise click.UsageError(f"{weighted[0]} has a weight: diff compares adapters as they are")
+    left, right = (open_input(spec, model).adapter for spec in specs)
     found = difference(left, right, model)
     same = found.relative <= tolerance and all(s.relative <= tolerance for s in found.sites)
     if as_json:
@@ -32,5 +40,6 @@ def diff(a: str, b: str, tolerance: float, show_all: bool, base: str | None, as_
         rows = [(s.site, s.left, s.right, s.relative) for s in worst[: None if show_all else 10]]
         table(("site", "|a|", "|b|", "relative"), rows, right=(1, 2, 3))
         answer = "compute the same" if same else "differ"
-        click.echo(f"{a}\n{b}\n{answer}: {found.relative:.2e} over {len(worst)} sites")
+        largest = f", {worst[0].relative:.2e} at the worst" if worst and not same else ""
+        click.echo(f"{a}\n{b}\n{answer}: {found.relative:.2e} over {len(worst)} sites{largest}")
     click.get_current_context().exit(0 if same else 3)

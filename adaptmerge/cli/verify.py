@@ -9,6 +9,7 @@ import click
 
 from adaptmerge.cli.options import base_option, device_option, json_option, named_paths
 from adaptmerge.cli.terminal import filled, print_json, table
+from adaptmerge.errors import AdaptmergeError, OutputError
 
 if TYPE_CHECKING:
     from adaptmerge.verify import Verdict
@@ -51,7 +52,13 @@ def verify(
     from adaptmerge import verify as library
 
     questions = library.Questions(base, named_paths(inputs, "--input"), device, layerwise)
-    verdict = library.verify(output, questions)
+    try:
+        verdict = library.verify(output, questions)
+    except AdaptmergeError as problem:
+        if junit:
+            failed = library.Check("verify", library.FAIL, "; ".join(problem.problems))
+            _write(junit, library.Verdict(output.name, [failed]).as_junit())
+        raise
     if junit:
         _write(junit, verdict.as_junit())
     if as_json:
@@ -62,8 +69,6 @@ def verify(
 
 
 def _write(path: Path, text: str) -> None:
-    from adaptmerge.errors import OutputError
-
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,9 +34,9 @@ class Staging:
         self.given, self.target = target, target.resolve()
         self.force, self.single = force, single
         self._inputs = [path.resolve() for path in inputs]
+        self._check_inputs()
         self._check_free(target)
         self._check_kind()
-        self._check_inputs()
         self._anchor = self._writable_anchor()
         self._root: Path | None = None
         with writing(self._where):
@@ -55,8 +55,9 @@ class Staging:
         """Where to write a file that is needed only until the commit."""
         return self._temporary("scratch", name)
 
-    def commit(self, main: str) -> None:
-        """Move all staged files to the target, `main` last.
+    def commit(self, main: str, obsolete: Collection[str] = ()) -> None:
+        """Move all staged files to the target, `main` last; of an output that is replaced, files
+        called `obsolete` that are not among them are removed.
 
         Raises OutputError when that fails, after taking back what was moved.
         """
@@ -65,7 +66,7 @@ class Staging:
             raise ValueError(f"{main!r} was not staged")
         files.sort(key=lambda name: (name == main, name))
         with writing(self._where):
-            self._install(files)
+            self._install(files, sorted(set(obsolete) - set(files)))
         self.discard()
 
     def discard(self) -> None:
@@ -162,7 +163,7 @@ class Staging:
             return []
         return [p.relative_to(out).as_posix() for p in sorted(out.rglob("*")) if not p.is_dir()]
 
-    def _install(self, files: list[str]) -> None:
+    def _install(self, files: list[str], obsolete: list[str]) -> None:
         assert self._root is not None
         out = self._root / "out"
         for name in files:
@@ -175,6 +176,7 @@ class Staging:
                 out.rename(self.target)
             else:
                 self._replace(out, files, undo)
+                self._remove(out, [] if self.single else obsolete, undo)
             undo.keep()
         _sync(self.target.parent)
 
@@ -188,6 +190,13 @@ class Staging:
             undo.before_replacing(destination, out.parent / f"old-{number}")
             (out / name).replace(destination)
         _sync(folder)
+
+    def _remove(self, out: Path, obsolete: list[str], undo: _Undo) -> None:
+        for number, name in enumerate(obsolete):
+            path = self.target / name
+            if path.is_file():
+                undo.before_replacing(path, out.parent / f"gone-{number}")
+                path.unlink()
 
 
 class _Undo:

@@ -201,4 +201,5 @@ FORMAT = Format(
     write=write,
     stores=stores,
     before=("peft",),
+    files=(GRAPH, TENSORS),
 )

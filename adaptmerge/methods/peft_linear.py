@@ -82,6 +82,7 @@ METHOD = Method(
     rules={"add": side_average},
     reduce=False,
     promise=side_average,
+    caution="peft-linear averages A and B apart for compatibility: this is not the sum of the deltas",
     linear=False,
     gauge_invariant=False,
 )

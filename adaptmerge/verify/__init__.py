@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 
 from adaptmerge.align import align
 from adaptmerge.base import Base, open_base
-from adaptmerge.errors import CannotMerge, InputError, VerificationFailed
+from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed
 from adaptmerge.files.dtypes import BY_NAME
 from adaptmerge.graph import Adapter, Kind
 from adaptmerge.inputs import Input, InputSpec, open_input
+from adaptmerge.names import did_you_mean
 from adaptmerge.report import Report, load_report
 from adaptmerge.verify.audit import malformed
 from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
@@ -31,6 +33,7 @@ __all__ = ["FAIL", "PASS", "SKIPPED", "UNDECIDABLE", "Check", "Questions", "Verd
 TRUSTED = (
     "adaptmerge's own readers (pass --base and install the format's library to prove them too)"
 )
+UNPROVEN = "adaptmerge's own readers, where no library of the format's own was asked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     problems = malformed(report)
     if problems:
         raise InputError(f"its report is damaged: {problems[0]}", where=str(output))
+    _check_questions(report, questions)
     base = open_base(questions.base) if questions.base else None
     inputs, checks = _inputs(output, report, questions, base)
     result = open_input(InputSpec(str(output), "output"), base)
@@ -75,6 +79,15 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     reference = result.adapter.with_edits(expected)
     more, trusted = _model_checks(report, reference, result, inputs, base, questions)
     return Verdict(output.name, [*checks, *more], trusted)
+
+
+def _check_questions(report: Report, questions: Questions) -> None:
+    names = [item["name"] for item in report.inputs]
+    unknown = [name for name in questions.inputs if name not in names]
+    if unknown:
+        raise UsageError(f"--input {unknown[0]}: {did_you_mean(unknown[0], names)}")
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", questions.device) is None:
+        raise UsageError(f"--device {questions.device}: expected auto, cpu, cuda, cuda:N or mps")
 
 
 def _reading(output: Adapter) -> list[Check]:
@@ -173,9 +186,9 @@ def _model_checks(
     dtype = BY_NAME[report.output["dtype"].upper()]
     checks, y_ref, y_base = forward.check_forward(bench, expected, result.adapter, dtype)
     if questions.layerwise or not forward.installed(result.format):
-        return checks, TRUSTED
+        return checks, UNPROVEN
     native = forward.check_native_output(bench, result.format, result.path, y_ref, y_base, dtype)
     readings = forward.check_native_inputs(replace(bench, device="cpu"), inputs)
     proved = [c for c in readings if c.status == PASS]
-    trusted = "" if len(proved) == len(inputs) else TRUSTED
+    trusted = "" if len(proved) == len(inputs) else UNPROVEN
     return [*checks, native, *readings], trusted

@@ -151,9 +151,11 @@ def _by_key(adapter: Adapter) -> dict[Key, list[Edit]]:
 
 
 def _taken(edits: dict[Key, list[Edit]], line: SiteLine) -> list[Edit]:
-    """The edits of a line, taken off: with a base, sites get the longest name that an input uses."""
+    """The edits of a line, taken off: with a base, sites get its names, longer or shorter by one."""
     shorter = line.module.partition(".")[2]
     keys = [(module, line.param, line.kind) for module in (line.module, shorter)]
+    if not any(key in edits for key in keys):
+        keys = [k for k in edits if (k[0].partition(".")[2], *k[1:]) == keys[0]]
     return next((edits.pop(key) for key in keys if key in edits), [])
 
 

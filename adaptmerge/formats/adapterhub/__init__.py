@@ -83,4 +83,5 @@ FORMAT = Format(
     url="https://docs.adapterhub.ml/loading.html",
     detect=detect,
     read=read,
+    files=(CONFIG, *WEIGHTS),
 )

@@ -76,4 +76,5 @@ FORMAT = Format(
     refuses=write.refuses,
     suffixes=(".gguf",),
     takes_alpha=True,
+    files=(write.FILE,),
 )

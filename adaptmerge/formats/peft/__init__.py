@@ -15,7 +15,14 @@ from __future__ import annotations
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.peft import ia3, lora, vera, write
-from adaptmerge.formats.peft.config import FAMILY_MARKS, READABLE, WEIGHTS, PeftConfig, find_config
+from adaptmerge.formats.peft.config import (
+    CONFIG,
+    FAMILY_MARKS,
+    READABLE,
+    WEIGHTS,
+    PeftConfig,
+    find_config,
+)
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.oracle import ORACLE
 from adaptmerge.graph import Adapter, BaseReference, Bundle, Note, bundle_of
@@ -26,14 +33,12 @@ FAMILIES = {"LORA": lora.read, "IA3": ia3.read, "VERA": vera.read}
 
 def detect(listing: Listing) -> bool:
     """Whether there is a PEFT config, or a tensor file with keys of a PEFT family."""
-    if listing.single is None:
-        return listing.has("adapter_config.json") and "peft_type" in listing.json(
-            "adapter_config.json"
-        )
-    if not listing.single.endswith((".safetensors", ".bin", ".pt", ".pth")):
+    if listing.single is None and listing.has(CONFIG):
+        return "peft_type" in listing.json(CONFIG)
+    name = listing.single or next((name for name in READABLE if listing.has(name)), "")
+    if not name.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json")):
         return False
-    keys = listing.tensors(listing.single).refs
-    return any(mark in key for key in keys for mark in FAMILY_MARKS)
+    return any(mark in key for key in listing.tensors(name).refs for mark in FAMILY_MARKS)
 
 
 def read(listing: Listing, options: ReadOptions) -> Bundle:
@@ -94,5 +99,6 @@ FORMAT = Format(
     refuses=write.refuses,
     suffixes=(".safetensors",),
     takes_alpha=True,
+    files=(CONFIG, *READABLE),
     oracle=ORACLE,
 )

@@ -47,10 +47,12 @@ class Found:
 def find_config(listing: Listing, file: TensorFile) -> Found:
     """The config of an input: beside it for a directory; for a lone file its metadata, then
     <stem>.json, then an adapter_config.json beside it that fits; else what the keys say."""
-    if listing.single is None:
+    if listing.single is None and listing.has(CONFIG):
         return Found(listing.json(CONFIG), f"{listing.origin}/{CONFIG}")
     if METADATA_KEY in file.metadata:
         return Found(_embedded(file, listing), f"{listing.origin} (metadata)")
+    if listing.single is None:
+        return Found({"peft_type": _family(file)}, None)
     stem = f"{Path(listing.single).stem}.json"
     if listing.has(stem):
         return Found(listing.json(stem), stem)
@@ -234,9 +236,7 @@ def _lora_problems(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     if not _is_rank(raw.get("r")):
         problems.append(f"r is {raw.get('r')!r}: expected the rank, a whole number of at least 1")
-    if not isinstance(raw.get("lora_alpha"), (int, float)) or isinstance(
-        raw.get("lora_alpha"), bool
-    ):
+    if not _is_number(raw.get("lora_alpha")):
         problems.append(f"lora_alpha is {raw.get('lora_alpha')!r}: expected a number")
     for name in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(name, raw.get(name) or {})
@@ -278,9 +278,13 @@ def _pattern_problems(name: str, patterns: Any) -> list[str]:
             problems.append(f"{name}: {pattern!r} is no regular expression: {problem}")
         if name == "rank_pattern" and not _is_rank(value):
             problems.append(f"{name}: {pattern!r} is {value!r}: expected a rank")
-        elif not isinstance(value, (int, float)):
+        elif not _is_number(value):
             problems.append(f"{name}: {pattern!r} is {value!r}: expected a number")
     return problems
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_rank(value: object) -> bool:

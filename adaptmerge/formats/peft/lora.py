@@ -17,6 +17,16 @@ from adaptmerge.registry import ReadOptions
 
 Parts = Mapping[str, TensorRef]
 BASE_COPY = "base_layer"
+# What PEFT saves unasked when it is adapted or resized (save_embedding_layers).
+EMBEDDINGS = (
+    "embed_tokens",
+    "lm_head",
+    "wte",
+    "word_embeddings",
+    "shared",
+    "embed_in",
+    "embed_out",
+)
 
 
 def read(keys: Keys, config: PeftConfig, options: ReadOptions) -> tuple[list[Edit], list[Note]]:
@@ -136,12 +146,12 @@ def saved_edits(keys: Keys, config: PeftConfig, notes: list[Note]) -> list[Edit]
             continue
         edits.append(ReplaceRows(Site(module, "weight", Layer("embedding")), ids, rows))
     for module, param, ref in list(keys.saved()):
-        edits.append(_replacement(module, param, ref, config, notes))
+        edits.append(_replacement(keys, module, param, ref, config, notes))
     return edits
 
 
 def _replacement(
-    module: str, param: str, ref: TensorRef, config: PeftConfig, notes: list[Note]
+    keys: Keys, module: str, param: str, ref: TensorRef, config: PeftConfig, notes: list[Note]
 ) -> Edit:
     if module.endswith(f".{BASE_COPY}") or module == BASE_COPY:
         module = module.removesuffix(BASE_COPY).removesuffix(".")
@@ -152,9 +162,11 @@ def _replacement(
         return Replace(Site(module, param), ref, "head", owner)
     if param == "bias" and config.bias != "none":
         return Replace(Site(module, param), ref, "bias")
-    notes.append(
-        Note(Kind.INFO, "stored whole though modules_to_save does not list it", site=module)
-    )
+    if param not in ("weight", "bias"):
+        keys.problems.append(f"tensor {ref.name!r} belongs to nothing this format knows")
+    known = module.rpartition(".")[2] in EMBEDDINGS
+    what = "stored whole though modules_to_save does not list it"
+    notes.append(Note(Kind.INFO if known else Kind.ASSUMED, what, site=module))
     return Replace(Site(module, param), ref, "unlisted")
 
 
