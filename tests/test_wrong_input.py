@@ -142,9 +142,11 @@ def test_no_weights(good: Path, tmp_path: Path) -> None:
     assert "no weights: expected adapter_model.safetensors" in problem
 
 
-def test_no_config(good: Path, tmp_path: Path) -> None:
+def test_no_config_and_no_weights(good: Path, tmp_path: Path) -> None:
     bad = adapter(tmp_path / "bad", 2)
     (bad / CONFIG).unlink()
+    (bad / WEIGHTS).unlink()
+    (bad / "notes.txt").write_text("nothing of use")
     assert "holds no adapter of a known format" in refused_alone(tmp_path, bad, good)
 
 
