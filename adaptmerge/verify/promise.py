@@ -35,12 +35,6 @@ class Promised:
     terms: tuple[tuple[float, Factor], ...]
     values: tuple[tuple[float, TensorRef], ...] = ()
 
-    def dense(self, rows: Rows = None) -> torch.Tensor:
-        """The promised delta, float64."""
-        total = sum(weight * factor.dense(rows) for weight, factor in self.terms)
-        assert isinstance(total, torch.Tensor)
-        return total
-
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum:
