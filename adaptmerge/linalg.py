@@ -45,15 +45,10 @@ def side_by_side(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     return working(values[0] if len(values) == 1 else torch.cat(list(values), dim=axis))
 
 
-def gram(
-    up: torch.Tensor, down: torch.Tensor, ranks: Sequence[int], scales: Sequence[float]
-) -> torch.Tensor:
-    """scale_i scale_j <up_i @ down_i, up_j @ down_j> for blocks of so many columns, in float64."""
+def gram(up: torch.Tensor, down: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """<delta_i, delta_j> in float64, delta_i being up @ diag(owners[i]) @ down."""
     core = (up.T @ up).double() * (down @ down.T).double()
-    blocks = [torch.split(part, list(ranks), dim=1) for part in torch.split(core, list(ranks))]
-    inner = torch.stack([torch.stack([block.sum() for block in row]) for row in blocks])
-    scale = torch.tensor(list(scales), dtype=torch.float64)
-    return inner * scale[:, None] * scale[None, :]
+    return owners @ core @ owners.T
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,11 +157,16 @@ def _modules(package: str) -> list[Any]:
     return [importlib.import_module(f"{package}.{name}") for name in names]
 
 
+@cache
+def _built_in(package: str, constant: str) -> tuple[Any, ...]:
+    return tuple(getattr(m, constant) for m in _modules(package) if hasattr(m, constant))
+
+
 def _collect(package: str, constant: str) -> dict[str, Any]:
-    found = [getattr(m, constant) for m in _modules(package) if hasattr(m, constant)]
-    found += [entry.load() for entry in entry_points(group=package)]
+    from importlib.metadata import entry_points
+
     table: dict[str, Any] = {}
-    for item in found:
+    for item in (*_built_in(package, constant), *(e.load() for e in entry_points(group=package))):
         if item.name in table:
             raise AdaptmergeError(
                 f"two {package} entries are named {item.name!r}: remove one package"
@@ -198,8 +202,14 @@ def method_named(name: str) -> Method:
 
 
 def detect(listing: Listing) -> Format:
-    """The one format that an input is in. Raises InputError when none or several claim it."""
-    hits = [found for found in formats().values() if found.detect(listing)]
+    """The one format that an input is in. Raises InputError when none or several claim it.
+
+    Formats of other distributions are looked up only for what no built-in format claims: finding
+    them takes longer than reading a header.
+    """
+    built_in: Sequence[Format] = _built_in("adaptmerge.formats", "FORMAT")
+    hits = [found for found in built_in if found.detect(listing)]
+    hits = hits or [found for found in formats().values() if found.detect(listing)]
     beaten = {name for hit in hits for name in hit.before}
     hits = [hit for hit in hits if hit.name not in beaten]
     if len(hits) == 1:

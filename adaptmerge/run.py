@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -30,6 +32,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 WINDOW = 2  # jobs in flight per worker
+TURN = 5e-4  # seconds
 CANCELS = 1e-2  # below this share of what it could be, a squared norm is computed in float64
 
 
@@ -82,7 +85,7 @@ def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[
     """Every step settled, in plan order. Raises InputError naming all tensors that are not finite."""
     problems: list[str] = []
     settled: list[Settled] = []
-    with one_thread_each(), ThreadPoolExecutor(max_workers=workers) as pool:
+    with one_thread_each(), _short_turns(), ThreadPoolExecutor(max_workers=workers) as pool:
         allotted = _allotted(plan, pool, workers)
         jobs = list(zip(plan.steps, allotted, strict=True))
         results = _ordered(pool, workers, lambda job: _compute(plan, *job), jobs)
@@ -95,6 +98,17 @@ def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[
         advice = "pass --allow nonfinite to merge it all the same"
         raise InputError([*problems[:-1], f"{problems[-1]}; {advice}"])
     return settled
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Threads ask for the interpreter often: jobs need it briefly, between long stretches without."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _ordered(
@@ -238,11 +252,11 @@ def _gram(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> torch.
     up = side_by_side([term.up for _, term in terms], 1)
     down = side_by_side([term.down for _, term in terms], 0)
     up, down = (up, down) if dtype is None else (up.to(dtype), down.to(dtype))
-    ranks = [term.up.shape[1] for _, term in terms]
-    inner = gram(up, down, ranks, [term.scale for _, term in terms])
-    owner = torch.zeros(len(factors), len(terms), dtype=torch.float64)
-    owner[[i for i, _ in terms], range(len(terms))] = 1.0
-    return owner @ inner @ owner.T
+    owners = torch.zeros(len(factors), up.shape[1], dtype=torch.float64)
+    start = 0
+    for i, term in terms:
+        owners[i, start : (start := start + term.up.shape[1])] = term.scale
+    return gram(up, down, owners)
 
 
 def _store(step: Step, computed: Computed, scratch: Scratch) -> Edit:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +29,24 @@ def inspect(inputs: tuple[str, ...], values: bool, base: str | None, as_json: bo
     from adaptmerge.summary import summarise
 
     model = open_base(base) if base else None
-    opened = open_inputs([parse_input(text) for text in inputs], model)
-    found = [summarise(item, values=values) for item in opened]
+    specs = [parse_input(text) for text in inputs]
+    with _all_alive():
+        found = [summarise(item, values=values) for item in open_inputs(specs, model)]
     if as_json:
         print_json([summary.as_json() for summary in found])
         return
     for summary in found:
         _show(summary)
+
+
+@contextmanager
+def _all_alive() -> Iterator[None]:
+    """No search for garbage: all that a header of thousands of tensors becomes is in use."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _show(summary: Summary) -> None:

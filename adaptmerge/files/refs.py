@@ -316,7 +316,7 @@ def read_span(path: str, offset: int, nbytes: int) -> torch.Tensor:
         return buffer
     view = memoryview(buffer.numpy().data)
     try:
-        with Path(path).open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - called for every tensor
             file.seek(offset)
             done = 0
             while done < nbytes:
