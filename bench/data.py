@@ -27,9 +27,9 @@ class Data:
         name = f"{layers}-square-{size}"
         return [self._once(f"{name}-{i}", partial(make, seed=i)) for i in range(count)]
 
-    def large(self, layers: int) -> str:
-        """One adapter of that many layers."""
-        return self._once(f"large-{layers}", partial(make_large, layers=layers))
+    def large(self, layers: int, rank: int) -> str:
+        """One adapter of that many layers and that rank."""
+        return self._once(f"large-{layers}-{rank}", partial(make_large, layers=layers, rank=rank))
 
     def output(self, case: str) -> str:
         """Where a case may write."""
