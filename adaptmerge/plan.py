@@ -94,16 +94,9 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
             problems += [(problem.where or "", sentence) for sentence in problem.problems]
     if problems:
         raise CannotMerge(_gathered(problems))
-    refused = unstorable((step.edit for step in steps), request.stores, request.target.name)
-    if not refused and request.target.refuses is not None:
-        edits = [step.edit for step in steps]
-        refused += request.target.refuses(edits, WriteOptions(base=request.base))
-    if dtype.name not in request.stores.dtypes:
-        refused.append(f"{request.target.name} does not store {dtype}")
-    if refused:
-        raise CannotStore([*refused[:-1], f"{refused[-1]}; --to native holds every edit"])
     if not steps:
         raise CannotMerge("no site is left: every weight is zero")
+    _check_target([step.edit for step in steps], dtype, request)
     return Plan(
         tuple(steps),
         request.method,
@@ -114,6 +107,18 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
         request.allowed,
         tuple(notes),
     )
+
+
+def _check_target(edits: Sequence[Edit], dtype: DType, request: Request) -> None:
+    """Raises CannotStore with every reason why the target cannot hold the result."""
+    target, stores = request.target, request.stores
+    refused = unstorable(edits, stores, target.name)
+    if not refused and target.refuses is not None:
+        refused += target.refuses(edits, WriteOptions(base=request.base))
+    if dtype.name not in stores.dtypes:
+        refused.append(f"{target.name} does not store {dtype}")
+    if refused:
+        raise CannotStore([*refused[:-1], f"{refused[-1]}; --to native holds every edit"])
 
 
 Weighed = tuple[Group, tuple[Member, ...]]
