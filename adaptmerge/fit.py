@@ -105,7 +105,7 @@ def stack(terms: Sequence[Term], dtype: DType, *, reduce: bool = True) -> Fitted
     if all(_is_verbatim(term, dtype) for term in kept) and kept:
         up, down = torch.cat([t.up for t in kept], dim=1), torch.cat([t.down for t in kept])
     else:
-        up, down = _stacked(kept, terms)
+        up, down = _stacked(kept, terms, fold=torch.float64)
     if reduce:
         up, down = _without_zeros(up, down)
     return _stored(up, down, dtype)
@@ -173,19 +173,21 @@ def _floor(terms: Sequence[Term], up: torch.Tensor, down: torch.Tensor, cores: C
     return noise_floor((up.shape[0], down.shape[1]), up.dtype, norms)
 
 
-def _stacked(terms: Sequence[Term], shapes: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stacked(
+    terms: Sequence[Term], shapes: Sequence[Term], fold: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides of the sum; `fold` keeps scaled ups in that dtype, so that storing rounds them once."""
     if not terms:
         first = shapes[0]
         return working(first.up[:, :0]), working(first.down[:0])
-    folded = [_folded(term) for term in terms]
+    folded = [_folded(term, fold) for term in terms]
     return side_by_side(folded, 1), side_by_side([term.down for term in terms], 0)
 
 
-def _folded(term: Term) -> torch.Tensor:
+def _folded(term: Term, dtype: torch.dtype | None) -> torch.Tensor:
     if term.scale == 1.0:
         return term.up
-    up = working(term.up)
-    return (up.double() * term.scale).to(up.dtype)
+    return (term.up.double() * term.scale).to(dtype or working(term.up).dtype)
 
 
 def _reduced(terms: list[Term]) -> list[Term]:

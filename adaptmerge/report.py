@@ -19,6 +19,7 @@ VERSION = 1
 FILE = "adaptmerge.json"
 METADATA_KEY = "adaptmerge"
 LOST = 0.10  # share of the norm lost to opposing inputs that is worth a word
+ROUNDING = 1e-6  # relative; what float32 itself loses is no site's fault
 OVERSHOOT = 1.5  # times the largest input
 
 
@@ -213,6 +214,6 @@ def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def worst_sites(report: Report, count: int = 5) -> list[SiteLine]:
-    """The sites with the largest relative error, worst first."""
-    lossy = [line for line in report.sites if line.error > 0]
+    """The sites with the largest relative error above float32 rounding, worst first."""
+    lossy = [line for line in report.sites if line.error > ROUNDING]
     return sorted(lossy, key=lambda line: (-line.error, natural_key(line.site)))[:count]

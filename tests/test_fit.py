@@ -339,3 +339,14 @@ def test_a_rank_larger_than_the_matrix_is_only_a_cap() -> None:
     term = random_term(5, (4, 3), 2)
     fitted = truncate([term], Budget(rank=1000), F32)
     assert fitted.rank == 2
+
+
+def test_folding_a_weight_is_measured_and_rounds_once() -> None:
+    """0.7 * B in float32 is not exact, and a bf16 result is the float64 product rounded once."""
+    term = random_term(7, (40, 30), 4)._replace(scale=0.7)
+    wide = stack([term], F32)
+    whole = 0.7 * term.up.double() @ term.down.double()
+    apart = float((wide.up.double() @ wide.down.double() - whole).norm())
+    assert 0 < apart == pytest.approx(wide.rounding, rel=1e-3)
+    narrow = stack([term], BF16)
+    assert torch.equal(narrow.up, (term.up.double() * 0.7).to(torch.bfloat16))
