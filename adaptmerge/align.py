@@ -93,8 +93,8 @@ def _compositions(groups: Sequence[Group], inputs: int) -> list[str]:
         if len(kinds) > 1 and inputs > 1 and len(set().union(*kinds.values())) > 1:
             mixed.setdefault(" and ".join(sorted(kinds)), []).append(str(site))
     return [
-        f"{and_more(sites)}: inputs bring {kinds} edits, which cannot be summed without the base: "
-        "convert them to one kind first"
+        f"{and_more(sites)}: inputs bring {kinds} edits, which without the base can be neither summed "
+        "nor compared: give inputs of one kind"
         for kinds, sites in mixed.items()
     ]
 
