@@ -6,15 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from adaptmerge.base import Base
+from adaptmerge.base import CONV1D_MODELS, Base
 from adaptmerge.edits import factor_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.strict_json import capped
 from adaptmerge.graph import Adapter, Edit, Kind, Note, Site
 from adaptmerge.names import natural_key, suffixes
 
-# Models whose linear weights lie (in, out) in their checkpoints (transformers' Conv1D).
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 # What models with a head put before the modules of the model without (their base_model_prefix).
 MODEL_PREFIXES = frozenset(
     {"model", "transformer", "bert", "roberta", "distilbert", "electra", "deberta", "albert"}

@@ -22,6 +22,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+# Models and modules whose weights lie (in, out) in their checkpoints (transformers' Conv1D).
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 SAMPLE = 1024  # bytes read at each end of a tensor for the fingerprint
 
 
@@ -70,6 +73,20 @@ class Base:
         """The stored parameter at a site, as it lies in the checkpoint; None if there is none."""
         module = self.locate(site.module)
         return None if module is None else self.tensors.get(f"{module}.{site.param}")
+
+    def weight(self, site: Site) -> TensorRef | None:
+        """The parameter at a site as edits see it: (out, in) for matrices, kernels flattened."""
+        stored = self.parameter(site)
+        if stored is None or len(stored.shape) < 2:
+            return stored
+        if self.is_transposed(site):
+            return stored.T
+        return stored.reshape(stored.shape[0], stored.count // stored.shape[0])
+
+    def is_transposed(self, site: Site) -> bool:
+        """Whether the checkpoint holds the weight as (in, out), as `transformers`' Conv1D does."""
+        turned = self.architecture in CONV1D_MODELS and site.param == "weight"
+        return turned and site.module.rpartition(".")[2] in CONV1D_MODULES
 
     @cached_property
     def fingerprint(self) -> str:

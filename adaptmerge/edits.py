@@ -7,10 +7,12 @@ one. Activation edits change what flows: `forward` is called by the runtime at a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from adaptmerge.factors import Diag, Factor, Leaf, Product
+from adaptmerge.factors import Diag, Factor, Leaf, Product, Rows, Term, as_low_rank, whole_term
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.graph import Edit, Site
 from adaptmerge.lazy import torch
@@ -57,6 +59,7 @@ class Dora:
     """m / |W + delta|_row * (W + delta), row norms over all but the first axis (Liu et al. 2024)."""
 
     kind: ClassVar[str] = "dora"
+    family: ClassVar[str] = "lora"
     site: Site
     factor: Factor
     magnitude: TensorRef
@@ -77,6 +80,7 @@ class Scale:
     """diag(l) W for side "out", W diag(l) for side "in" (IA3, Liu et al. 2022)."""
 
     kind: ClassVar[str] = "scale"
+    family: ClassVar[str] = "ia3"
     site: Site
     vector: TensorRef
     side: str = "out"
@@ -182,6 +186,71 @@ class Gated:
         )
         gate = torch.sigmoid(logits).mean(dim=1, keepdim=True)
         return outputs + gate * linear(inputs, self.factor.dense().to(inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """Tensors of a family that no merge can be right for, kept to be looked at; `why` says the reason."""
+
+    kind: ClassVar[str] = "opaque"
+    site: Site
+    what: str
+    why: str
+    tensors: tuple[TensorRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What the edits of one adapter add to the base's own weight at a site: apply(W) - W, in full."""
+
+    edits: tuple[Any, ...]
+    weight: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.weight.shape
+        return shape[0], math.prod(shape[1:])
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        before = self.weight.read().double()
+        after = before
+        for edit in self.edits:
+            after = edit.apply(after)
+        value = (after - before).reshape(self.shape)
+        return value[slice(*rows)] if rows else value
+
+    def thin(self) -> list[Term]:
+        return whole_term(self.dense())
+
+
+def delta_on(edits: Sequence[WeightEdit], weight: TensorRef) -> Factor:
+    """What the edits of one adapter at one site add to the base weight, canonical (out, in).
+
+    An edit may know a better form than the dense one: `on(weight)` returns its factor.
+    """
+    if len(edits) == 1:
+        (edit,) = edits
+        delta = edit.delta()
+        if delta is not None:
+            return delta
+        if hasattr(edit, "on"):
+            found: Factor = edit.on(weight)
+            return found
+    return Effect(tuple(edits), weight)
+
+
+def family_of(edit: Edit) -> str:
+    """The family whose own form the edit is in: "lora", "ia3", "loha", ...; "" for a generic one."""
+    own = getattr(edit, "family", "")
+    factor = factor_of(edit)
+    if own or factor is None:
+        return own
+    return getattr(factor, "family", "") or ("lora" if _is_stored(factor) else "")
+
+
+def _is_stored(factor: Factor) -> bool:
+    column = factor.shape[1] == 1 and len(getattr(factor, "parts", ())) == 1
+    return as_low_rank(factor) is not None or column
 
 
 def vera(up: TensorRef, up_scale: TensorRef, down: TensorRef, down_scale: TensorRef) -> Product:

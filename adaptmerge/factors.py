@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.lazy import torch
@@ -64,10 +64,7 @@ class Leaf:
         return (self.ref.slice(0, *rows) if rows else self.ref).read().double()
 
     def thin(self) -> list[Term]:
-        value = self.ref.read()
-        if self.shape[0] < self.shape[1]:
-            return [Term(torch.eye(self.shape[0], dtype=value.dtype), value, 1.0)]
-        return [Term(value, torch.eye(self.shape[1], dtype=value.dtype), 1.0)]
+        return whole_term(self.ref.read())
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +218,59 @@ class Place:
         return Term(up, down, term.scale)
 
 
+class Expanded:
+    """For families that store something else: `expand()` is the same matrix in the algebra above.
+
+    `family` names the family: formats that know it write the stored tensors back as they are.
+    """
+
+    __slots__ = ()
+    family: ClassVar[str]
+
+    def expand(self) -> Factor:
+        """The exact rewrite."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.expand().shape
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        return self.expand().dense(rows)
+
+    def thin(self) -> list[Term]:
+        return self.expand().thin()
+
+
+class Whole:
+    """For factors of full rank: `matrix()` is all of it, and its thin form saves nothing."""
+
+    __slots__ = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        raise NotImplementedError
+
+    def matrix(self) -> torch.Tensor:
+        """The (out, in) matrix in float64."""
+        raise NotImplementedError
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        value = self.matrix()
+        return value[slice(*rows)] if rows else value
+
+    def thin(self) -> list[Term]:
+        return whole_term(self.matrix())
+
+
+def whole_term(value: torch.Tensor) -> list[Term]:
+    """A matrix as one term: itself beside the identity of its shorter side."""
+    if value.shape[0] < value.shape[1]:
+        return [Term(torch.eye(value.shape[0], dtype=value.dtype), value, 1.0)]
+    return [Term(value, torch.eye(value.shape[1], dtype=value.dtype), 1.0)]
+
+
 def chain(parts: tuple[Factor, ...]) -> torch.Tensor:
     """The product of factors as one matrix; a single leaf keeps its stored values and dtype."""
     if len(parts) == 1:
@@ -296,6 +346,8 @@ def rank_bound(factor: Factor) -> int:
             return min(limit, rank_bound(left) * rank_bound(right))
         case Place(block=block):
             return rank_bound(block)
+        case Expanded():
+            return rank_bound(factor.expand())
         case _:
             return limit
 

@@ -1,4 +1,4 @@
-"""The one grammar of inputs, [NAME=]SOURCE[:WEIGHT][?alpha=32], and opening what it names.
+"""The one grammar of inputs, [NAME=]SOURCE[:WEIGHT][?alpha=32&task=1&init=DIR], and opening what it names.
 
 SOURCE is a directory, a .safetensors or .bin file, or a hub id org/name[@revision][//subfolder]. What
 exists on disk as written wins over any reading as name, weight or query, so paths with '=' or ':' and
@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from adaptmerge.base import Base
 from adaptmerge.errors import AdaptmergeError, InputError, UsageError
@@ -24,7 +25,7 @@ from adaptmerge.weights import number
 
 NAME = re.compile(r"(?P<name>[A-Za-z_][\w.-]*)=(?P<rest>.+)$")
 WEIGHT = re.compile(r"(?P<rest>.+):(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?|[-+]?nan|[-+]?inf)$")
-OPTIONS = ("alpha",)
+OPTIONS = ("alpha", "task", "init")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
@@ -36,6 +37,8 @@ class InputSpec:
     name: str | None = None
     weight: float | None = None
     alpha: float | None = None
+    task: int | None = None
+    init: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -73,10 +76,10 @@ def parse_input(text: str, folder: Path = Path()) -> InputSpec:
     """
     if exists(folder / text):
         return InputSpec(text)
-    rest, alpha = _query(text)
+    rest, options = _query(text)
     name, rest = _split_name(rest, folder)
     rest, weight = _split_weight(rest, folder)
-    return InputSpec(rest, name, weight, alpha)
+    return InputSpec(rest, name, weight, **options)
 
 
 def _split_name(text: str, folder: Path) -> tuple[str | None, str]:
@@ -99,17 +102,28 @@ def _is_drive(text: str) -> bool:
     return len(text) == 1 and text.isalpha()
 
 
-def _query(text: str) -> tuple[str, float | None]:
+def _query(text: str) -> tuple[str, dict[str, Any]]:
     rest, mark, query = text.rpartition("?")
     if not mark:
-        return text, None
-    alpha = None
+        return text, {}
+    options: dict[str, Any] = {}
     for pair in query.split("&"):
         key, equals, value = pair.partition("=")
         if key not in OPTIONS or not equals:
             raise UsageError(f"input {text!r}: option {key!r}: {did_you_mean(key, OPTIONS)}")
-        alpha = number(value, f"input {text!r}: alpha")
-    return rest, alpha
+        options[key] = _option(key, value, text)
+    return rest, options
+
+
+def _option(key: str, value: str, text: str) -> str | float | int:
+    if key == "init":
+        return value
+    found = number(value, f"input {text!r}: {key}")
+    if key == "alpha":
+        return found
+    if found < 0 or found != int(found):
+        raise UsageError(f"input {text!r}: task is {value}: expected its number, from 0 on")
+    return int(found)
 
 
 def named(specs: Sequence[InputSpec]) -> list[InputSpec]:
@@ -135,7 +149,8 @@ def open_input(spec: InputSpec, base: Base | None = None) -> Input:
         found = detect(listing)
         if spec.alpha is not None and not found.takes_alpha:
             raise InputError(f"?alpha= is not needed: {found.name} says its scale; leave it out")
-        bundle = found.read(listing, ReadOptions(alpha=spec.alpha, base=base))
+        options = ReadOptions(alpha=spec.alpha, base=base, task=spec.task, init=spec.init)
+        bundle = found.read(listing, options)
     except AdaptmergeError as problem:
         raise problem.located(spec.source) from None
     if len(bundle.adapters) != 1:

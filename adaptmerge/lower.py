@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from adaptmerge.edits import factor_of, refitted
+from adaptmerge.edits import factor_of, family_of, refitted
 from adaptmerge.factors import Factor, Leaf, Product, as_low_rank, low_rank, refs_of
 from adaptmerge.files.refs import TensorRef, constant, join
 from adaptmerge.graph import Adapter, Edit
@@ -16,8 +16,11 @@ def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:
     listed = list(edits)
     problems = [
         f"{target} has no place for {kind} edits ({_sites(listed, kind)})"
-        for kind in sorted({edit.kind for edit in listed} - stores.kinds)
+        for kind in sorted({e.kind for e in listed if not _is_own(e, stores)} - stores.kinds)
     ]
+    families = {family_of(edit) for edit in listed} & stores.families
+    if len(families) > 1 and stores.one_family:
+        problems.append(f"{target} cannot hold {' and '.join(sorted(families))} in one file")
     layers = {edit.site.layer.kind for edit in listed if factor_of(edit) is not None}
     problems += [
         f"{target} has no place for {kind} layers" for kind in sorted(layers - stores.layers)
@@ -28,6 +31,10 @@ def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:
     if len(mixed) > 1:
         problems.append(f"{target} cannot hold {' and '.join(mixed)} edits in one file")
     return problems
+
+
+def _is_own(edit: Edit, stores: Stores) -> bool:
+    return family_of(edit) in stores.families
 
 
 def _sites(edits: Sequence[Edit], kind: str) -> str:

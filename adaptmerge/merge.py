@@ -370,6 +370,8 @@ def _described_input(item: Input, hashes: Mapping[str, str]) -> dict[str, Any]:
         "format": item.format.name,
         "revision": item.revision,
         "alpha": item.spec.alpha,
+        "task": item.spec.task,
+        "init": item.spec.init,
         "base": asdict(item.adapter.base),
         "sha256": dict(hashes),
     }

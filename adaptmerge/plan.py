@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from adaptmerge.align import Group, and_more, layer_count
 from adaptmerge.base import Base
-from adaptmerge.edits import factor_of, with_value
+from adaptmerge.edits import factor_of, family_of, with_value
 from adaptmerge.errors import CannotMerge, CannotStore
 from adaptmerge.factors import Factor, rank_bound, refs_of
 from adaptmerge.files.compare import same_values
@@ -18,6 +18,8 @@ from adaptmerge.lower import stored_scale, unstorable
 from adaptmerge.registry import Format, Member, Method, Stores, WriteOptions, default_dtype
 from adaptmerge.weights import Weights
 
+LORA = "lora"  # the family of plain low-rank deltas, which every merge can become
+WHOLE = ("replace", "rows")  # kinds that are stored whole, beside any family
 EXACT = 1e-12  # weights that differ from a sum of 1 by no more than this sum to 1
 
 
@@ -86,9 +88,10 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
     problems: list[tuple[str, str]] = []
     dtype = request.dtype or _common_dtype(groups, request.stores)
     scale = _shared_scale(weighed, request)
+    family = _kept_family(weighed, request)
     for group, members in weighed:
         try:
-            step = _step(group, members, request, scale, notes)
+            step = _step(group, members, request, scale, family, notes)
             steps += [] if step is None else [step]
         except CannotMerge as problem:
             problems += [(problem.where or "", sentence) for sentence in problem.problems]
@@ -155,6 +158,18 @@ def _shared_scale(weighed: Sequence[Weighed], request: Request) -> float | None:
     return 1.0
 
 
+def _kept_family(weighed: Sequence[Weighed], request: Request) -> str:
+    """The family that the result is written as, when all of it passes in that form; else "lora"."""
+    edits = [members[0].edit for group, members in weighed if group.kind not in WHOLE]
+    found = {family_of(edit) for edit in edits}
+    alone = all(len(m) == 1 and m[0].weight == 1.0 for g, m in weighed if g.kind not in WHOLE)
+    bare = request.budget.unlimited and not any(
+        _recast(f, request) for edit in edits if (f := factor_of(edit)) is not None
+    )
+    family = found.pop() if len(found) == 1 else LORA
+    return family if alone and bare and family in request.stores.families else LORA
+
+
 def _factored(members: Sequence[Member]) -> bool:
     return factor_of(members[0].edit) is not None
 
@@ -186,14 +201,19 @@ def _step(
     members: tuple[Member, ...],
     request: Request,
     scale: float | None,
+    family: str,
     notes: list[Note],
 ) -> Step | None:
     first = members[0].edit
-    if group.kind in ("replace", "rows"):
+    if group.kind in WHOLE:
         return _whole(group, members, request, notes)
     factor = factor_of(first)
     if len(members) == 1 and members[0].weight == 1.0:
-        if factor is None or _may_pass(members, request, scale):
+        if (
+            factor is None
+            or (family != LORA and family_of(first) == family)
+            or _may_pass(members, request, scale)
+        ):
             return Step("pass", first, members)
         _no_blind_budget(group, request.budget)
         return _fit(first, members, factor, request)

@@ -252,7 +252,7 @@ def _spec(item: InputTable | str, folder: Path) -> InputSpec:
         spec = parse_input(item, folder)
     else:
         pinned = {name: digest.lower() for name, digest in item.sha256.items()}
-        spec = InputSpec(item.source, item.name, item.weight, item.alpha, pinned)
+        spec = InputSpec(item.source, item.name, item.weight, item.alpha, sha256=pinned)
     return replace(spec, source=_from_here(spec.source, folder))
 
 

@@ -34,14 +34,17 @@ if TYPE_CHECKING:
 class Stores:
     """What a target format has a place for; plan and lower read this and nothing else about it.
 
-    kinds and layers: of edits and their sites. exclusive: kinds of which one file holds only one.
+    kinds and layers: of edits and their sites. families: those whose own form it stores, only
+    one per file if `one_family`. exclusive: kinds of which one file holds only one.
     low_rank: deltas must be stored as up and down. scale: "site" (each its own), "adapter" (one for
     all) or "none" (folded). one_rank: all sites have the same rank. base: the base is needed to write.
     """
 
     kinds: frozenset[str]
     layers: frozenset[str] = frozenset({"linear", "embedding", "conv"})
+    families: frozenset[str] = frozenset()
     exclusive: frozenset[str] = frozenset()
+    one_family: bool = True
     low_rank: bool = True
     scale: str = "none"
     one_rank: bool = False
@@ -52,10 +55,16 @@ class Stores:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How to read: `alpha` where a file does not say it, the base where names need it."""
+    """How to read: `alpha` where a file does not say it, the base where names or edits need it.
+
+    task: which task of a multi-task adapter. init: the folder of the adapter as it was before training,
+    for those whose initialisation changed the base.
+    """
 
     alpha: float | None = None
     base: Base | None = None
+    task: int | None = None
+    init: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

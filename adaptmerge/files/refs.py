@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.dtypes import F32, DType
@@ -100,7 +100,26 @@ class Joined:
         return torch.cat([part.read() for part in self.parts], dim=self.axis)
 
 
-Source = Stored | Pickled | Constant | Listed | Joined
+@runtime_checkable
+class Source(Protocol):
+    """Where values come from: the classes above, or a node that computes them when they are read."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the value."""
+
+    @property
+    def dtype(self) -> DType:
+        """Of the value."""
+
+    def read(self) -> torch.Tensor:
+        """The value."""
+
+    def __hash__(self) -> int:
+        """Sources are data."""
+
+
+IN_FILES = (Stored, Pickled)  # what names a place on this machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +304,11 @@ def stored(
 ) -> TensorRef:
     """A ref to a row-major tensor at a byte offset of a file."""
     return TensorRef(Stored(os.fspath(path), offset, shape, dtype), shape, dtype, name=name)
+
+
+def computed(source: Source, name: str = "", *, shared: bool = False) -> TensorRef:
+    """A ref to what a node computes when it is read."""
+    return TensorRef(source, source.shape, source.dtype, name=name, shared=shared)
 
 
 def constant(value: float, shape: Shape, dtype: DType) -> TensorRef:

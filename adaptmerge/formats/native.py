@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, get_args
+from functools import cache
+from typing import Any
 
 from adaptmerge import edits as edit_classes
 from adaptmerge import factors as factor_classes
+from adaptmerge import families
 from adaptmerge.errors import InputError
 from adaptmerge.files import refs as ref_classes
 from adaptmerge.files.dtypes import BY_NAME, DType
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.files.refs import Constant, Joined, Listed, Pickled, Stored, TensorRef, computed
 from adaptmerge.graph import Adapter, BaseReference, Bundle, Layer, Note, Site
 from adaptmerge.registry import Format, Output, ReadOptions, Stores, WriteOptions
 
@@ -27,10 +29,11 @@ VERSION = 1
 KEY = "adaptmerge_graph"
 GRAPH = "graph.json"
 TENSORS = "tensors.safetensors"
-WITHIN = (TensorRef, *get_args(ref_classes.Source))  # written as {"tensor": NAME}
+WITHIN = (TensorRef, Stored, Pickled, Constant, Listed, Joined)  # written as {"tensor": NAME}
 
 
-def _nodes() -> dict[str, type]:
+@cache
+def nodes() -> dict[str, type]:
     """The classes a graph is made of, by name; each name is that of one class.
 
     A ref and its source are none of them: a file must not be able to name a path on this machine.
@@ -41,14 +44,11 @@ def _nodes() -> dict[str, type]:
         "BaseReference": BaseReference,
         "Note": Note,
     }
-    for module in (factor_classes, edit_classes, ref_classes):
+    for module in (factor_classes, edit_classes, ref_classes, *families.modules()):
         for name, found in vars(module).items():
             if isinstance(found, type) and is_dataclass(found) and found not in WITHIN:
                 assert table.setdefault(name, found) is found, f"two classes are called {name}"
     return table
-
-
-NODES = _nodes()
 
 
 def detect(listing: Listing) -> bool:
@@ -91,7 +91,7 @@ def _parsed(text: str, listing: Listing) -> dict[str, Any]:
 
 
 class _Decoder:
-    """Rebuilds graph nodes from JSON; only the classes in NODES can be named."""
+    """Rebuilds graph nodes from JSON; only the classes in nodes() can be named."""
 
     def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
         self.tensors = tensors
@@ -114,14 +114,19 @@ class _Decoder:
             return raw
         if "tensor" in raw:
             return self._tensor(raw)
+        if "computed" in raw:
+            return self._cut(computed(self.node(raw["computed"])), raw)
         if "dtype" in raw and len(raw) == 1:
             return BY_NAME[raw["dtype"]]
         values = {key: self.node(value) for key, value in raw.items() if key != "is"}
-        return NODES[raw["is"]](**values)
+        return nodes()[raw["is"]](**values)
 
     def _tensor(self, raw: Mapping[str, Any]) -> TensorRef:
         self.used.add(raw["tensor"])
-        ref = replace(self.tensors[raw["tensor"]], shared=bool(raw.get("shared", False)))
+        return self._cut(self.tensors[raw["tensor"]], raw)
+
+    def _cut(self, ref: TensorRef, raw: Mapping[str, Any]) -> TensorRef:
+        ref = replace(ref, shared=bool(raw.get("shared", False)))
         for step in raw.get("steps", ()):
             ref = ref.then(self.node(step))
         return ref
@@ -158,6 +163,10 @@ class _Encoder:
         return value
 
     def _tensor(self, ref: TensorRef, path: str) -> dict[str, Any]:
+        if not isinstance(ref.source, WITHIN):
+            steps = [self.node(step, "") for step in ref.steps]
+            source = self.node(ref.source, path)
+            return {"computed": source, "shared": ref.shared, "steps": steps}
         if not ref.shared:
             self.tensors[path] = ref
             return {"tensor": path}
@@ -170,10 +179,12 @@ class _Encoder:
 
 def stores(options: WriteOptions) -> Stores:
     """Everything, each site with its own rank and scale."""
-    kinds = {
-        c.kind for c in vars(edit_classes).values() if isinstance(c, type) and hasattr(c, "kind")
-    }
-    return Stores(kinds=frozenset(kinds), low_rank=False, scale="site", dtypes=frozenset(BY_NAME))
+    return Stores(
+        kinds=frozenset(c.kind for c in nodes().values() if hasattr(c, "kind")),
+        low_rank=False,
+        scale="site",
+        dtypes=frozenset(BY_NAME),
+    )
 
 
 def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:

@@ -113,7 +113,8 @@ def _inputs(
                 f"say --input {described['name']}=PATH"
             )
             continue
-        item = open_input(InputSpec(path, described["name"], alpha=described["alpha"]), base)
+        options: Any = {key: described.get(key) for key in ("alpha", "task", "init")}
+        item = open_input(InputSpec(path, described["name"], **options), base)
         opened.append(item)
         problems += _changed(item, described["sha256"])
     if problems:

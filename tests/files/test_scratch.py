@@ -25,7 +25,7 @@ def test_tensors_can_be_read_at_once_and_later(tmp_path: Path) -> None:
             refs.append(scratch.put(value, "w"))
             assert torch.equal(refs[-1].read().float(), value.float())
     for ref, value in zip(refs, values, strict=True):
-        assert ref.source.offset % 8 == 0  # type: ignore[union-attr]
+        assert ref.source.offset % 8 == 0  # type: ignore[attr-defined]
         assert (ref.shape, ref.dtype.torch, ref.name) == (tuple(value.shape), value.dtype, "w")
         assert torch.equal(ref.read().float(), value.float())
     write_safetensors(tmp_path / "x", {str(n): ref for n, ref in enumerate(refs)}, {})

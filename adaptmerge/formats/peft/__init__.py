@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
-from adaptmerge.formats.peft import ia3, lora, vera, write
+from adaptmerge.formats.peft import write
 from adaptmerge.formats.peft.config import (
     CONFIG,
     FAMILY_MARKS,
@@ -25,10 +25,10 @@ from adaptmerge.formats.peft.config import (
 )
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.oracle import ORACLE
+from adaptmerge.formats.peft.read import edits_of
+from adaptmerge.formats.peft.tuner import Reading, tuner_of
 from adaptmerge.graph import Adapter, BaseReference, Bundle, Note, bundle_of
 from adaptmerge.registry import Format, ReadOptions
-
-FAMILIES = {"LORA": lora.read, "IA3": ia3.read, "VERA": vera.read}
 
 
 def detect(listing: Listing) -> bool:
@@ -46,10 +46,11 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
     file = listing.tensors(_weights(listing))
     found = find_config(listing, file)
     config = PeftConfig.of(found.values, where=found.where or listing.origin)
-    if config.peft_type not in FAMILIES:
+    tuner = tuner_of(config.peft_type)
+    if tuner is None:
         raise InputError(
-            f"is a PEFT {config.peft_type} adapter, which is not read yet "
-            f"(read: {', '.join(FAMILIES)})",
+            f"is a PEFT {config.peft_type} adapter, a family that this version does not know: "
+            "update adaptmerge",
             where=listing.origin,
         )
     if options.alpha is not None and config.alpha not in (None, options.alpha):
@@ -62,14 +63,13 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
             f"?alpha= is for LoRA; {config.peft_type} has no alpha: leave it out",
             where=listing.origin,
         )
-    keys = Keys.of(file, config)
-    edits, notes = FAMILIES[config.peft_type](keys, config, options)
-    keys.finish()
+    reading = Reading(tuner, Keys.of(file, tuner.key()), config, options)
+    edits = edits_of(reading)
     adapter = Adapter(
         name="default",
         edits=tuple(edits),
         base=BaseReference(name=config.base_model, revision=config.revision),
-        notes=(*(Note(*note) for note in found.notes), *notes),
+        notes=(*(Note(*note) for note in found.notes), *reading.notes),
         hints={"peft": config.hints()},
         covers=config.covers(edit.site.module for edit in edits),
     )
@@ -90,7 +90,7 @@ def _weights(listing: Listing) -> str:
 
 FORMAT = Format(
     name="peft",
-    title="Hugging Face PEFT (LoRA and DoRA; reads IA3 and VeRA)",
+    title="Hugging Face PEFT, all families (docs/families.md)",
     url="https://huggingface.co/docs/peft/developer_guides/checkpoint",
     detect=detect,
     read=read,

@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 from adaptmerge.errors import InputError
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.files.safetensors import TensorFile
-from adaptmerge.formats.peft.config import PeftConfig
 from adaptmerge.graph import Kind, Note
 from adaptmerge.names import unwrapped
 
 PREFIX = "base_model.model."
-TUNER = re.compile(
-    r"(?P<module>.*?)\.(?P<leaf>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
-    r"lora_magnitude_vector|ia3_l|vera_lambda_b|vera_lambda_d)"
-    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<tail>weight|bias))?$"
-)
+SHARED = "base_model"  # before the names of tensors that all modules share
 SAVED = re.compile(r"\.modules_to_save(?:\.[^.]+)?\.(?=(weight|bias)$|[^.]+\.(weight|bias)$)")
 TOKENS = re.compile(
     r"(?P<module>.*)\.token_adapter(?:\.[^.]+)?\.trainable_tokens_delta(?:\.[^.]+)?$"
@@ -36,8 +31,9 @@ class Keys:
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, file: TensorFile, config: PeftConfig) -> Keys:
-        """The keys of `file`. Raises InputError when two keys are the same without their prefixes."""
+    def of(cls, file: TensorFile, tuner: re.Pattern[str]) -> Keys:
+        """The keys of `file`, those of modules by the pattern of its tuner. Raises InputError when two
+        keys are the same without their prefixes."""
         refs: dict[str, TensorRef] = {}
         problems: list[str] = []
         origins: dict[str, str] = {}
@@ -56,13 +52,13 @@ class Keys:
         if problems:
             raise InputError(problems, where=file.path)
         keys = cls(file.path, refs, renamed)
-        keys._collect()
+        keys._collect(tuner)
         return keys
 
-    def _collect(self) -> None:
+    def _collect(self, tuner: re.Pattern[str]) -> None:
         for key in list(self.refs):
-            match = TUNER.match(key)
-            if match and key.startswith(("base_model.vera", "vera_")) is False:
+            match = tuner.match(key)
+            if match and match["module"] != SHARED:
                 leaf = match["leaf"] + (".bias" if match["tail"] == "bias" else "")
                 parts = self.modules.setdefault(match["module"], {})
                 if leaf in parts:

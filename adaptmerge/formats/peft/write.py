@@ -1,20 +1,21 @@
-"""Writing PEFT LoRA and DoRA adapters: one rank, one scale, the shortest exact list of targets."""
+"""Writing PEFT adapters: the family's own tensors, and what all families have in common."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from adaptmerge.edits import Add, Dora, Replace, ReplaceRows
-from adaptmerge.factors import Factor, LowRank, Product, as_low_rank
-from adaptmerge.files.refs import TensorRef, constant
+from adaptmerge.edits import Replace, ReplaceRows, family_of
+from adaptmerge.errors import CannotStore
+from adaptmerge.files.refs import TensorRef
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS, exactly
 from adaptmerge.formats.peft.keys import PREFIX
-from adaptmerge.graph import Adapter, Bundle, Edit, Site
+from adaptmerge.formats.peft.lora_write import is_bias
+from adaptmerge.formats.peft.tuner import Spelling, Tuner, families, tuner_of
+from adaptmerge.graph import Adapter, Bundle, Edit
 from adaptmerge.names import exact_suffixes, is_suffix
 from adaptmerge.registry import Output, Stores, WriteOptions
 
@@ -32,15 +33,18 @@ STALE = (
     "trainable_token_indices",
     "use_rslora",
 )
+LORA = "lora"
+SAVED = ("replace", "rows")  # kinds that lie beside any family
 
 Tensors = dict[str, TensorRef]
 
 
 def stores(options: WriteOptions) -> Stores:
-    """One rank and one scale for all sites, unless patterns are asked for."""
+    """One rank and one scale for all sites, unless patterns are asked for; one family per file."""
     per_site = options.ranks == "per-site"
     return Stores(
         kinds=frozenset({"add", "dora", "replace", "rows"}),
+        families=frozenset(families()),
         exclusive=frozenset({"add", "dora"}),
         scale="site" if per_site else "adapter",
         one_rank=not per_site,
@@ -50,20 +54,27 @@ def stores(options: WriteOptions) -> Stores:
 
 def refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
     """Biases of a LoRA lie beside its two sides: PEFT ignores one where there are none."""
-    adapted = {edit.site.module for edit in edits if edit.kind == "add" and not _is_bias(edit)}
-    alone = [str(e.site) for e in edits if _is_bias(e) and e.site.module not in adapted]
-    return [f"peft has no place for {bias} without a delta of its weight" for bias in alone[:1]]
-
-
-def _is_bias(edit: Edit) -> bool:
-    return edit.kind == "add" and edit.site.param == "bias"
+    adapted = {edit.site.module for edit in edits if edit.kind == "add" and not is_bias(edit)}
+    alone = [
+        str(e.site)
+        for e in edits
+        if is_bias(e) and family_of(e) == LORA and e.site.module not in adapted
+    ]
+    problems = [f"peft has no place for {bias} without a delta of its weight" for bias in alone[:1]]
+    tuner = tuner_of(_family(edits))
+    if tuner is not None and not tuner.writable:
+        problems.append(f"peft's {tuner.peft_type} is only read so far")
+    return problems
 
 
 def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     """Writes the adapter, lowered for `stores`; returns the name of the tensor file."""
     adapter = bundle.single
-    tensors = _tensors(adapter)
-    config = _config(adapter, options)
+    tuner = tuner_of(_family(adapter.edits))
+    assert tuner is not None
+    spelled = tuner.write(adapter, options) if tuner.write is not None else _spelled(tuner, adapter)
+    tensors = _saved(adapter) | {_key(name): ref for name, ref in spelled.tensors.items()}
+    config = _config(tuner, adapter, options, spelled.config)
     metadata = {"format": "pt", **output.metadata}
     if output.single:
         metadata[METADATA_KEY] = json.dumps(config, sort_keys=True)
@@ -75,124 +86,115 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     return name
 
 
-def _low_rank(factor: Factor) -> LowRank:
-    found = as_low_rank(factor)
-    assert found is not None, "lowered for a target that stores up and down"
-    return found
+def _family(edits: Sequence[Edit]) -> str:
+    """The one family of the edits; files with heads only are written as LoRA."""
+    found = {family_of(edit) for edit in edits if edit.kind not in SAVED} - {""}
+    return found.pop() if len(found) == 1 else LORA
 
 
-def _tensors(adapter: Adapter) -> Tensors:
-    adapted = {edit.site.module for edit in adapter.edits if edit.kind in ("add", "dora")}
-    has_bias = _has_bias(adapter)
+def _key(name: str) -> str:
+    """A full key: tensors of modules get the prefix, what all modules share has its own."""
+    shared = name.startswith("base_model.") or "." not in name
+    return name if shared else PREFIX + name
+
+
+def _own(tuner: Tuner, adapter: Adapter) -> list[Edit]:
+    return [edit for edit in adapter.edits if family_of(edit) == tuner.peft_type.lower()]
+
+
+def _spelled(tuner: Tuner, adapter: Adapter) -> Spelling:
+    """Tensors and fields of a family edit by edit, then those that its edits share."""
+    assert tuner.tensors is not None
+    edits = _own(tuner, adapter)
+    tensors = {
+        f"{edit.site.module}.{leaf}": ref
+        for edit in edits
+        for leaf, ref in tuner.tensors(edit).items()
+    }
+    fields = _fields(tuner, {edit.site.module: tuner.settings(edit) for edit in reversed(edits)})
+    together = tuner.shared(edits) if tuner.shared is not None else Spelling({}, {})
+    return Spelling({**tensors, **together.tensors}, {**fields, **together.config})
+
+
+def _fields(tuner: Tuner, by_module: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Each field's commonest value; the others in its pattern table, by whole module paths."""
+    result: dict[str, Any] = {}
+    for name in sorted({name for fields in by_module.values() for name in fields}):
+        values = {m: fields[name] for m, fields in by_module.items() if name in fields}
+        common = _commonest(list(values.values()))
+        result[name] = common
+        others = {exactly(m): value for m, value in values.items() if value != common}
+        if name in tuner.patterns:
+            result[tuner.patterns[name]] = others
+        elif others:
+            raise CannotStore(f"{tuner.peft_type} has one {name} for all modules, here are several")
+    return result
+
+
+def _commonest(values: Sequence[Any]) -> Any:
+    counts = Counter(map(repr, values))
+    return max(values, key=lambda value: (counts[repr(value)], repr(value)))
+
+
+def _saved(adapter: Adapter) -> Tensors:
+    """Parameters and rows stored whole."""
+    adapted = {edit.site.module for edit in adapter.edits if edit.kind not in SAVED}
     tensors: Tensors = {}
     for edit in adapter.edits:
-        match edit:
-            case Add(site=Site(param="bias"), factor=factor):
-                tensors[f"{PREFIX}{edit.site.module}.lora_B.bias"] = _bias(factor)
-            case Add(factor=factor) | Dora(factor=factor):
-                tensors |= _sides(edit.site, _low_rank(factor))
-                if has_bias:
-                    tensors.setdefault(*_no_bias(edit.site, factor))
-                if isinstance(edit, Dora):
-                    key = f"{PREFIX}{edit.site.module}.lora_magnitude_vector"
-                    tensors[key] = edit.magnitude
-            case Replace():
-                infix = ".base_layer" if _beside(edit, adapted) else ""
-                tensors[f"{PREFIX}{edit.site.module}{infix}.{edit.site.param}"] = edit.value
-            case ReplaceRows(values=values):
-                key = f"{edit.site.module}.token_adapter.trainable_tokens_delta"
-                tensors[PREFIX + key] = values
+        if isinstance(edit, Replace) and not family_of(edit):
+            infix = ".base_layer" if _beside(edit, adapted) else ""
+            tensors[f"{PREFIX}{edit.site.module}{infix}.{edit.site.param}"] = edit.value
+        elif isinstance(edit, ReplaceRows) and not family_of(edit):
+            key = f"{edit.site.module}.token_adapter.trainable_tokens_delta"
+            tensors[PREFIX + key] = edit.values
     return tensors
-
-
-def _has_bias(adapter: Adapter) -> bool:
-    return any(_is_bias(edit) for edit in adapter.edits)
 
 
 def _beside(edit: Replace, adapted: set[str]) -> bool:
     return edit.role == "base copy" or (edit.role == "bias" and edit.site.module in adapted)
 
 
-def _sides(site: Site, pair: LowRank) -> Tensors:
-    path, rank = PREFIX + site.module, pair.rank
-    if site.layer.kind == "embedding":
-        return {f"{path}.lora_embedding_A": pair.up.T, f"{path}.lora_embedding_B": pair.down.T}
-    up, down = pair.up, pair.down
-    if site.layer.kind == "conv":
-        kernel = site.layer.kernel
-        up = up.reshape(up.shape[0], rank, *(1 for _ in kernel))
-        down = down.reshape(rank, down.shape[1] // math.prod(kernel), *kernel)
-    return {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
-
-
-def _bias(factor: Factor) -> TensorRef:
-    """The vector of a bias delta, which the run settles as one column."""
-    while isinstance(factor, Product):
-        factor = factor.parts[0]
-    ref = cast("Any", factor).ref
-    return cast("TensorRef", ref.reshape(ref.count))
-
-
-def _no_bias(site: Site, factor: Factor) -> tuple[str, TensorRef]:
-    dtype = _low_rank(factor).up.dtype
-    return f"{PREFIX}{site.module}.lora_B.bias", constant(0.0, (factor.shape[0],), dtype)
-
-
-def _config(adapter: Adapter, options: WriteOptions) -> dict[str, Any]:
-    kept = {k: v for k, v in adapter.hints.get("peft", {}).items() if k not in STALE}
-    pairs = {
-        edit.site.module: _low_rank(edit.factor)
-        for edit in adapter.edits
-        if isinstance(edit, (Add, Dora)) and edit.site.param == "weight"
-    }
-    return {
+def _config(
+    tuner: Tuner, adapter: Adapter, options: WriteOptions, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    adapted = [edit.site.module for edit in _adapting(tuner, adapter)]
+    config = {
         "auto_mapping": None,
-        "fan_in_fan_out": False,
-        "lora_dropout": 0.0,
         "task_type": None,
-        **kept,
-        **_ranks(pairs),
+        **_kept(tuner, adapter),
+        **own,
         "base_model_name_or_path": adapter.base.name,
         "revision": adapter.base.revision,
-        "bias": _bias_mode(adapter, pairs),
         "inference_mode": True,
-        "lora_bias": _has_bias(adapter),
         "modules_to_save": _saved_modules(adapter),
-        "peft_type": "LORA",
-        "target_modules": _targets(adapter, pairs, options),
-        "trainable_token_indices": _token_indices(adapter),
-        "use_dora": any(edit.kind == "dora" for edit in adapter.edits),
-        "use_rslora": False,
+        "peft_type": tuner.peft_type,
     }
+    if adapted:
+        config.setdefault("target_modules", None)
+        config["target_modules"] = own.get("target_modules") or _targets(adapter, adapted, options)
+    if tuner.bias_mode:
+        config["bias"] = _bias_mode(tuner, adapter, adapted)
+    return tuner.finish(_own(tuner, adapter), config) if tuner.finish is not None else config
 
 
-def _ranks(pairs: Mapping[str, LowRank]) -> dict[str, Any]:
-    """r and alpha of the commonest rank and scale; the others as patterns of full module paths."""
-    ranks = {module: pair.rank for module, pair in pairs.items()}
-    alphas = {module: pair.scale * pair.rank for module, pair in pairs.items()}
-    rank, alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1.0)
-    return {
-        "r": rank,
-        "lora_alpha": _plain(alpha),
-        "rank_pattern": {exactly(m): r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {exactly(m): _plain(a) for m, a in alphas.items() if a != alpha},
-    }
+def _adapting(tuner: Tuner, adapter: Adapter) -> list[Edit]:
+    """The edits whose modules are targets: a LoRA's bias lies beside a target and is none."""
+    return [edit for edit in _own(tuner, adapter) if edit.site.module and not is_bias(edit)]
 
 
-def _commonest(values: Iterable[Any], default: Any) -> Any:
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], -value)) if counts else default
+def _kept(tuner: Tuner, adapter: Adapter) -> dict[str, Any]:
+    """What the original config said, as far as it is still true."""
+    hints = adapter.hints.get("peft", {})
+    if hints.get("peft_type", tuner.peft_type) != tuner.peft_type:
+        return {name: hints.get(name) for name in ("task_type", "auto_mapping")}
+    return {"fan_in_fan_out": False, **{k: v for k, v in hints.items() if k not in STALE}}
 
 
-def _plain(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _bias_mode(adapter: Adapter, pairs: Mapping[str, LowRank]) -> str:
+def _bias_mode(tuner: Tuner, adapter: Adapter, adapted: Sequence[str]) -> str:
     biased = {e.site.module for e in adapter.edits if isinstance(e, Replace) and e.role == "bias"}
     if not biased:
         return "none"
-    return "lora_only" if biased <= set(pairs) else "all"
+    return tuner.bias_mode if biased <= set(adapted) else "all"
 
 
 def _saved_modules(adapter: Adapter) -> list[str] | None:
@@ -200,18 +202,11 @@ def _saved_modules(adapter: Adapter) -> list[str] | None:
     return sorted(owners) or None
 
 
-def _targets(
-    adapter: Adapter, pairs: Mapping[str, LowRank], options: WriteOptions
-) -> list[str] | str:
+def _targets(adapter: Adapter, adapted: Sequence[str], options: WriteOptions) -> list[str] | str:
     """Suffixes that select exactly the adapted modules; a regular expression where none can."""
-    others = (options.modules or frozenset()) - set(pairs)
+    others = (options.modules or frozenset()) - set(adapted)
     known = adapter.covers if options.modules is None else None
-    found = exact_suffixes(list(pairs), others, known)
+    found = exact_suffixes(list(dict.fromkeys(adapted)), others, known)
     if any(is_suffix(target, other) for target in found for other in others):
-        return "|".join(re.escape(module) for module in sorted(pairs))
+        return "|".join(re.escape(module) for module in sorted(set(adapted)))
     return found
-
-
-def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:
-    rows = [edit for edit in adapter.edits if isinstance(edit, ReplaceRows)]
-    return {edit.site.module: list(edit.rows) for edit in rows} or None

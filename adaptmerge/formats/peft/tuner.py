@@ -1,0 +1,157 @@
+"""How PEFT spells one family of adapters: tensor names and config fields, to edits and back.
+
+A family is one file of `tuners/`, named as its peft_type in lower case, with a constant TUNER. The file
+says what is particular; finding modules, heads, biases, targets and unknown fields is done here for all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.formats.peft import tuners
+from adaptmerge.graph import Adapter, Edit, Note, Site
+from adaptmerge.registry import ReadOptions, WriteOptions
+
+if TYPE_CHECKING:
+    from adaptmerge.formats.peft.config import PeftConfig
+    from adaptmerge.formats.peft.keys import Keys
+
+Parts = Mapping[str, TensorRef]
+
+
+class Malformed(ValueError):
+    """A module of an adapter is not what its family stores; one sentence without the module's name."""
+
+
+@dataclass
+class Reading:
+    """An adapter being read: its tensors, config, options, and what was noted and found wrong."""
+
+    tuner: Tuner
+    keys: Keys
+    config: PeftConfig
+    options: ReadOptions
+    notes: list[Note] = field(default_factory=list)
+
+    def setting(self, name: str, module: str | None = None) -> Any:
+        """A field of the config, or PEFT's default; for a module, with the field's pattern applied."""
+        value = self.config.raw.get(name, self.tuner.maths.get(name))
+        table = self.tuner.patterns.get(name)
+        if module is None or table is None:
+            return value
+        from adaptmerge.formats.peft.config import Patterns
+
+        return Patterns.of(self.config.raw.get(table) or {}).find(module, value)
+
+    def shared(self, name: str) -> TensorRef | None:
+        """A tensor stored once for all modules (base_model.NAME), taken off; None if it is not stored."""
+        from dataclasses import replace
+
+        ref = self.keys.take(f"base_model.{name}") or self.keys.take(name)
+        return None if ref is None else replace(ref, shared=True)
+
+    def weight(self, module: str, param: str = "weight") -> TensorRef | None:
+        """The base's own parameter, (out, in); None without --base or where the base has none."""
+        base = self.options.base
+        return None if base is None else base.weight(Site(module, param))
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(out, in) of the base's weight. Raises Malformed without --base, which the file needs."""
+        weight = self.weight(module)
+        if weight is None:
+            raise Malformed("the file does not say the shape of the weight: pass --base DIR")
+        return weight.shape[0], weight.shape[1]
+
+
+class Spelling(NamedTuple):
+    """Tensors by their full keys without `base_model.model.`, and config fields."""
+
+    tensors: Mapping[str, TensorRef]
+    config: Mapping[str, Any]
+
+
+def nothing(edit: Edit) -> Mapping[str, Any]:
+    """For edits that need no tensor or field of their own."""
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Tuner:
+    r"""One family. leaves: regular expressions of its tensor names below a module ("hada_w1_a",
+    r"adamss_A\.\d+"), without .weight and adapter names; a bias ends in ".bias".
+
+    module: the edits of one module from its tensors by leaf; raises Malformed. read: instead of module,
+    all edits at once, for families without tensors per module.
+    maths: config fields that change what is computed, with PEFT's defaults. training: those that do not.
+    patterns: field to the table of its exceptions by module.
+    tensors, settings: leaf to tensor and field to value of one edit, to write it. shared: tensors
+    (full keys) and fields of all edits together. finish: the last word on the config, whole.
+    as_lora: "itself", "exact", "svd" (full rank), "base" (by its delta on the base) or "never".
+    merges: how several become one, for the page on families. refused: why no merge can be right.
+    """
+
+    peft_type: str
+    summary: str
+    leaves: tuple[str, ...] = ()
+    module: Callable[[Reading, str, Parts], Sequence[Edit]] | None = None
+    read: Callable[[Reading], Sequence[Edit]] | None = None
+    maths: Mapping[str, Any] = field(default_factory=dict)
+    training: frozenset[str] = frozenset()
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    tensors: Callable[[Any], Parts] | None = None
+    settings: Callable[[Any], Mapping[str, Any]] = nothing
+    shared: Callable[[Sequence[Any]], Spelling] | None = None
+    finish: Callable[[Sequence[Any], dict[str, Any]], dict[str, Any]] | None = None
+    write: Callable[[Adapter, WriteOptions], Spelling] | None = None
+    bias_mode: str = ""
+    as_lora: str = "exact"
+    merges: str = ""
+    refused: str = ""
+
+    @property
+    def writable(self) -> bool:
+        """Whether it is written back as itself."""
+        return self.tensors is not None or self.write is not None
+
+    def key(self) -> re.Pattern[str]:
+        """The pattern of its keys: module, leaf, an adapter's name if it was kept, weight or bias."""
+        leaves = "|".join(self.leaves) or "(?!)"
+        return re.compile(
+            rf"(?P<module>.*?)\.(?P<leaf>{leaves})"
+            r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<tail>weight|bias))?$"
+        )
+
+
+# Fields that no family computes with.
+COMMON = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode"}
+    | {"init_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type"}
+    | {"peft_version", "revision", "target_modules", "task_type", "fan_in_fan_out"}
+)
+
+
+@cache
+def families() -> tuple[str, ...]:
+    """The names of all families, lower case."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(tuners.__path__)))
+
+
+def tuner_of(peft_type: str) -> Tuner | None:
+    """The family of a peft_type; None when it is not known."""
+    name = peft_type.lower()
+    if name not in families():
+        return None
+    found: Tuner = importlib.import_module(f"{tuners.__name__}.{name}").TUNER
+    return found
+
+
+def all_tuners() -> list[Tuner]:
+    """Every family."""
+    return [tuner for name in families() if (tuner := tuner_of(name)) is not None]

@@ -1,0 +1,59 @@
+"""IA3 (Liu et al. 2022): learned scales of a module's outputs, or of its inputs for feed-forward ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from adaptmerge.edits import Scale
+from adaptmerge.formats.peft.tuner import Parts, Reading, Tuner
+from adaptmerge.graph import Edit, Site
+from adaptmerge.names import is_suffix
+
+
+def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
+    """ia3_l is (out, 1) and scales weight and bias, or (1, in) and scales the input side."""
+    vector = parts["ia3_l"]
+    if vector.shape[0] == 1 and vector.count > 1:
+        return [Scale(Site(module), vector.reshape(vector.count), "in")]
+    column = vector.reshape(vector.count)
+    return [Scale(Site(module), column), Scale(Site(module, "bias"), column)]
+
+
+def tensors(edit: Scale) -> Parts:
+    """The vector as PEFT shapes it; the bias shares the weight's."""
+    if edit.site.param != "weight":
+        return {}
+    count = edit.vector.count
+    return {"ia3_l": edit.vector.reshape(*((count, 1) if edit.side == "out" else (1, count)))}
+
+
+def finish(edits: Sequence[Scale], config: dict[str, Any]) -> dict[str, Any]:
+    """Modules whose inputs are scaled must be named exactly as in target_modules."""
+    inputs = {edit.site.module for edit in edits if edit.side == "in"}
+    outputs = {edit.site.module for edit in edits} - inputs
+    targets = config["target_modules"]
+    if isinstance(targets, str) or any(
+        _selects(t, inputs) and _selects(t, outputs) for t in targets
+    ):
+        targets = sorted(inputs | outputs)
+    forward = [target for target in targets if _selects(target, inputs)]
+    return {**config, "target_modules": targets, "feedforward_modules": forward}
+
+
+def _selects(target: str, modules: Iterable[str]) -> bool:
+    return any(is_suffix(target, module) for module in modules)
+
+
+TUNER = Tuner(
+    "IA3",
+    summary="diag(l) W or W diag(l)",
+    leaves=("ia3_l",),
+    module=module,
+    tensors=tensors,
+    finish=finish,
+    maths={"feedforward_modules": None},
+    training=frozenset({"init_ia3_weights"}),
+    as_lora="base",
+    merges="linear in the deviation from 1",
+)

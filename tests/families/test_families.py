@@ -1,0 +1,137 @@
+"""The contract of every family: read, run, written back, in the native format, as a delta; PEFT judges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from families.cases import FamilyCase, all_cases
+from peft_cases import logits
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adaptmerge import runtime
+from adaptmerge.base import Base, open_base
+from adaptmerge.edits import WeightEdit, delta_on
+from adaptmerge.graph import Adapter
+from adaptmerge.inputs import InputSpec, open_input
+from adaptmerge.merge import Options, combine
+
+pytest.importorskip("peft")
+every_case = pytest.mark.parametrize("name", all_cases())
+
+
+class Setting:
+    """A case built once: PEFT's adapter, its base, PEFT's outputs."""
+
+    def __init__(self, case: FamilyCase, folder: Path) -> None:
+        self.case = case
+        self.base_folder = case.save_base(folder / "base")
+        self.path = case.build(folder / "adapter")
+        self.base: Base = open_base(str(self.base_folder))
+        self.plain, self.truth = case.plain(), case.truth(self.path)
+
+    def read(self, path: Path) -> Adapter:
+        return open_input(InputSpec(str(path)), self.base).adapter
+
+    def run(self, adapter: Adapter) -> Tensor:
+        model = self.case.base_model().double()
+        with runtime.attach(model, adapter):
+            return logits(model, self.case.inputs())
+
+    def error(self, outputs: Tensor) -> float:
+        """Relative to the adapter's effect; virtual tokens make PEFT's outputs longer at the front."""
+        plain = self.plain
+        last = self.truth[:, -plain.shape[1] :] if plain.ndim == 3 else self.truth
+        effect = (last - plain).norm()
+        assert effect > 1e-3 * plain.norm(), "the adapter does nothing: no proof"
+        return float((outputs - self.truth).norm() / effect)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setting]:
+    @cache
+    def build(name: str) -> Setting:
+        return Setting(all_cases()[name], tmp_path_factory.mktemp(name))
+
+    return build
+
+
+@every_case
+def test_read_and_attached_it_computes_what_peft_computes(
+    name: str, setting: Callable[[str], Setting]
+) -> None:
+    found = setting(name)
+    adapter = found.read(found.path)
+    assert found.error(found.run(adapter)) < found.case.tolerance
+
+
+@every_case
+def test_written_back_it_is_the_same_file_and_loads_in_peft(
+    name: str, setting: Callable[[str], Setting], tmp_path: Path
+) -> None:
+    found = setting(name)
+    out = tmp_path / "out"
+    combine([InputSpec(str(found.path))], out, Options(base=str(found.base_folder)))
+    before, after = (load_file(p / "adapter_model.safetensors") for p in (found.path, out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    configs = [json.loads((p / "adapter_config.json").read_text()) for p in (found.path, out)]
+    assert configs[0]["peft_type"] == configs[1]["peft_type"]
+    assert found.error(found.case.truth(out)) < 1e-9
+
+
+@every_case
+def test_without_hints_it_is_written_the_same(
+    name: str, setting: Callable[[str], Setting], tmp_path: Path
+) -> None:
+    """The config is a spelling: what it says of the maths is in the edits."""
+    found = setting(name)
+    native, out = tmp_path / "native", tmp_path / "out"
+    options = Options(base=str(found.base_folder), target="native")
+    combine([InputSpec(str(found.path))], native, options)
+    graph = json.loads((native / "graph.json").read_text())
+    for adapter in graph["adapters"].values():
+        adapter["hints"] = {"peft": {"task_type": found.case.task or None}}
+    (native / "graph.json").write_text(json.dumps(graph))
+    combine([InputSpec(str(native))], out, Options(base=str(found.base_folder), target="peft"))
+    assert found.error(found.case.truth(out)) < 1e-9
+
+
+@every_case
+def test_the_native_format_holds_it(
+    name: str, setting: Callable[[str], Setting], tmp_path: Path
+) -> None:
+    found = setting(name)
+    out = tmp_path / "out.safetensors"
+    options = Options(base=str(found.base_folder), target="native")
+    combine([InputSpec(str(found.path))], out, options)
+    assert found.error(found.run(found.read(out))) < found.case.tolerance
+
+
+@pytest.mark.parametrize("name", [n for n, case in all_cases().items() if case.merges])
+def test_its_delta_is_what_peft_merges(name: str, setting: Callable[[str], Setting]) -> None:
+    """Dense, by definition, and in its thin form."""
+    found = setting(name)
+    before = found.case.base_model().double().state_dict()
+    after = found.case.merged(found.path)
+    checked = 0
+    for site, edits in found.read(found.path).sites().items():
+        weight = found.base.weight(site)
+        if weight is None or not all(isinstance(edit, WeightEdit) for edit in edits):
+            continue
+        factor = delta_on(edits, weight)  # type: ignore[arg-type]
+        key = next(k for k in before if k.endswith(f"{site.module}.{site.param}"))
+        moved = after[key] - before[key]
+        turned = found.base.is_transposed(site) and moved.ndim == 2
+        moved = (moved.T if turned else moved).reshape(factor.shape)
+        assert moved.norm() > 0
+        assert (factor.dense() - moved).norm() < found.case.tolerance * moved.norm()
+        thin = sum(t.up.double() @ t.down.double() * t.scale for t in factor.thin())
+        assert (thin - moved).norm() < 1e-5 * moved.norm()
+        checked += 1
+    assert checked
