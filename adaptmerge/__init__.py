@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from adaptmerge.recipe import load_recipe
     from adaptmerge.registry import formats, methods
     from adaptmerge.report import Report, load_report
-    from adaptmerge.runtime import attach
+    from adaptmerge.runtime.attach import attach
     from adaptmerge.verify import Questions, Verdict
     from adaptmerge.verify.difference import difference
     from adaptmerge.weights import SiteRule, parse_rule

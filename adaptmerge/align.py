@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from adaptmerge import experts
 from adaptmerge.base import CONV1D_MODELS, Base
 from adaptmerge.edits import factor_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.strict_json import capped
-from adaptmerge.graph import Adapter, Edit, Kind, Note, Site
-from adaptmerge.names import natural_key, suffixes
+from adaptmerge.graph import Adapter, Edit, Kind, Layer, Note, Site
+from adaptmerge.names import natural_key, original, other_versions, suffixes
 
 # What models with a head put before the modules of the model without (their base_model_prefix).
 MODEL_PREFIXES = frozenset(
@@ -34,19 +35,29 @@ class Group:
 
 
 def align(
-    adapters: Mapping[str, Adapter], base: Base | None, allowed: frozenset[str]
+    adapters: Mapping[str, Adapter],
+    base: Base | None,
+    allowed: frozenset[str],
+    layout: str | None = None,
 ) -> tuple[list[Group], list[Note]]:
-    """Groups in natural order of their sites. Raises CannotMerge with all conflicts at once."""
+    """Groups in natural order of their sites. Raises CannotMerge with all conflicts at once.
+
+    layout: of experts, "fused" or "per-expert"; None leaves it as all inputs have it, else as the base.
+    """
     notes, problems = _base_names(adapters, allowed)
+    problems += _replications(adapters)
+    given = adapters
+    adapters = in_one_layout(given, base, layout)
+    notes += _renamed(given, adapters, "matrices of experts are in another layout")
     if base is not None:
         given, adapters = adapters, _on_base(adapters, base)
-        notes += _renamed(given, adapters)
+        notes += _renamed(given, adapters, "sites are named as in the base")
+        notes += _drifted(adapters, base)
         problems += _against_base(adapters, base)
     else:
         problems += _coincidences(adapters) or _strangers(adapters, allowed)
     groups = _grouped(adapters)
     problems += [problem for group in groups for problem in _conflicts(group)]
-    problems += _compositions(groups, len(adapters))
     if problems:
         raise CannotMerge(capped(problems, SHOWN))
     return groups, notes
@@ -64,37 +75,27 @@ def _grouped(adapters: Mapping[str, Adapter]) -> list[Group]:
 def _conflicts(group: Group) -> list[str]:
     """Different layers or shapes at one site."""
     shapes = {name: _shape(edit) for name, edit in group.members}
-    layers = {name: edit.site.layer for name, edit in group.members}
+    layers = {name: _as_linear(edit.site.layer) for name, edit in group.members}
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         return [f"{group.site}: the adapters are for different shapes: {found}"]
     if len(set(layers.values())) > 1:
-        found = ", ".join(f"{name} {layer.kind}" for name, layer in layers.items())
+        found = ", ".join(
+            f"{name} {layer.stacked or ''} {layer.kind}".replace("  ", " ")
+            for name, layer in layers.items()
+        )
         return [f"{group.site}: the adapters are for different layers: {found}"]
     return []
+
+
+def _as_linear(layer: Layer) -> Layer:
+    """The layer; a bare matrix is as good as a linear layer's."""
+    return replace(layer, kind="linear") if layer.kind == "parameter" else layer
 
 
 def _shape(edit: Edit) -> tuple[int, ...]:
     factor = factor_of(edit)
     return () if factor is None else factor.shape
-
-
-def _compositions(groups: Sequence[Group], inputs: int) -> list[str]:
-    """Sites where different inputs bring different kinds of weight edit."""
-    by_site: dict[Site, dict[str, set[str]]] = {}
-    for group in groups:
-        if group.kind not in ("replace", "rows"):
-            owners = {name for name, _ in group.members}
-            by_site.setdefault(group.site, {})[group.kind] = owners
-    mixed: dict[str, list[str]] = {}
-    for site, kinds in by_site.items():
-        if len(kinds) > 1 and inputs > 1 and len(set().union(*kinds.values())) > 1:
-            mixed.setdefault(" and ".join(sorted(kinds)), []).append(str(site))
-    return [
-        f"{and_more(sites)}: inputs bring {kinds} edits, which without the base can be neither summed "
-        "nor compared: give inputs of one kind"
-        for kinds, sites in mixed.items()
-    ]
 
 
 def and_more(sites: Sequence[str]) -> str:
@@ -103,7 +104,7 @@ def and_more(sites: Sequence[str]) -> str:
 
 
 def _coincidences(adapters: Mapping[str, Adapter]) -> list[str]:
-    """Modules that are the same only after a prefix of one of them is removed."""
+    """Modules that are the same only without a prefix, or in another version of transformers."""
     modules = {name: {edit.site.module for edit in a.edits} for name, a in adapters.items()}
     problems = []
     for short_name, shorts in modules.items():
@@ -113,7 +114,7 @@ def _coincidences(adapters: Mapping[str, Adapter]) -> list[str]:
             pairs = [
                 (suffix, module)
                 for module in sorted(longs - shorts)
-                for suffix in suffixes(module)[1:-1]
+                for suffix in (*suffixes(module)[1:-1], *other_versions(module))
                 if suffix in shorts and suffix not in longs
             ]
             if pairs:
@@ -145,25 +146,69 @@ def _layer_roots(adapter: Adapter) -> set[str]:
     return {found[1] for found in numbered if found}
 
 
+def in_one_layout(
+    adapters: Mapping[str, Adapter], base: Base | None, wanted: str | None = None
+) -> Mapping[str, Adapter]:
+    """The adapters with all experts in one layout: the wanted one, else that of all, else the base's.
+
+    Raises CannotMerge where the layouts differ and nothing says which one to take.
+    """
+    found = {
+        layout: f"{name} has {edit.site}"
+        for name, adapter in adapters.items()
+        for edit in adapter.edits
+        if (layout := experts.layout_of(edit.site)) is not None
+    }
+    layout = wanted or (base.expert_layout if base is not None and len(found) > 1 else None)
+    if len(found) > 1 and layout is None:
+        raise CannotMerge(
+            f"{found[experts.FUSED]}, which stacks all experts, and {found[experts.PER_EXPERT]}, which is "
+            "one expert's: to take them for the same, pass --base DIR"
+        )
+    if layout is None or found.keys() <= {layout}:
+        return adapters
+    if base is None:
+        raise CannotMerge(
+            f"{next(iter(found.values()))}: which experts there are, and what they are called one by one, "
+            "only the base says: pass --base DIR"
+        )
+    style, count = base.expert_style, base.expert_count
+    return {n: experts.in_layout(a, layout, style, count) for n, a in adapters.items()}
+
+
 def _on_base(adapters: Mapping[str, Adapter], base: Base) -> dict[str, Adapter]:
     """Sites under the base's own names; where the checkpoint leaves out the model's prefix and an
-    adapter has it, with that prefix."""
-    spelled: dict[str, str] = {}
+    adapter has it, with that prefix; where all adapters name it as another version of transformers,
+    as they do."""
+    given: dict[str, set[str]] = {}
     for adapter in adapters.values():
         for edit in adapter.edits:
             located = base.locate(edit.site.module)
             if located is not None:
-                known = spelled.get(located, located)
-                spelled[located] = _fuller(known, edit.site.module, located)
+                given.setdefault(located, set()).add(edit.site.module)
+    spelled = {located: _spelling(located, modules) for located, modules in given.items()}
     return {
         name: adapter.with_edits(_respelled(edit, base, spelled) for edit in adapter.edits)
         for name, adapter in adapters.items()
     }
 
 
-def _fuller(known: str, module: str, located: str) -> str:
+def _spelling(located: str, modules: set[str]) -> str:
+    fuller = [module for module in modules if _is_fuller(module, located)]
+    drifted = [module for module in modules if not _is_near(module, located)]
+    if drifted and len(modules) == 1:
+        return drifted[0]
+    return max(fuller, default=located)
+
+
+def _is_fuller(module: str, located: str) -> bool:
     prefix = module.removesuffix(located).removesuffix(".")
-    return module if prefix in MODEL_PREFIXES and module.endswith(f".{located}") else known
+    return prefix in MODEL_PREFIXES and module.endswith(f".{located}")
+
+
+def _is_near(module: str, located: str) -> bool:
+    """Whether the two are equal up to one prefix."""
+    return module == located or module.endswith(f".{located}") or located.endswith(f".{module}")
 
 
 def _respelled(edit: Edit, base: Base, spelled: Mapping[str, str]) -> Edit:
@@ -175,38 +220,65 @@ def _respelled(edit: Edit, base: Base, spelled: Mapping[str, str]) -> Edit:
     return moved
 
 
-def _renamed(before: Mapping[str, Adapter], after: Mapping[str, Adapter]) -> list[Note]:
-    """What the base's names changed."""
+def _renamed(before: Mapping[str, Adapter], after: Mapping[str, Adapter], what: str) -> list[Note]:
+    """What was spelled otherwise."""
     notes = []
     for name, adapter in before.items():
-        pairs = zip(adapter.edits, after[name].edits, strict=True)
-        moved = [(old.site, new.site) for old, new in pairs if old.site != new.site]
-        if moved:
-            old, new = moved[0]
-            what = f"{len(moved)} sites are named as in the base: {old} is {new}"
+        old, new = adapter.sites(), after[name].sites()
+        pairs = ([s for s in old if s not in new], [s for s in new if s not in old])
+        if all(pairs):
+            said = f"{len(pairs[0])} {what}: {pairs[0][0]} is {pairs[1][0]}"
+            notes.append(Note(Kind.INFO, said, input=name))
+    return notes
+
+
+def _drifted(adapters: Mapping[str, Adapter], base: Base) -> list[Note]:
+    """A word where the base has modules under the names of another version of transformers."""
+    notes = []
+    for name, adapter in adapters.items():
+        modules = dict.fromkeys(edit.site.module for edit in adapter.edits)
+        pairs = [(m, found) for m in modules if (found := base.locate(m)) is not None]
+        drifted = [(module, found) for module, found in pairs if not _is_near(module, found)]
+        if drifted:
+            module, found = drifted[0]
+            what = (
+                f"{len(drifted)} modules are in the base under the names of another version of "
+                f"transformers: {module} is {found}"
+            )
             notes.append(Note(Kind.INFO, what, input=name))
     return notes
+
+
+def _replications(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Layers that are copies of other layers in one adapter than in another are not the same layers."""
+    found = {name: adapter.base.replication for name, adapter in adapters.items()}
+    if len(set(found.values())) < 2:
+        return []
+    listed = ", ".join(f"{name}: {[list(pair) for pair in r]}" for name, r in found.items())
+    return [f"the adapters are for different copies of the base's layers ({listed})"]
 
 
 def _against_base(adapters: Mapping[str, Adapter], base: Base) -> list[str]:
     problems = []
     for name, adapter in adapters.items():
         for edit in adapter.edits:
-            problems += _edit_against_base(name, edit, base)
+            problems += _edit_against_base(name, edit, base, adapter.base.replication)
     return problems
 
 
-def _edit_against_base(name: str, edit: Edit, base: Base) -> list[str]:
-    factor = factor_of(edit)
-    if factor is None or edit.site.param != "weight" or not base.tensors:
+def _edit_against_base(
+    name: str, edit: Edit, base: Base, replication: Sequence[tuple[int, int]]
+) -> list[str]:
+    factor, site = factor_of(edit), edit.site
+    site = replace(site, module=original(site.module, replication))
+    is_weight = site.param == "weight" or site.expert is not None
+    if factor is None or not is_weight or not base.tensors:
         return []
-    weight = base.parameter(edit.site)
+    weight = base.parameter(site) if site.expert is None else base.weight(site)
     if weight is None:
-        if base.locate(edit.site.module) is not None:
+        if site.expert is None and base.locate(site.module) is not None:
             return []
-        return [
-            f"{name}: {edit.site} is not in the base {base.path.name}: is it for another model?"
-        ]
+        return [f"{name}: {site} is not in the base {base.path.name}: is it for another model?"]
     rows = weight.shape[0]
     shape = (rows, weight.count // rows if rows else 0)
     turned = base.architecture in CONV1D_MODELS

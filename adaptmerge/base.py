@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from adaptmerge import experts
 from adaptmerge.errors import InputError
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.refs import Stored, TensorRef
 from adaptmerge.graph import Site
-from adaptmerge.names import suffixes
+from adaptmerge.names import other_versions, suffixes
 
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -38,9 +39,31 @@ class Base:
 
     @cached_property
     def modules(self) -> frozenset[str]:
-        """The paths of all modules that hold a tensor, as the checkpoint names them."""
+        """The paths of all modules that hold a tensor, as the checkpoint names them, and of those that
+        hold experts, which checkpoints name one by one."""
         held = {name.rpartition(".")[0] for name in self.tensors}
+        held |= {f"{one.block}.experts" for name in held if (one := experts.matrix_of(name))}
         return frozenset(held | ({"lm_head"} if self.config.get("tie_word_embeddings") else set()))
+
+    @cached_property
+    def expert_layout(self) -> str | None:
+        """Whether experts are stored "fused" or "per-expert"; None without experts."""
+        if any(experts.matrix_of(name) for name in self.modules):
+            return experts.PER_EXPERT
+        return experts.FUSED if any(n.endswith(".experts") for n in self.modules) else None
+
+    @cached_property
+    def expert_style(self) -> experts.Style | None:
+        """How the architecture names the matrices of one expert; None when that is not known."""
+        return experts.style_of(self.architecture, sorted(self.modules))
+
+    @cached_property
+    def expert_count(self) -> int:
+        """How many experts a layer has; 0 without experts."""
+        ones = (experts.matrix_of(name) for name in self.modules)
+        count = max((one.expert + 1 for one in ones if one), default=0)
+        whole = (ref.shape[0] for name, ref in self.tensors.items() if _is_stack(name, ref))
+        return count or next(whole, 0)
 
     @property
     def architecture(self) -> str | None:
@@ -49,10 +72,15 @@ class Base:
         return str(found) if found else None
 
     def locate(self, module: str) -> str | None:
-        """The checkpoint's name of a module: equal, or equal up to one model prefix; None if absent.
+        """The checkpoint's name of a module: equal, or equal up to one model prefix, or what another
+        version of transformers calls it; None if absent.
 
         Checkpoints saved without a head leave out the prefix that the model with a head has.
         """
+        found = (self._near(name) for name in (module, *other_versions(module)))
+        return next((name for name in found if name is not None), None) or self._one_expert(module)
+
+    def _near(self, module: str) -> str | None:
         if module in self.modules:
             return module
         shorter = module.partition(".")[2]
@@ -60,6 +88,14 @@ class Base:
             return shorter
         longer = [name for name in self._by_suffix.get(module, ()) if _one_longer(name, module)]
         return longer[0] if len(longer) == 1 else None
+
+    def _one_expert(self, module: str) -> str | None:
+        """The name of one expert's module where the checkpoint stacks all experts."""
+        one = experts.matrix_of(module)
+        holder = None if one is None else self.locate(f"{one.block}.experts")
+        if one is None or holder is None:
+            return None
+        return holder + module.removeprefix(f"{one.block}.experts")
 
     @cached_property
     def _by_suffix(self) -> dict[str, list[str]]:
@@ -72,7 +108,22 @@ class Base:
     def parameter(self, site: Site) -> TensorRef | None:
         """The stored parameter at a site, as it lies in the checkpoint; None if there is none."""
         module = self.locate(site.module)
-        return None if module is None else self.tensors.get(f"{module}.{site.param}")
+        if module is None:
+            return None
+        if site.expert is not None:
+            return self._experts.matrix(module, site.param, site.expert)
+        stored = self.tensors.get(f"{module}.{site.param}")
+        if stored is None and site.param in experts.STACKED:
+            return self._experts.stack(module, site.param, self.expert_count)
+        return self._experts.part(module) if stored is None and site.param == "weight" else stored
+
+    @property
+    def _experts(self) -> experts.Checkpoint:
+        return experts.Checkpoint(self.tensors, self._stacks_transposed)
+
+    @property
+    def _stacks_transposed(self) -> bool:
+        return self.architecture in experts.TRANSPOSED
 
     def weight(self, site: Site) -> TensorRef | None:
         """The parameter at a site as edits see it: (out, in) for matrices, kernels flattened."""
@@ -85,6 +136,8 @@ class Base:
 
     def is_transposed(self, site: Site) -> bool:
         """Whether the checkpoint holds the weight as (in, out), as `transformers`' Conv1D does."""
+        if site.expert is not None:
+            return self._stacks_transposed
         turned = self.architecture in CONV1D_MODELS and site.param == "weight"
         return turned and site.module.rpartition(".")[2] in CONV1D_MODULES
 
@@ -97,6 +150,10 @@ class Base:
             digest.update(f"{name} {ref.dtype} {list(ref.shape)}\n".encode())
             digest.update(_ends(ref))
         return f"sampled-1:{digest.hexdigest()}"
+
+
+def _is_stack(name: str, ref: TensorRef) -> bool:
+    return name.rpartition(".")[2] in experts.STACKED and len(ref.shape) == 3
 
 
 def _one_longer(name: str, module: str) -> bool:

@@ -17,6 +17,17 @@ from adaptmerge.files.refs import TensorRef
 from adaptmerge.graph import Edit, Site
 from adaptmerge.lazy import torch
 
+# Modules whose rows are the tokens of a vocabulary: no labels, and not to be stacked.
+VOCABULARY = (
+    "embed_tokens",
+    "lm_head",
+    "wte",
+    "word_embeddings",
+    "shared",
+    "embed_in",
+    "embed_out",
+)
+
 
 @runtime_checkable
 class WeightEdit(Edit, Protocol):
@@ -100,7 +111,8 @@ class Replace:
     """The parameter itself is stored.
 
     role: "head" (part of `owner`, a module saved whole), "bias", "base copy" (the base's own value,
-    kept beside an adapter) or "unlisted" (stored whole though nothing lists it).
+    kept beside an adapter) or "unlisted" (stored whole though nothing lists it; of a head all the same
+    where it has an `owner`).
     """
 
     kind: ClassVar[str] = "replace"
@@ -118,12 +130,18 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceRows:
-    """Some rows of an embedding are stored: trainable tokens. `rows` are token ids."""
+    """Some rows of an embedding are stored: trainable tokens. `rows` are token ids.
+
+    family: "trainable_tokens" for an adapter of nothing else, "" for rows beside another family. tied:
+    whether they repeat those of the embedding that this module shares its weight with.
+    """
 
     kind: ClassVar[str] = "rows"
     site: Site
     rows: tuple[int, ...]
     values: TensorRef
+    family: str = ""
+    tied: bool = False
 
     def delta(self) -> Factor | None:
         return None

@@ -7,11 +7,12 @@ compute them. A family that stores something else than these adds one class with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.files.dtypes import F64, DType
+from adaptmerge.files.refs import TensorRef, computed
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import working
 
@@ -109,10 +110,25 @@ class Product:
         return value
 
     def thin(self) -> list[Term]:
-        if len(self.parts) == 1:
-            return [term._replace(scale=term.scale * self.scale) for term in self.parts[0].thin()]
-        cut = min(range(1, len(self.parts)), key=lambda i: self.parts[i].shape[0])
-        return [Term(chain(self.parts[:cut]), chain(self.parts[cut:]), self.scale)]
+        inner = [part for part in self.parts if not isinstance(part, Diag)]
+        if len(inner) == 1:
+            return [self._around(term) for term in inner[0].thin()]
+        # of equal cuts the last: adapters that share their last matrix then share a whole side
+        cuts = range(len(self.parts) - 1, 0, -1)
+        cut = min(cuts, key=lambda i: self.parts[i].shape[0])
+        return [_even(chain(self.parts[:cut]), chain(self.parts[cut:]), self.scale)]
+
+    def _around(self, term: Term) -> Term:
+        """The term between the diagonals that lie around the one matrix."""
+        up, down, after = term.up, term.down, False
+        for part in self.parts:
+            if not isinstance(part, Diag):
+                after = True
+            elif after:
+                down = working(down) * working(part.ref.read()).flatten()
+            else:
+                up = working(part.ref.read()).flatten()[:, None] * working(up)
+        return _even(up, down, term.scale * self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +234,27 @@ class Place:
         return Term(up, down, term.scale)
 
 
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A tensor still to be computed: the entries of a factor under another shape, stored as `store`."""
+
+    factor: Factor
+    shape: tuple[int, ...]
+    store: DType | None = None
+
+    @property
+    def dtype(self) -> DType:
+        return F64
+
+    def read(self) -> torch.Tensor:
+        return self.factor.dense().reshape(self.shape)
+
+
+def values(factor: Factor, like: TensorRef) -> TensorRef:
+    """The entries of a factor as a tensor of the shape and dtype of another."""
+    return computed(Values(factor, like.shape, like.dtype))
+
+
 class Expanded:
     """For families that store something else: `expand()` is the same matrix in the algebra above.
 
@@ -271,17 +308,31 @@ def whole_term(value: torch.Tensor) -> list[Term]:
     return [Term(value, torch.eye(value.shape[1], dtype=value.dtype), 1.0)]
 
 
+def _even(up: torch.Tensor, down: torch.Tensor, scale: float) -> Term:
+    """A term whose sides are both float64 when one is."""
+    if up.dtype != down.dtype and torch.float64 in (up.dtype, down.dtype):
+        return Term(up.double(), down.double(), scale)
+    return Term(up, down, scale)
+
+
 def chain(parts: tuple[Factor, ...]) -> torch.Tensor:
     """The product of factors as one matrix; a single leaf keeps its stored values and dtype."""
     if len(parts) == 1:
         return _value(parts[0])
+    if isinstance(parts[0], Diag):
+        return working(parts[0].ref.read()).flatten()[:, None] * working(chain(parts[1:]))
     value = working(_value(parts[0]))
     for part in parts[1:]:
         if isinstance(part, Diag):
             value = value * working(part.ref.read()).flatten()
         else:
-            value = value @ working(_value(part))
+            value = _times(value, working(_value(part)))
     return value
+
+
+def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(left.dtype, right.dtype)
+    return left.to(wide) @ right.to(wide)
 
 
 def _value(factor: Factor) -> torch.Tensor:
@@ -362,6 +413,20 @@ def refs_of(node: Any) -> Iterator[TensorRef]:
     else:
         for name in _fields(type(node)):
             yield from refs_of(getattr(node, name))
+
+
+def mapped(node: Any, change: Callable[[TensorRef], TensorRef]) -> Any:
+    """The same data with every TensorRef inside it changed."""
+    if isinstance(node, TensorRef):
+        return change(node)
+    if isinstance(node, tuple):
+        return tuple(mapped(part, change) for part in node)
+    if not _fields(type(node)):
+        return node
+    before = {name: getattr(node, name) for name in _fields(type(node))}
+    after = {name: mapped(value, change) for name, value in before.items()}
+    changed = {name: value for name, value in after.items() if value is not before[name]}
+    return replace(node, **changed) if changed else node
 
 
 _FIELDS: dict[type, tuple[str, ...]] = {}

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What the module at a site is: "linear", "embedding" or "conv" with its kernel size.
+    """What the module at a site is: "linear", "embedding", "conv" with its kernel size, "experts" whose
+    parameter stacks as many matrices, or "parameter", a matrix of a module that is none of these.
 
     Weights are matrices (out, in); a convolution's is (out, in * prod(kernel)), an embedding's is
     (number of embeddings, dimension). Orientation on disk is a matter of formats, not of the graph.
@@ -21,18 +22,26 @@ class Layer:
 
     kind: str = "linear"
     kernel: tuple[int, ...] = ()
+    stacked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One parameter of one module of the base model, by its `transformers` module path."""
+    """One parameter of one module of the base model, by its `transformers` module path; with `expert`,
+    one matrix of the several that the parameter stacks."""
 
     module: str
     param: str = "weight"
     layer: Layer = field(default=Layer(), compare=False)
+    expert: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The parameter; for a weight its module."""
+        return self.module if self.param == "weight" else f"{self.module}.{self.param}".lstrip(".")
 
     def __str__(self) -> str:
-        return self.module if self.param == "weight" else f"{self.module}.{self.param}"
+        return self.path if self.expert is None else f"{self.path}[{self.expert}]"
 
 
 class Kind:
@@ -68,16 +77,31 @@ class Edit(Protocol):
     def site(self) -> Site:
         """Where it acts."""
 
+    def __hash__(self) -> int:
+        """Edits are data."""
+
 
 @dataclass(frozen=True, slots=True)
 class BaseReference:
-    """The base model an adapter was made for, as far as its files say."""
+    """The base model an adapter was made for, as far as its files say.
+
+    replication: the ranges of layers, one after the other, that its layers are copies of; () for none.
+    """
 
     name: str | None = None
     revision: str | None = None
     architecture: str | None = None
     trained_on: str | None = None
     fingerprint: str | None = None
+    replication: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What the rows of a head stand for, in order; `problem` is how they are meant (problem_type)."""
+
+    names: tuple[str, ...]
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +109,8 @@ class Adapter:
     """Edits in order, the base they belong to, Notes, and `hints`: a format's own spelling.
 
     Law: dropping all hints never changes what the adapter computes. `covers` are module suffixes of
-    which the adapter has every module that the base has, as its files promise.
+    which the adapter has every module that the base has, as its files promise. `labels` say by owner
+    what the rows of a head stand for, `tokens` which strings the ids of token rows do, where known.
     """
 
     name: str
@@ -94,6 +119,8 @@ class Adapter:
     notes: tuple[Note, ...] = ()
     hints: Mapping[str, Any] = field(default_factory=dict)
     covers: frozenset[str] = frozenset()
+    labels: Mapping[str, Labels] = field(default_factory=dict)
+    tokens: Mapping[int, str] = field(default_factory=dict)
 
     def with_edits(self, edits: Iterable[Edit]) -> Adapter:
         """The same adapter with other edits."""

@@ -1,4 +1,5 @@
-"""The one grammar of inputs, [NAME=]SOURCE[:WEIGHT][?alpha=32&task=1&init=DIR], and opening what it names.
+"""The one grammar of inputs, [NAME=]SOURCE[:WEIGHT][?alpha=32&task=1&init=DIR&adapter=NAME], and opening
+what it names.
 
 SOURCE is a directory, a .safetensors or .bin file, or a hub id org/name[@revision][//subfolder]. What
 exists on disk as written wins over any reading as name, weight or query, so paths with '=' or ':' and
@@ -18,14 +19,14 @@ from adaptmerge.errors import AdaptmergeError, InputError, UsageError
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.paths import exists
-from adaptmerge.graph import Adapter
+from adaptmerge.graph import Adapter, Bundle
 from adaptmerge.names import did_you_mean, natural_key, unique_names
 from adaptmerge.registry import Format, ReadOptions, detect
 from adaptmerge.weights import number
 
 NAME = re.compile(r"(?P<name>[A-Za-z_][\w.-]*)=(?P<rest>.+)$")
 WEIGHT = re.compile(r"(?P<rest>.+):(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?|[-+]?nan|[-+]?inf)$")
-OPTIONS = ("alpha", "task", "init")
+OPTIONS = ("alpha", "task", "init", "adapter")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
@@ -39,6 +40,7 @@ class InputSpec:
     alpha: float | None = None
     task: int | None = None
     init: str | None = None
+    adapter: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -116,7 +118,7 @@ def _query(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _option(key: str, value: str, text: str) -> str | float | int:
-    if key == "init":
+    if key in ("init", "adapter"):
         return value
     found = number(value, f"input {text!r}: {key}")
     if key == "alpha":
@@ -153,14 +155,25 @@ def open_input(spec: InputSpec, base: Base | None = None) -> Input:
         bundle = found.read(listing, options)
     except AdaptmergeError as problem:
         raise problem.located(spec.source) from None
-    if len(bundle.adapters) != 1:
-        names = ", ".join(bundle.adapters)
-        raise InputError(f"holds several adapters ({names}): give one of them", where=spec.source)
     name = spec.name or spec.default_name
-    adapter = replace(bundle.single, name=name)
+    adapter = replace(_one_of(bundle, spec), name=name)
     if not adapter.edits:
         raise InputError("holds no edit at all", where=spec.source)
     return Input(name, spec, listing, found, adapter, revision)
+
+
+def _one_of(bundle: Bundle, spec: InputSpec) -> Adapter:
+    """The adapter of that name, or the only one."""
+    names = ", ".join(bundle.adapters)
+    if spec.adapter is None and len(bundle.adapters) != 1:
+        sentence = f"holds several adapters ({names}): give one of them, as ?adapter=NAME"
+        raise InputError(sentence, where=spec.source)
+    if spec.adapter is None:
+        return bundle.single
+    if spec.adapter not in bundle.adapters:
+        sentence = f"?adapter={spec.adapter}: it holds no adapter of that name ({names})"
+        raise InputError(sentence, where=spec.source)
+    return bundle.adapters[spec.adapter]
 
 
 def open_inputs(specs: Sequence[InputSpec], base: Base | None = None) -> list[Input]:

@@ -18,7 +18,7 @@ def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:
         f"{target} has no place for {kind} edits ({_sites(listed, kind)})"
         for kind in sorted({e.kind for e in listed if not _is_own(e, stores)} - stores.kinds)
     ]
-    families = {family_of(edit) for edit in listed} & stores.families
+    families = {family_of(edit) for edit in listed if edit.kind != "rows"} & stores.families
     if len(families) > 1 and stores.one_family:
         problems.append(f"{target} cannot hold {' and '.join(sorted(families))} in one file")
     layers = {edit.site.layer.kind for edit in listed if factor_of(edit) is not None}
@@ -26,7 +26,8 @@ def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:
         f"{target} has no place for {kind} layers" for kind in sorted(layers - stores.layers)
     ]
     params = {edit.site.param for edit in listed if factor_of(edit) is not None}
-    problems += [f"{target} has no place for {p} deltas" for p in sorted(params - stores.params)]
+    params -= params if stores.params is None else stores.params
+    problems += [f"{target} has no place for {p} deltas" for p in sorted(params)]
     mixed = sorted({edit.kind for edit in listed} & stores.exclusive)
     if len(mixed) > 1:
         problems.append(f"{target} cannot hold {' and '.join(mixed)} edits in one file")

@@ -11,19 +11,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from adaptmerge import __version__, carry
+from adaptmerge import __version__, carry, outputs
 from adaptmerge.align import align
 from adaptmerge.base import Base, open_base
 from adaptmerge.errors import AdaptmergeError, CannotStore, UsageError
+from adaptmerge.experts import LAYOUTS
 from adaptmerge.files import dtypes
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
 from adaptmerge.fit import Budget
-from adaptmerge.graph import Adapter, BaseReference, Kind, Note, bundle_of
+from adaptmerge.graph import Adapter, BaseReference, Bundle, Edit, Kind, Note
+from adaptmerge.heads import Given, Policies, check_policies, policies
 from adaptmerge.inputs import SUFFIXES, Input, InputSpec, in_natural_order, open_inputs
 from adaptmerge.lower import lower
 from adaptmerge.names import is_suffix
-from adaptmerge.plan import Plan, Request, make_plan
+from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Output, WriteOptions, format_named, formats, method_named
 from adaptmerge.report import (
     FILE,
@@ -36,10 +38,11 @@ from adaptmerge.report import (
     site_lines,
     totals,
 )
+from adaptmerge.request import Request
 from adaptmerge.run import Progress, Settled, run, workers_default
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
-ALLOWABLE = ("base", "nonfinite")
+ALLOWABLE = ("base", "nonfinite", "approximate", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,11 @@ class Options:
     budget: Budget = Budget()
     dtype: str | None = None
     target: str | None = None
+    form: str | None = None
     ranks: str = "uniform"
-    heads: str | None = None
+    version: str | None = None
+    experts: str | None = None
+    heads: Given = None
     base: str | None = None
     allow: frozenset[str] = frozenset()
     strict: bool = False
@@ -74,6 +80,7 @@ class Prepared:
     notes: tuple[Note, ...]
     adapter: Adapter  # names, base, hints of the result; no edits yet
     options: Options
+    heads: Policies = Policies()
 
 
 def silent(done: int, total: int) -> None:
@@ -88,19 +95,22 @@ def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepa
     base = open_base(options.base) if options.base else None
     inputs = open_inputs(specs, base)
     names = [item.name for item in inputs]
-    if options.heads and options.heads not in names:
-        raise UsageError(f"--heads {options.heads}: no input has that name ({', '.join(names)})")
     given = [item.spec.weight for item in inputs]
     weights = Weights(base_weights(names, given, options.weights, options.total), options.rules)
     adapters = {item.name: item.adapter for item in inputs}
-    groups, notes = align(adapters, base, options.allow)
+    heads = policies(options.heads, names)
+    check_policies(heads, adapters)
+    groups, notes = align(adapters, base, options.allow, options.experts)
     target = _target(output, options, inputs)
-    plan = make_plan(groups, _request(options, weights, target, base), names)
+    request = _request(options, weights, target, base)
+    plan = make_plan(groups, replace(request, heads=heads, adapters=adapters), names)
+    outputs.check_several(plan, target, single=is_file_name(output))
     adapter = _described(adapters, base)
     said = (*_weight_notes(options, given, weights), *notes, *plan.notes)
+    said += tuple(outputs.label_notes(plan, target))
     said += tuple(Note(Kind.INFO, caution) for caution in [plan.method.caution] if caution)
     said += tuple(replace(n, input=i.name) for i in inputs for n in i.adapter.notes)
-    return Prepared(inputs, plan, target, base, weights, said, adapter, options)
+    return Prepared(inputs, plan, target, base, weights, said, adapter, options, heads)
 
 
 def _check(specs: Sequence[InputSpec], options: Options) -> None:
@@ -113,24 +123,30 @@ def _check(specs: Sequence[InputSpec], options: Options) -> None:
         raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
     if options.ranks not in ("uniform", "per-site"):
         raise UsageError(f"--ranks {options.ranks}: expected uniform or per-site")
+    if options.experts not in (None, *LAYOUTS):
+        raise UsageError(f"--experts {options.experts}: expected {' or '.join(LAYOUTS)}")
     if options.dtype is not None and options.dtype not in dtypes.SPELLINGS:
         raise UsageError(f"--dtype {options.dtype}: expected {', '.join(dtypes.SPELLINGS)}")
 
 
 def _request(options: Options, weights: Weights, target: Format, base: Base | None) -> Request:
     assert target.stores is not None
+    method = method_named(options.method)
+    if options.form is not None and options.form not in method.forms:
+        known = " or ".join(method.forms) or "nothing with this method"
+        raise UsageError(f"--as {options.form}: expected {known}")
     stores = target.stores(WriteOptions(ranks=options.ranks))
     if stores.base and base is None:
         raise UsageError(f"{target.name} needs the base model to name its tensors: pass --base DIR")
     return Request(
-        method=method_named(options.method),
+        method=method,
         weights=weights,
         target=target,
         stores=stores,
         budget=options.budget,
         dtype=dtypes.SPELLINGS[options.dtype] if options.dtype else None,
-        heads=options.heads,
         base=base,
+        form=options.form,
         allowed=options.allow,
     )
 
@@ -148,7 +164,19 @@ def _target(output: Path, options: Options, inputs: Sequence[Input]) -> Format:
     if target.write is None:
         raise CannotStore(f"{target.name} is read only so far: use --to with one of {_writable()}")
     _check_name(output, target)
+    _check_version(options.version, target)
     return target
+
+
+def _check_version(version: str | None, target: Format) -> None:
+    """Raises UsageError for a version of a library that the target cannot be written for."""
+    if version is None:
+        return
+    if not target.versions:
+        raise UsageError(f"--peft-version {version}: is not for {target.name}: leave it out")
+    if not any(version == known or version.startswith(f"{known}.") for known in target.versions):
+        oldest, newest = target.versions[0], target.versions[-1]
+        raise UsageError(f"--peft-version {version}: expected a release from {oldest} to {newest}")
 
 
 def _check_name(output: Path, target: Format) -> None:
@@ -191,6 +219,7 @@ def _described(adapters: Mapping[str, Adapter], base: Base | None) -> Adapter:
         revision=next(iter(revisions)) if len(revisions) == 1 else None,
         architecture=base.architecture if base else None,
         fingerprint=base.fingerprint if base else None,
+        replication=all_of[0].base.replication,
     )
     covers = frozenset().union(*(a.covers for a in all_of))
     return Adapter(
@@ -231,6 +260,8 @@ def combine(
     single = is_file_name(output)
     paths = [item.path for item in prepared.inputs]
     paths += [prepared.base.path] if prepared.base else []
+    obsolete = {name for f in formats().values() for name in f.files}
+    obsolete |= outputs.left_by(output, obsolete)
     with Staging(output, force=options.force, inputs=paths, single=single) as staging:
         with ThreadPoolExecutor(max_workers=1) as hasher:
             digests = [hasher.submit(_digests, item) for item in prepared.inputs]
@@ -245,7 +276,7 @@ def combine(
                     staging.path, output.name if single else None, _short(report), scratch
                 )
                 main = _write(prepared, settled, report, output_to)
-        staging.commit(main, obsolete={name for f in formats().values() for name in f.files})
+        staging.commit(main, obsolete=obsolete)
     return report
 
 
@@ -278,10 +309,13 @@ def _short(report: Report) -> dict[str, str]:
 
 
 def _write(prepared: Prepared, settled: Sequence[Settled], report: Report, output: Output) -> str:
-    adapter = _result(prepared, settled)
-    options = WriteOptions(prepared.options.ranks, prepared.base, _modules(prepared.base, adapter))
-    assert prepared.target.write is not None
-    main = prepared.target.write(bundle_of(adapter), output, options)
+    results = {
+        name: replace(_result(prepared, own), name=name)
+        for name, own in outputs.by_adapter(settled).items()
+    }
+    modules = _modules(prepared.base, next(iter(results.values())))
+    options = WriteOptions(prepared.options.ranks, prepared.base, modules, prepared.options.version)
+    main = outputs.write(Bundle(results), prepared.target, output, options)
     if output.single is None:
         carry.write(prepared.inputs, report, output)
     name = report_name(output.single) if output.single else FILE
@@ -293,10 +327,18 @@ def _result(prepared: Prepared, settled: Sequence[Settled]) -> Adapter:
     """The settled edits, lowered for the target, with the promises that still hold."""
     full = prepared.adapter.with_edits(item.edit for item in settled)
     lowered = lower(full, prepared.plan.stores)
-    before = {edit.site.module for item in prepared.inputs for edit in item.adapter.edits}
-    gone = before - {edit.site.module for edit in lowered.edits}
+    before = {
+        name for item in prepared.inputs for edit in item.adapter.edits for name in _names(edit)
+    }
+    gone = before - {name for edit in lowered.edits for name in _names(edit)}
     kept = {cover for cover in lowered.covers if not any(is_suffix(cover, m) for m in gone)}
-    return replace(lowered, covers=frozenset(kept))
+    labels, tokens = outputs.labels_of(settled), outputs.tokens_of(prepared.inputs)
+    return replace(lowered, covers=frozenset(kept), labels=labels, tokens=tokens)
+
+
+def _names(edit: Edit) -> tuple[str, str]:
+    """What a promise may call the place of an edit by: its module or its parameter."""
+    return edit.site.module, f"{edit.site.module}.{edit.site.param}"
 
 
 def _modules(base: Base | None, adapter: Adapter) -> frozenset[str] | None:
@@ -331,7 +373,11 @@ def _report(
         totals=found,
         sites=lines,
         notes=sorted(set(notes)),
-        output={"dtype": str(plan.dtype), "ranks": options.ranks},
+        output={
+            "dtype": str(plan.dtype),
+            "ranks": options.ranks,
+            **outputs.said(settled, prepared.heads),
+        },
     )
 
 
@@ -358,7 +404,8 @@ def _said(prepared: Prepared) -> dict[str, Any]:
         "rules": [asdict(rule) for rule in prepared.weights.rules],
         "budget": asdict(options.budget),
         "dtype": options.dtype,
-        "heads": options.heads,
+        "heads": prepared.heads.as_json(),
+        "form": options.form,
         "allow": sorted(options.allow),
     }
 
@@ -372,6 +419,7 @@ def _described_input(item: Input, hashes: Mapping[str, str]) -> dict[str, Any]:
         "alpha": item.spec.alpha,
         "task": item.spec.task,
         "init": item.spec.init,
+        "adapter": item.spec.adapter,
         "base": asdict(item.adapter.base),
         "sha256": dict(hashes),
     }

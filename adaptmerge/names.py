@@ -8,6 +8,22 @@ from collections.abc import Collection, Iterable, Sequence
 
 # Wrappers that training code puts around modules and forgets in checkpoint keys.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# What versions of transformers call the same modules: from 4.52 on the language model of one that
+# sees lies inside "model"; from 5 on the experts of Mixtral and its kin are the "mlp".
+DRIFTS = (
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^model\.(?=layers\.|embed_tokens$|norm$)"), "model.language_model."),
+    (re.compile(r"^model\.language_model\.(?=layers\.|embed_tokens$|norm$)"), "model."),
+    (re.compile(r"(?<=\.)block_sparse_moe(?=\.|$)"), "mlp"),
+    (re.compile(r"(?<=\.)mlp(?=\.(gate|experts)(\.|$))"), "block_sparse_moe"),
+)
+
+
+def other_versions(path: str) -> list[str]:
+    """What a module path is in other versions of transformers; none for most."""
+    spelled = (pattern.sub(name, path, count=1) for pattern, name in DRIFTS)
+    return [other for other in spelled if other != path]
 
 
 def unwrapped(path: str) -> str:
@@ -18,6 +34,16 @@ def unwrapped(path: str) -> str:
 def layer_index(module: str) -> int | None:
     """The number of the layer a module belongs to: the first all-digit component of its path."""
     return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+
+
+def original(module: str, ranges: Sequence[tuple[int, int]]) -> str:
+    """The path, in the base, of a module of a layer that is a copy; itself where it is none."""
+    copies = [index for start, stop in ranges for index in range(start, stop)]
+    index = layer_index(module)
+    if index is None or index >= len(copies):
+        return module
+    before, _, after = module.partition(f".{index}.")
+    return f"{before}.{copies[index]}.{after}"
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:

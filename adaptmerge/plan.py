@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from adaptmerge.align import Group, and_more, layer_count
-from adaptmerge.base import Base
-from adaptmerge.edits import factor_of, family_of, with_value
+from adaptmerge.edits import WeightEdit, delta_on, factor_of, family_of
 from adaptmerge.errors import CannotMerge, CannotStore
-from adaptmerge.factors import Factor, rank_bound, refs_of
-from adaptmerge.files.compare import same_values
+from adaptmerge.factors import Expanded, Factor, Product, Sum, as_low_rank, rank_bound, refs_of
 from adaptmerge.files.dtypes import F32, DType
+from adaptmerge.files.refs import TensorRef
 from adaptmerge.fit import Budget
-from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.graph import Edit, Kind, Labels, Note, Site
 from adaptmerge.lower import stored_scale, unstorable
-from adaptmerge.registry import Format, Member, Method, Stores, WriteOptions, default_dtype
+from adaptmerge.registry import Meeting, Member, Method, Stores, WriteOptions, default_dtype
+from adaptmerge.request import Request
+from adaptmerge.resolve import LORA, WHOLE, Weighed, resolve
+from adaptmerge.tied import torn
 from adaptmerge.weights import Weights
+from adaptmerge.whole import Meetings, Settlement, settle_whole
 
-LORA = "lora"  # the family of plain low-rank deltas, which every merge can become
-WHOLE = ("replace", "rows")  # kinds that are stored whole, beside any family
-EXACT = 1e-12  # weights that differ from a sum of 1 by no more than this sum to 1
+OPAQUE = "opaque"  # the kind of edits that nothing can be made of
+BLIND = ("dora",)  # kinds that no budget and no sum can be judged for without the base
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What happens at one site: "pass" keeps `edit` as it is stored, "fit" settles `factor` as its
-    low-rank pair, "value" settles it as the stored parameter itself."""
+    """What happens at one site: "pass" keeps `edit` as it is stored; "fit" settles its factor as a
+    low-rank pair, "whole" as one dense matrix; "value" settles its tensors, "concat" are those of several
+    members one below the other. `promise` is the delta on
+    the base that is meant, where the edit itself does not say it without the base's `weight`."""
 
     action: str
     edit: Edit
     members: tuple[Member, ...]
-    factor: Factor | None = None
     budget: Budget = Budget()
+    promise: Factor | None = None
+    weight: TensorRef | None = None
+    adapter: str = ""  # the only adapter of the output that has it
+    labels: Labels | None = None
+
+    @property
+    def factor(self) -> Factor | None:
+        """What is to be fitted, if anything is."""
+        return factor_of(self.edit) if self.action in ("fit", "whole") else None
 
     @property
     def site(self) -> Site:
@@ -41,7 +53,8 @@ class Step:
     @property
     def is_vector(self) -> bool:
         """Whether the parameter is a vector (a bias), settled as one column; weights have two sides."""
-        return self.site.param != "weight"
+        factor = self.factor
+        return self.site.param != "weight" and (factor is None or factor.shape[1] == 1)
 
     @property
     def label(self) -> str:
@@ -64,35 +77,23 @@ class Plan:
     notes: tuple[Note, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asked of a merge, names resolved."""
-
-    method: Method
-    weights: Weights
-    target: Format
-    stores: Stores
-    budget: Budget = Budget()
-    dtype: DType | None = None
-    heads: str | None = None
-    base: Base | None = None
-    allowed: frozenset[str] = field(default_factory=frozenset)
-
-
 def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) -> Plan:
     """The plan of a merge. Raises CannotMerge or CannotStore with everything that is in the way."""
     request.weights.check([(group.site, group.kind) for group in groups])
-    weighed = _weigh(groups, request.weights)
+    weighed = resolve(_weigh(groups, request.weights), request)
     notes: list[Note] = []
     steps: list[Step] = []
-    problems: list[tuple[str, str]] = []
+    met = Meetings.of(weighed, request)
+    problems = torn(weighed, request.heads)
     dtype = request.dtype or _common_dtype(groups, request.stores)
     scale = _shared_scale(weighed, request)
     family = _kept_family(weighed, request)
     for group, members in weighed:
         try:
-            step = _step(group, members, request, scale, family, notes)
-            steps += [] if step is None else [step]
+            if group.kind in WHOLE:
+                steps += [_whole_step(s) for s in settle_whole(group, members, met, notes)]
+            else:
+                steps.append(_step(group, members, request, scale, family, notes))
         except CannotMerge as problem:
             problems += [(problem.where or "", sentence) for sentence in problem.problems]
     if problems:
@@ -108,7 +109,7 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
         request.stores,
         tuple(inputs),
         request.allowed,
-        tuple(notes),
+        tuple(_told_once(notes)),
     )
 
 
@@ -122,9 +123,6 @@ def _check_target(edits: Sequence[Edit], dtype: DType, request: Request) -> None
         refused.append(f"{target.name} does not store {dtype}")
     if refused:
         raise CannotStore([*refused[:-1], f"{refused[-1]}; --to native holds every edit"])
-
-
-Weighed = tuple[Group, tuple[Member, ...]]
 
 
 def _weigh(groups: Sequence[Group], weights: Weights) -> list[Weighed]:
@@ -159,15 +157,23 @@ def _shared_scale(weighed: Sequence[Weighed], request: Request) -> float | None:
 
 
 def _kept_family(weighed: Sequence[Weighed], request: Request) -> str:
-    """The family that the result is written as, when all of it passes in that form; else "lora"."""
+    """The family whose own forms the result keeps, when all of it passes in them; else ""."""
     edits = [members[0].edit for group, members in weighed if group.kind not in WHOLE]
     found = {family_of(edit) for edit in edits}
     alone = all(len(m) == 1 and m[0].weight == 1.0 for g, m in weighed if g.kind not in WHOLE)
     bare = request.budget.unlimited and not any(
         _recast(f, request) for edit in edits if (f := factor_of(edit)) is not None
     )
-    family = found.pop() if len(found) == 1 else LORA
-    return family if alone and bare and family in request.stores.families else LORA
+    family = found.pop() if len(found) == 1 and request.form is None else ""
+    if family == LORA and not any(map(_is_special, edits)):
+        return ""  # plain pairs may still be given one scale
+    return family if alone and bare and family in request.stores.families else ""
+
+
+def _is_special(edit: Edit) -> bool:
+    """Whether an edit is more than sides times a number."""
+    factor = factor_of(edit)
+    return factor is None or isinstance(factor, Expanded)
 
 
 def _factored(members: Sequence[Member]) -> bool:
@@ -189,11 +195,18 @@ def _over_budget(factor: Factor, budget: Budget) -> bool:
 
 
 def _recast(factor: Factor, request: Request) -> bool:
-    """Whether stored tensors are not in the dtype asked for, or in none that the target stores."""
+    """Whether stored values are not in the dtype asked for, or in none that the target stores; indices
+    have their own."""
     return any(
         ref.dtype != (request.dtype or ref.dtype) or ref.dtype.name not in request.stores.dtypes
         for ref in refs_of(factor)
+        if ref.dtype.is_float
     )
+
+
+def _whole_step(found: Settlement) -> Step:
+    action, edit, members, adapter, labels = found
+    return Step(action, edit, members, adapter=adapter, labels=labels)
 
 
 def _step(
@@ -203,28 +216,18 @@ def _step(
     scale: float | None,
     family: str,
     notes: list[Note],
-) -> Step | None:
+) -> Step:
     first = members[0].edit
-    if group.kind in WHOLE:
-        return _whole(group, members, request, notes)
-    factor = factor_of(first)
-    if len(members) == 1 and members[0].weight == 1.0:
-        if (
-            factor is None
-            or (family != LORA and family_of(first) == family)
-            or _may_pass(members, request, scale)
-        ):
-            return Step("pass", first, members)
-        _no_blind_budget(group, request.budget)
-        return _fit(first, members, factor, request)
-    rule = request.method.rules.get(group.kind)
-    if rule is None:
-        raise CannotMerge(
-            f"{request.method.name} has no rule for {group.kind} edits, which depend on the base: one "
-            "input at weight 1 passes through, a sum is not defined yet",
-            where=str(group.site),
-        )
-    return _fit(first, members, rule(group.site, members), request)
+    if first.kind == OPAQUE:
+        raise CannotMerge(first.why, where=str(group.site))  # type: ignore[attr-defined]
+    alone = len(members) == 1 and members[0].weight == 1.0 and not members[0].made_of
+    if alone and (_keeps_family(first, family) or _may_pass(members, request, scale)):
+        return Step("pass", first, members)
+    return _fit(group, members, request, notes)
+
+
+def _keeps_family(edit: Edit, family: str) -> bool:
+    return factor_of(edit) is None or (family != "" and family_of(edit) == family)
 
 
 def _may_pass(members: Sequence[Member], request: Request, scale: float | None) -> bool:
@@ -236,97 +239,112 @@ def _may_pass(members: Sequence[Member], request: Request, scale: float | None) 
     return found is not None and scale in (None, found)
 
 
-def _no_blind_budget(group: Group, budget: Budget) -> None:
-    if group.kind != "add" and not budget.unlimited:
+def _fit(group: Group, members: tuple[Member, ...], request: Request, notes: list[Note]) -> Step:
+    """The step that settles what the method's rule makes of the members."""
+    form = request.form if group.kind == "add" else None
+    rule = request.method.forms[form] if form else request.method.rules.get(group.kind)
+    if rule is None:
         raise CannotMerge(
-            f"a budget on {group.kind} edits has an error that only the base can tell: leave it out",
+            f"{request.method.name} has no rule for {group.kind} edits: one input at weight 1 passes "
+            f"through; see 'adaptmerge methods' for those that have one",
             where=str(group.site),
         )
+    weight = None if group.kind == "add" else request.weight(group.site)
+    edit = rule(Meeting(group.site, members, weight, notes))
+    promise = _promise(members, weight) if factor_of(edit) is not None else None
+    if edit.kind != "add":
+        _judge_blind(group, members, promise, request, notes)
+    if factor_of(edit) is None:
+        return Step("value", edit, members)
+    if form not in (None, LORA):
+        return Step("value", edit, members, promise=_meant(members))
+    return Step(
+        _form(edit, members, request), edit, members, _cap(members, request), promise, weight
+    )
 
 
-def _fit(first: Edit, members: tuple[Member, ...], factor: Factor, request: Request) -> Step:
-    budget = request.budget
-    if request.method.rank is not None:
-        ranks = [rank_bound(f) for m in members if (f := factor_of(m.edit)) is not None]
-        budget = budget.capped(request.method.rank(ranks))
-    return Step("fit", first, members, factor, budget)
+def _meant(members: Sequence[Member]) -> Factor:
+    """The weighted sum of deltas that need no base."""
+    return Sum(tuple(Product((f,), m.weight) for m in members if (f := factor_of(m.edit))))
 
 
-def _whole(
-    group: Group, members: tuple[Member, ...], request: Request, notes: list[Note]
-) -> Step | None:
-    """Parameters stored whole: equal ones are one, a chosen input's wins, biases are averaged."""
-    role = getattr(members[0].edit, "role", "tokens")
-    if (
-        role == "base copy"
-        and group.kind not in request.stores.kinds
-        and _is_base(members, request)
-    ):
-        notes.append(Note(Kind.INFO, "a copy of the base is left out", site=str(group.site)))
+def _promise(members: Sequence[Member], weight: TensorRef | None) -> Factor | None:
+    """The weighted sum of what the members add to the base's weight."""
+    if weight is None:
         return None
-    chosen = [member for member in members if member.adapter == request.heads]
-    if request.heads and role != "bias":
-        if chosen:
-            return Step("pass", chosen[0].edit, tuple(chosen))
-        owners = ", ".join(member.adapter for member in members)
-        dropped = f"{role} of {owners} left out: --heads {request.heads} has none here"
-        notes.append(Note(Kind.DROPPED, dropped, site=str(group.site)))
-        return None
-    summed = role == "bias" and "replace" in request.method.rules
-    whole = abs(sum(member.weight for member in members) - 1.0) <= EXACT
-    if _all_same(members) and (whole or not summed):
-        if len(members) < len(group.members) or len(members) < _inputs(request):
-            notes.append(
-                Note(Kind.INFO, f"{role} kept from {members[0].adapter}", site=str(group.site))
-            )
-        return Step("pass", members[0].edit, members)
-    if summed:
-        return _bias(group, members, request)
-    names = ", ".join(member.adapter for member in members)
+    edits = [(m.weight, m.edit) for m in members if isinstance(m.edit, WeightEdit)]
+    return Sum(tuple(Product((delta_on([edit], weight),), w) for w, edit in edits))
+
+
+def _judge_blind(
+    group: Group,
+    members: Sequence[Member],
+    promise: Factor | None,
+    request: Request,
+    notes: list[Note],
+) -> None:
+    """What is approximate or unknown about edits that depend on a base that is not at hand."""
+    if promise is not None or group.kind not in BLIND:
+        return
+    if not request.budget.unlimited:
+        raise CannotMerge(
+            f"a budget on {group.kind} edits has an error that only the base can tell: pass --base DIR, "
+            "or leave it out",
+            where=str(group.site),
+        )
+    if "approximate" not in request.allowed and len(members) > 1:
+        raise CannotMerge(
+            f"{group.kind} edits depend on the base: pass --base DIR, or --allow approximate to sum "
+            "deltas and magnitudes apart",
+            where=str(group.site),
+        )
+    what = "deltas and magnitudes were summed apart, without the base: an approximation of the sum"
+    notes.append(Note(Kind.APPROXIMATED, what, site=str(group.site)))
+
+
+def _form(edit: Edit, members: Sequence[Member], request: Request) -> str:
+    """Whether a delta is settled as two sides or whole; a full rank by budget only, two sides hold more."""
+    factor = factor_of(edit)
+    assert factor is not None
+    if edit.site.param in ("bias",) or not request.budget.unlimited or request.method.rank:
+        return "fit"
+    if rank_bound(factor) < min(factor.shape) or not any(map(_is_full, members)):
+        return "fit"
+    if not request.stores.low_rank:
+        return "whole"
+    kinds = sorted({kind for member in members for kind in member.kinds} - {"add"})
+    what = f"what {' and '.join(kinds)} edits add" if kinds else "the exact sum"
     raise CannotMerge(
-        f"{role} differs between {names}: pass --heads NAME to keep one of them",
-        where=str(group.site),
+        f"as a LoRA {what} has full rank ({min(factor.shape)}): say how much of it to keep with --rank, "
+        "--energy or --max-error, or --to native, which holds it whole",
+        where=str(edit.site),
     )
 
 
-def _is_base(members: Sequence[Member], request: Request) -> bool:
-    """Whether every stored value is the base's own, bit for bit."""
-    stored = request.base.parameter(members[0].edit.site) if request.base else None
-    return stored is not None and all(
-        same_values(stored, ref) for member in members for ref in refs_of(member.edit)
+def _is_full(member: Member) -> bool:
+    factor = factor_of(member.edit)
+    return (
+        factor is not None
+        and as_low_rank(factor) is None
+        and rank_bound(factor) == min(factor.shape)
     )
 
 
-def _inputs(request: Request) -> int:
-    return len(request.weights.base)
+def _cap(members: Sequence[Member], request: Request) -> Budget:
+    if request.method.rank is None:
+        return request.budget
+    ranks = [rank_bound(f) for m in members if (f := factor_of(m.edit)) is not None]
+    return request.budget.capped(request.method.rank(ranks)) if ranks else request.budget
 
 
-def _all_same(members: Sequence[Member]) -> bool:
-    first, *others = [member.edit for member in members]
-    rows = getattr(first, "rows", None)
-    return all(
-        getattr(other, "rows", None) == rows
-        and all(map(same_values, refs_of(first), refs_of(other)))
-        for other in others
-    )
-
-
-def _bias(group: Group, members: tuple[Member, ...], request: Request) -> Step:
-    """b = b0 + sum w (b_i - b0): without the base only if the weights of all inputs sum to 1."""
-    total = sum(member.weight for member in members)
-    extra: tuple[Member, ...] = ()
-    if abs(total - 1.0) > EXACT:
-        stored = request.base.parameter(group.site) if request.base else None
-        if stored is None:
-            raise CannotMerge(
-                f"stored biases with weights that sum to {total:g} need the base's own bias: pass "
-                "--base DIR, or weights that sum to 1 over all inputs",
-                where=str(group.site),
-            )
-        first = members[0].edit
-        extra = (Member("base", 1.0 - total, with_value(first, stored)),)
-    rule = request.method.rules["replace"]
-    return Step("value", members[0].edit, members, rule(group.site, (*members, *extra)))
+def _told_once(notes: Sequence[Note]) -> list[Note]:
+    """What was approximated at several sites in the same way, as one Note."""
+    sites: dict[tuple[str, str], list[str]] = {}
+    for note in notes:
+        if note.kind == Kind.APPROXIMATED:
+            sites.setdefault((note.kind, note.what), []).append(note.site)
+    kept = [note for note in notes if note.kind != Kind.APPROXIMATED]
+    return kept + [Note(kind, what, site=and_more(at)) for (kind, what), at in sites.items()]
 
 
 def _gathered(problems: Sequence[tuple[str, str]]) -> list[str]:

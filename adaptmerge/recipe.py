@@ -12,6 +12,7 @@ from adaptmerge.files import dtypes, hub
 from adaptmerge.files.paths import exists, missing
 from adaptmerge.files.strict_json import capped
 from adaptmerge.fit import Budget
+from adaptmerge.heads import WORDS
 from adaptmerge.inputs import Input, InputSpec, named, parse_input
 from adaptmerge.merge import ALLOWABLE, Options
 from adaptmerge.names import did_you_mean
@@ -53,6 +54,8 @@ class Recipe:
             dtype=table.dtype,
             target=table.to,
             ranks=table.ranks,
+            version=table.peft_version,
+            experts=table.experts,
             heads=table.heads,
             base=None if table.base is None else _from_here(table.base, self.path.parent),
             allow=frozenset(table.allow),
@@ -324,7 +327,8 @@ def _names(table: RecipeTable, names: Sequence[str]) -> list[Problem]:
         for index, rule in enumerate(table.sites)
         for name in rule.weights
     ]
-    used += [] if table.heads is None else [(("heads",), table.heads)]
+    given = {(): table.heads} if isinstance(table.heads, str) else table.heads or {}
+    used += [(("heads", m) if m else ("heads",), w) for m, w in given.items() if w not in WORDS]
     return [
         (loc, f"no input is named {name!r}: {did_you_mean(name, names)}")
         for loc, name in used

@@ -26,10 +26,17 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _quoted(value: object) -> object:
+    if isinstance(value, (int, float)):
+        raise ValueError(f"expected a release in quotes, such as '0.13', found {value}")
+    return value
+
+
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.-]*$")]
 Text = Annotated[str, Field(min_length=1)]
+Version = Annotated[Text, BeforeValidator(_quoted)]
 Numbers = Annotated[list[Number], Field(min_length=1)]
 Gradient = Annotated[Annotated[Number, Tag(OTHER)] | Annotated[Numbers, Tag(LIST)], _by_type(LIST)]
 
@@ -70,6 +77,10 @@ WeightsItem = Annotated[
     _by_type(TABLE, LIST),
 ]
 
+HeadsItem = Annotated[
+    Annotated[dict[str, Text], Tag(TABLE)] | Annotated[Text, Tag(OTHER)], _by_type(TABLE)
+]
+
 
 class RecipeTable(_Table):
     """A merge that adaptmerge run repeats. Relative paths are relative to the recipe's folder."""
@@ -95,12 +106,22 @@ class RecipeTable(_Table):
     ranks: Literal["uniform", "per-site"] = Field(
         "uniform", description="One rank for all sites, or each its own"
     )
+    peft_version: Version | None = Field(None, description="Write for this release of PEFT")
+    experts: Literal["fused", "per-expert"] | None = Field(
+        None, description="Layout of experts; by default the inputs' own"
+    )
     dtype: str | None = Field(None, description="Of the output: bf16, fp16 or fp32")
     to: str | None = Field(None, description="Output format, see adaptmerge formats")
     output: Text | None = Field(None, description="A folder, or a file by its suffix")
     base: Text | None = Field(None, description="Folder or hub id of the base model")
-    heads: str | None = Field(None, description="The input whose heads and tokens are kept")
-    allow: list[str] = Field(default_factory=list, description="Checks to relax: base, nonfinite")
+    heads: HeadsItem | None = Field(
+        None,
+        description="error, average, concat, separate, drop or the input whose heads are kept; or a table "
+        "of module to one of these, * for all",
+    )
+    allow: list[str] = Field(
+        default_factory=list, description="Checks to relax: base, nonfinite, labels"
+    )
     strict: bool = Field(False, description="Fail on anything assumed, approximated or dropped")
     sites: list[RuleTable] = Field(default_factory=list, description="Weights per site, in order")
 

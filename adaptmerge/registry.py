@@ -10,20 +10,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptmerge.base import Base
 from adaptmerge.errors import AdaptmergeError, InputError, UsageError
-from adaptmerge.factors import Factor
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.files.scratch import Scratch
-from adaptmerge.graph import Adapter, Bundle, Edit, Site
+from adaptmerge.graph import Adapter, Bundle, Edit, Note, Site
 from adaptmerge.names import did_you_mean, natural_key
 
 if TYPE_CHECKING:
@@ -38,10 +37,12 @@ class Stores:
     one per file if `one_family`. exclusive: kinds of which one file holds only one.
     low_rank: deltas must be stored as up and down. scale: "site" (each its own), "adapter" (one for
     all) or "none" (folded). one_rank: all sites have the same rank. base: the base is needed to write.
+    params: of deltas; None stands for every one. several: one file holds several adapters.
+    one_label_map: all heads of an adapter share one.
     """
 
     kinds: frozenset[str]
-    layers: frozenset[str] = frozenset({"linear", "embedding", "conv"})
+    layers: frozenset[str] = frozenset({"linear", "embedding", "conv", "experts", "parameter"})
     families: frozenset[str] = frozenset()
     exclusive: frozenset[str] = frozenset()
     one_family: bool = True
@@ -49,8 +50,10 @@ class Stores:
     scale: str = "none"
     one_rank: bool = False
     base: bool = False
-    params: frozenset[str] = frozenset({"weight", "bias"})
+    params: frozenset[str] | None = frozenset({"weight", "bias"})
     dtypes: frozenset[str] = frozenset({"F32", "F16", "BF16"})
+    several: bool = False
+    one_label_map: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +72,15 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
-    """How to write: `ranks` "uniform" or "per-site"; the base where the format needs it."""
+    """How to write: `ranks` "uniform" or "per-site"; the base where the format needs it.
+
+    version: for which version of the format's own library; None for the newest known.
+    """
 
     ranks: str = "uniform"
     base: Base | None = None
     modules: frozenset[str] | None = None  # all modules of the base, when known
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +116,8 @@ class Format:
     """One on-disk format. `write` returns the name of the main file; `refuses` says in advance, one
     sentence each, which edits it would not find a place for beyond what `stores` declares.
     `takes_alpha` is for formats whose files may leave the scale unsaid. `files` are the names in a
-    folder that make it be of this format."""
+    folder that make it be of this format. `versions` are the releases of its own library that it can be
+    written for, oldest first."""
 
     name: str
     title: str
@@ -123,26 +131,56 @@ class Format:
     takes_alpha: bool = False
     files: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
     oracle: Oracle | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One adapter's edit at a site, with its weight there."""
+    """One adapter's edit at a site, with its weight there, and what it was made of if not itself."""
 
     adapter: str
     weight: float
     edit: Edit
+    made_of: tuple[Edit, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of the adapter's own edits here."""
+        return tuple(edit.kind for edit in self.made_of or (self.edit,))
 
 
-Rule = Callable[[Site, Sequence[Member]], Factor]
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What meets at one site: the members, and the base's weight there (canonical) when it is known.
+
+    notes: where a rule says what it approximates.
+    """
+
+    site: Site
+    members: tuple[Member, ...]
+    weight: TensorRef | None = None
+    notes: list[Note] = field(default_factory=list)
+
+    def say(self, kind: str, what: str) -> None:
+        """Adds a Note about this site."""
+        self.notes.append(Note(kind, what, site=str(self.site)))
+
+    @property
+    def total(self) -> float:
+        """The sum of the weights."""
+        return sum(member.weight for member in self.members)
+
+
+Rule = Callable[[Meeting], Edit]
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """One merge method: a rule per kind of edit, and what is true of it.
 
-    A rule returns the merged delta (or value) as a factor expression; `fit` computes it. `reduce`
+    A rule returns the merged edit, its factor and tensors as expressions that a run computes. `forms`
+    are rules by the name of a family that deltas of that family are kept in on request. `reduce`
     False stacks terms even where redundant. `rank` gives the method's own cap from the input ranks.
     `promise` is what the result should be, for the verifier; None means the weighted sum of deltas.
     `caution` is a sentence shown with every result.
@@ -151,6 +189,7 @@ class Method:
     name: str
     summary: str
     rules: Mapping[str, Rule]
+    forms: Mapping[str, Rule] = field(default_factory=dict)
     url: str = ""
     reduce: bool = True
     rank: Callable[[Sequence[int]], int] | None = None
@@ -252,6 +291,7 @@ def default_dtype(dtypes: Sequence[DType]) -> DType:
 __all__ = [
     "Adapter",
     "Format",
+    "Meeting",
     "Member",
     "Method",
     "Oracle",

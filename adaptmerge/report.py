@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.strict_json import dump
 from adaptmerge.graph import Kind, Note
 from adaptmerge.names import natural_key
+from adaptmerge.resolve import WHOLE
 from adaptmerge.run import Settled, SiteStats
 
 VERSION = 1
@@ -25,7 +26,11 @@ OVERSHOOT = 1.5  # times the largest input
 
 @dataclass(frozen=True, slots=True)
 class SiteLine:
-    """One site of a report. Norms are absolute (Frobenius); `error` is relative to the delta."""
+    """One site of a report. Norms are absolute (Frobenius); `error` is relative to the delta.
+
+    kinds_in: the kinds of edit that each input has there. adapter: the only one of the output that has
+    the site, where it holds several.
+    """
 
     site: str
     module: str
@@ -39,6 +44,9 @@ class SiteLine:
     truncation: float
     rounding: float
     error: float
+    expert: int | None = None
+    kinds_in: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +107,17 @@ def _line(item: Settled) -> SiteLine:
         truncation=stats.truncation,
         rounding=stats.rounding,
         error=_share(stats.error, stats.norm),
+        expert=site.expert,
+        kinds_in={member.adapter: list(member.kinds) for member in item.step.members},
+        adapter=item.step.adapter,
     )
 
 
 def totals(settled: Sequence[Settled], inputs: Sequence[str]) -> Totals:
-    """The sums over all sites, with the cosines between inputs over the sites they share."""
-    stats = [item.stats for item in settled]
+    """The sums over all deltas, with the cosines between inputs over the sites they share; over what is
+    stored whole only where there is nothing else."""
+    deltas = [item.stats for item in settled if item.step.edit.kind not in WHOLE]
+    stats = deltas or [item.stats for item in settled]
     gram = _summed_gram(stats, inputs, weighted=False)
     norms = {name: math.sqrt(max(gram[name, name], 0.0)) for name in inputs}
     norm = _root_sum(s.norm for s in stats)

@@ -16,11 +16,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from adaptmerge.edits import factor_of, refitted, with_value
+from adaptmerge.edits import delta_on, factor_of, refitted
 from adaptmerge.errors import InputError
-from adaptmerge.factors import Factor, Leaf, Product, Term, low_rank, rank_bound, refs_of
-from adaptmerge.files.dtypes import DType
-from adaptmerge.files.refs import TensorRef, read_once
+from adaptmerge.factors import (
+    Factor,
+    Leaf,
+    Product,
+    Term,
+    low_rank,
+    mapped,
+    rank_bound,
+    refs_of,
+)
+from adaptmerge.files.dtypes import DType, of_torch
+from adaptmerge.files.refs import TensorRef, computed, read_once
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.fit import Budget, Fitted, allot, spectrum, stack, truncate
 from adaptmerge.graph import Edit
@@ -69,11 +78,28 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a job hands back: tensors to store, not yet in any file."""
+    """What a job hands back: the edit with tensors in memory, not yet in any file."""
 
-    up: torch.Tensor | None
-    down: torch.Tensor | None
+    edit: Edit
     stats: SiteStats
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Held:
+    """A tensor in memory, as the source of a ref."""
+
+    value: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> DType:
+        return of_torch(self.value.dtype)
+
+    def read(self) -> torch.Tensor:
+        return self.value
 
 
 def workers_default() -> int:
@@ -92,7 +118,7 @@ def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[
         for step, (computed, found) in zip(plan.steps, results, strict=True):
             problems += found
             if not problems:
-                settled.append(Settled(step, _store(step, computed, scratch), computed.stats))
+                settled.append(Settled(step, _store(computed.edit, scratch), computed.stats))
             progress(len(settled), len(plan.steps))
     if problems:
         advice = "pass --allow nonfinite to merge it all the same"
@@ -159,11 +185,48 @@ def _compute(plan: Plan, step: Step, allotted: int | None) -> tuple[Computed, li
     with read_once():
         stats = _input_stats(step)
         problems = [] if "nonfinite" in plan.allowed else _nonfinite(step, stats)
-        if problems or step.action == "pass" or step.factor is None:
-            return Computed(None, None, stats), problems
-        if step.action == "value" or step.is_vector:
-            return _column(plan, step, step.factor, stats), []
-        return _matrix(plan, step, step.factor, stats, allotted), []
+        if problems or step.action == "pass":
+            return Computed(step.edit, stats), problems
+        done, stats = _settled(plan, step, stats, allotted)
+        return Computed(done, _measured(step, done, stats)), []
+
+
+def _settled(
+    plan: Plan, step: Step, stats: SiteStats, allotted: int | None
+) -> tuple[Edit, SiteStats]:
+    """The edit with everything computed: first its factor, then the tensors beside it."""
+    edit, factor = step.edit, step.factor
+    if factor is not None:
+        settle = _matrix if _is_matrix(step) else _column
+        settled, stats = settle(plan, step, factor, stats, allotted)
+        edit = refitted(edit, settled)
+    pending = [ref for ref in refs_of(edit) if hasattr(ref.source, "store")]
+    for ref in pending:
+        exact = ref.source.read()
+        stored = exact.to((ref.source.store or plan.dtype).torch)  # type: ignore[attr-defined]
+        edit = mapped(edit, lambda r, old=ref, new=stored: _held(new) if r == old else r)  # type: ignore[misc]
+        if factor is None:
+            lost = float((stored.double() - exact).norm())
+            size = math.hypot(stats.norm, float(exact.norm()))
+            stats = replace(stats, norm=size, rounding=math.hypot(stats.rounding, lost))
+    return edit, stats
+
+
+def _held(value: torch.Tensor) -> TensorRef:
+    return computed(Held(value.contiguous()))
+
+
+def _measured(step: Step, done: Edit, stats: SiteStats) -> SiteStats:
+    """For edits that depend on the base: what they add to it against what was meant, dense."""
+    if step.promise is None:
+        return stats
+    meant = step.promise.dense()
+    delta = factor_of(done) if step.weight is None else delta_on([done], step.weight)  # type: ignore[list-item]
+    assert delta is not None
+    off = float((delta.dense() - meant).norm())
+    cut = stats.truncation > 0 or step.weight is None
+    lost = {"truncation": off, "rounding": 0.0} if cut else {"rounding": off}
+    return replace(stats, norm=float(meant.norm()), **lost)  # type: ignore[arg-type]
 
 
 def _nonfinite(step: Step, stats: SiteStats) -> list[str]:
@@ -189,13 +252,13 @@ def _finite(value: torch.Tensor) -> bool:
 
 def _matrix(
     plan: Plan, step: Step, factor: Factor, stats: SiteStats, allotted: int | None
-) -> Computed:
+) -> tuple[Factor, SiteStats]:
     terms = factor.thin()
     fitted = _fitted(plan, step, terms, allotted)
     found = replace(stats, rank=fitted.rank, truncation=fitted.truncation, rounding=fitted.rounding)
     if plan.method.promise is not None:  # not the weighted sum, whose norm `stats` has
         found = replace(found, norm=math.sqrt(max(float(_gram([factor])), 0.0)))
-    return Computed(fitted.up, fitted.down, found)
+    return low_rank(_held(fitted.up), _held(fitted.down)), found
 
 
 def _fitted(plan: Plan, step: Step, terms: list[Term], allotted: int | None) -> Fitted:
@@ -208,22 +271,22 @@ def _fitted(plan: Plan, step: Step, terms: list[Term], allotted: int | None) -> 
     return truncate(terms, budget, plan.dtype, allotted)
 
 
-def _column(plan: Plan, step: Step, factor: Factor, stats: SiteStats) -> Computed:
-    """A vector, or a parameter stored whole: summed in float64 and rounded once."""
+def _column(
+    plan: Plan, step: Step, factor: Factor, stats: SiteStats, allotted: int | None
+) -> tuple[Factor, SiteStats]:
+    """A vector, or a delta kept whole: summed in float64 and rounded once."""
     value = factor.dense()
-    dtype = _value_dtype(step) if step.action == "value" else plan.dtype
-    stored = value.to(dtype.torch)
+    stored = value.to(plan.dtype.torch)
     lost = float((stored.double() - value).norm())
-    return Computed(stored, None, replace(stats, norm=float(value.norm()), rounding=lost))
-
-
-def _value_dtype(step: Step) -> DType:
-    return next(refs_of(step.edit)).dtype
+    kept = Leaf(_held(stored))
+    settled: Factor = kept if step.action == "whole" else Product((kept,))
+    return settled, replace(stats, norm=float(value.norm()), rounding=lost)
 
 
 def _input_stats(step: Step) -> SiteStats:
     """Ranks, inner products and the norm of the weighted sum, from the inputs alone."""
     factors = [f for m in step.members if (f := factor_of(m.edit)) is not None]
+    factors = factors if step.promise is None else []
     bounds = tuple(rank_bound(factor) for factor in factors)
     weights = tuple(member.weight for member in step.members)
     inner = _gram(factors)
@@ -259,14 +322,13 @@ def _gram(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> torch.
     return gram(up, down, owners)
 
 
-def _store(step: Step, computed: Computed, scratch: Scratch) -> Edit:
-    """The edit with refs to what was computed, or as it was."""
-    if computed.up is None:
-        return step.edit
-    if computed.down is not None:
-        return refitted(step.edit, low_rank(scratch.put(computed.up), scratch.put(computed.down)))
-    stored = scratch.put(computed.up)
-    if step.action == "value":
-        shape = next(refs_of(step.edit)).shape
-        return with_value(step.edit, stored.reshape(*shape))
-    return refitted(step.edit, Product((Leaf(stored),)))
+def _store(edit: Edit, scratch: Scratch) -> Edit:
+    """The edit with refs to the scratch where its tensors are in memory."""
+
+    def put(ref: TensorRef) -> TensorRef:
+        if not isinstance(ref.source, Held):
+            return ref
+        return scratch.put(ref.source.value).reshape(*ref.shape)
+
+    stored: Edit = mapped(edit, put)
+    return stored

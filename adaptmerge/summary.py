@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from adaptmerge.edits import factor_of
+from adaptmerge.edits import factor_of, family_of
 from adaptmerge.factors import rank_bound, refs_of
 from adaptmerge.files.refs import TensorRef
-from adaptmerge.graph import Edit, Kind, Note
+from adaptmerge.graph import Edit, Kind, Labels, Note
+from adaptmerge.heads import Head, heads_of, shown
 from adaptmerge.inputs import Input
 from adaptmerge.lower import stored_scale
 from adaptmerge.names import layer_index
@@ -31,6 +32,16 @@ class Family:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadLine:
+    """A module stored whole: the shapes of its parameters, and what its rows stand for where known."""
+
+    module: str
+    listed: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    labels: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """One adapter at a glance."""
 
@@ -40,12 +51,25 @@ class Summary:
     sites: int
     parameters: int
     families: Sequence[Family]
+    heads: Sequence[HeadLine]
     notes: Sequence[Note]
     values: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
+
+    def head_rows(self) -> list[list[object]]:
+        """Table rows, one per head."""
+        return [
+            [
+                head.module,
+                ", ".join("x".join(map(str, shape)) for shape in head.shapes.values()),
+                "yes" if head.listed else "no",
+                None if head.labels is None else shown(Labels(head.labels)),
+            ]
+            for head in self.heads
+        ]
 
     def rows(self) -> list[list[object]]:
         """Table rows, one per family."""
@@ -75,9 +99,15 @@ def summarise(item: Input, *, values: bool = False) -> Summary:
         sites=len({edit.site for edit in edits}),
         parameters=_parameters(ref for refs in stored for ref in refs),
         families=families,
+        heads=[_head_line(head) for head in heads_of(item.adapter)],
         notes=notes,
         values=values,
     )
+
+
+def _head_line(head: Head) -> HeadLine:
+    labels = None if head.labels is None else head.labels.names
+    return HeadLine(head.owner, head.listed, head.shapes, labels)
 
 
 def _parameters(refs: Iterable[TensorRef]) -> int:
@@ -99,7 +129,9 @@ def _likeness(edit: Edit, refs: Sequence[TensorRef]) -> tuple[Any, ...]:
     scale = None if factor is None else stored_scale(factor)
     dtypes = "/".join(sorted({str(ref.dtype) for ref in refs}))
     role = getattr(edit, "role", "")
-    kind = f"{edit.kind} ({role})" if role else edit.kind
+    family = family_of(edit)
+    special = family if edit.kind == "add" and family != "lora" else ""
+    kind = f"{edit.kind} ({role or special})" if role or special else edit.kind
     return _pattern(str(edit.site)), kind, shape, rank, scale, dtypes
 
 

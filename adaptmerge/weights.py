@@ -13,7 +13,7 @@ from adaptmerge.graph import Site
 from adaptmerge.names import did_you_mean, layer_index
 
 Value = float | tuple[float, ...]
-RULE = re.compile(r"(?P<match>.+?)(?:@(?P<kind>[a-z]+))?:(?P<weights>[^:]+)$")
+RULE = re.compile(r"(?P<match>.+?)(?:@(?P<kind>[a-z_0-9]+))?:(?P<weights>[^:]+)$")
 PAIR = re.compile(r"\s*(?P<name>[^=,\[\]]+)=(?P<value>\[[^\]]*\]|[^,\[\]]+)\s*(?:,|$)")
 
 
@@ -33,7 +33,8 @@ class SiteRule:
         """Whether the rule is about this site and kind of edit."""
         if self.kind not in (None, kind):
             return False
-        return self._matches(site.module) or self._matches(f"{site.module}.{site.param}")
+        paths = {site.module, f"{site.module}.{site.param}", str(site)}
+        return any(self._matches(path) for path in paths)
 
     def _matches(self, path: str) -> bool:
         if self.match.startswith("re:"):

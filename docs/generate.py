@@ -1,20 +1,24 @@
-"""Writes docs/cli.md from the command line and docs/conversion.md from what formats declare.
+"""Writes the pages that say what the code declares: PAGES below.
 
-python docs/generate.py            rewrites both
+python docs/generate.py            rewrites them
 python docs/generate.py --check    exits with 1 when one of them is out of date
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from inspect import cleandoc
 from pathlib import Path
 
 import click
 
-from adaptmerge import registry
+from adaptmerge import edits, families, registry
 from adaptmerge.cli import main
+from adaptmerge.formats.peft.tuner import Tuner, all_tuners
 from adaptmerge.registry import Format, Stores, WriteOptions
 
 DOCS = Path(__file__).resolve().parent
@@ -28,6 +32,14 @@ KINDS = {
     "rows": "trainable tokens: rows of an embedding",
     "bottleneck": "a small network beside a block",
     "gated": "a delta behind a learned gate",
+    "prompt": "virtual tokens before the input",
+    "multitask_prompt": "virtual tokens, one row of factors per task",
+    "prefix": "keys and values before every layer's own",
+    "initialised": "a LoRA and what its initialisation took from the base",
+    "kasa": "KaSA: a LoRA on a base without its weakest directions",
+    "alora": "aLoRA: a LoRA from its invocation on",
+    "grouped": "a LoRA on a convolution with groups",
+    "opaque": "tensors that nothing is made of, kept as they are",
 }
 LAYERS = ("linear", "embedding", "conv")
 SCALES = {
@@ -103,9 +115,7 @@ def conversion_page() -> str:
         "`adaptmerge inspect` shows the kind of every edit in the column `edit`.",
         "",
     ]
-    kinds = _matrix(
-        targets, [(f"`{kind}`: {what}", _has(kind)) for kind, what in _kinds(targets).items()]
-    )
+    kinds = _matrix(targets, [*_described(targets), *_forms(targets)])
     layers = _matrix(targets, [(layer, _has_layer(layer)) for layer in LAYERS])
     how = _matrix(targets, list(_how()))
     return "\n".join(
@@ -131,12 +141,56 @@ def _link(found: Format) -> str:
     return f"[{found.name}](formats/{found.name}.md)"
 
 
-def _kinds(targets: Sequence[Format]) -> dict[str, str]:
-    stored = set().union(*(_stores(target).kinds for target in targets))
-    unknown = stored - KINDS.keys()
+def _kinds(targets: Sequence[Format]) -> set[str]:
+    """All kinds that a target stores. Stops with those that this page has no sentence for."""
+    stored: set[str] = set().union(*(_stores(target).kinds for target in targets))
+    unknown = sorted(stored - KINDS.keys() - _own_forms().keys())
     if unknown:
-        raise SystemExit(f"docs/generate.py: describe these kinds of edit in KINDS: {unknown}")
-    return {kind: what for kind, what in KINDS.items() if kind in stored}
+        sys.exit(f"docs/generate.py: describe these kinds of edit in KINDS: {', '.join(unknown)}")
+    return stored
+
+
+def _described(targets: Sequence[Format]) -> Iterator[tuple[str, Cell]]:
+    """The kinds with a sentence of their own."""
+    stored = _kinds(targets)
+    for kind, what in KINDS.items():
+        if kind in stored:
+            yield f"`{kind}`: {what}", _has(kind)
+
+
+def _forms(targets: Sequence[Format]) -> Iterator[tuple[str, Cell]]:
+    """The kinds that are one family's own, those with equal cells in one row."""
+    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for kind in sorted(_kinds(targets) & _own_forms().keys()):
+        rows[tuple(_has(kind)(target) for target in targets)].append(kind)
+    for kinds in rows.values():
+        names = ", ".join(f"`{kind}`" for kind in kinds)
+        yield f"{names}: the form of [that family](families.md)", _has(kinds[0])
+
+
+@cache
+def _families_by_kind() -> dict[str, set[str]]:
+    """Every kind of edit to the families whose edits are of it."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for module in (edits, *families.modules()):
+        for item in vars(module).values():
+            if isinstance(kind := getattr(item, "kind", None), str):
+                found[kind].add(_family(item))
+    return found
+
+
+def _family(edit: type) -> str:
+    """The family of a class of edits, or the usual one where each says its own."""
+    if isinstance(family := getattr(edit, "family", ""), str):
+        return family
+    usual = {f.name: f.default for f in dataclasses.fields(edit)}
+    return usual["family"] if isinstance(usual["family"], str) else ""
+
+
+def _own_forms() -> dict[str, str]:
+    """The kinds without a sentence here that are named as a family, with that family's."""
+    tuners = {tuner.peft_type.lower(): tuner.summary for tuner in all_tuners()}
+    return {kind: tuners[kind] for kind in _families_by_kind() if kind in tuners.keys() - KINDS}
 
 
 def _stores(target: Format, ranks: str = "uniform") -> Stores:
@@ -148,7 +202,9 @@ Cell = Callable[[Format], str]
 
 
 def _has(kind: str) -> Cell:
-    return lambda target: "yes" if kind in _stores(target).kinds else "-"
+    """Whether a target stores it, as a kind of its own or in the form of its family."""
+    own = _families_by_kind()[kind]
+    return lambda t: "yes" if kind in _stores(t).kinds or own & _stores(t).families else "-"
 
 
 def _has_layer(layer: str) -> Cell:
@@ -161,10 +217,15 @@ def _how() -> Iterator[tuple[str, Cell]]:
         yield f"scale, `--ranks {ranks}`", lambda t, r=ranks: SCALES[_stores(t, r).scale]  # type: ignore[misc]
     for ranks in RANKS:
         yield f"ranks, `--ranks {ranks}`", lambda t, r=ranks: _ranks(_stores(t, r))  # type: ignore[misc]
-    yield "deltas of", lambda t: ", ".join(sorted(_stores(t).params, reverse=True))
+    yield "deltas of", _params
     yield "not together in one file", _exclusive
     yield "needs the base to write", lambda t: "yes" if _stores(t).base else "no"
     yield "single file", lambda t: ", ".join(f"`{s}`" for s in t.suffixes) or "`.safetensors`"
+
+
+def _params(target: Format) -> str:
+    params = _stores(target).params
+    return "any parameter" if params is None else ", ".join(sorted(params, reverse=True))
 
 
 def _ranks(stores: Stores) -> str:
@@ -182,7 +243,99 @@ def _matrix(targets: Sequence[Format], rows: Sequence[tuple[str, Cell]]) -> list
     return [head, rule, *body]
 
 
-PAGES = {"cli.md": cli_page, "conversion.md": conversion_page}
+AS_LORA = {
+    "itself": "it is one",
+    "exact": "exactly",
+    "svd": "by budget",
+    "base": "with --base",
+    "never": "never",
+}
+
+
+def families_page() -> str:
+    """What becomes of every family of PEFT."""
+    tuners = sorted(all_tuners(), key=lambda tuner: tuner.peft_type.replace("_", ""))
+    head = ["family", "what it is", "read", "written", "as LoRA", "merging"]
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *map(_family_row, tuners))]
+    table = [rows[0], "|---" * len(head) + "|", *rows[1:]]
+    return "\n".join([*FAMILIES, "", *table, "", *_refusals(tuners)])
+
+
+FAMILIES = [
+    "# What becomes of every PEFT family",
+    "",
+    NOTICE,
+    "",
+    "Formulas: W is the base's weight, `*` is element by element. What a family computes is tested",
+    "against PEFT's own outputs and merged weights; [the format's page](formats/peft.md) says how files",
+    "are read and written.",
+    "",
+    "- **read**: every tensor and every config field is understood, or the file is refused by name.",
+    "- **written**: one adapter of the family goes back into a file that PEFT loads, bit for bit.",
+    "- **as LoRA** (`--as lora`, or a target that stores nothing else): *exactly*, up to rounding; *by",
+    "  budget*: the delta has full rank, and `--rank`, `--energy` or `--max-error` says how much of it is",
+    "  kept; *with --base*: only the base tells the delta, which often has full rank too; *never*: a LoRA",
+    "  has no place for what it changes.",
+    "- **merging**: how several become one; `as deltas` means that the result is a LoRA.",
+]
+
+
+def _family_row(tuner: Tuner) -> list[str]:
+    """The cells of one family; what is unsaid stops the page."""
+    if tuner.as_lora not in AS_LORA or not tuner.summary or not (tuner.merges or tuner.refused):
+        sys.exit(
+            f"docs/generate.py: {tuner.peft_type} needs a summary, as_lora, and merges or refused"
+        )
+    readable = tuner.module is not None or tuner.read is not None
+    cells = [
+        f"`{tuner.peft_type}`",
+        tuner.summary,
+        "yes" if readable else "-",
+        "yes" if tuner.writable else "-",
+        AS_LORA[tuner.as_lora],
+        "refused" if tuner.refused else tuner.merges,
+    ]
+    return [_escaped(cell).replace(" * ", " \\* ") for cell in cells]
+
+
+def _refusals(tuners: Sequence[Tuner]) -> list[str]:
+    """Why some are refused, in words too long for a cell."""
+    found = [f"- {_escaped(tuner.refused)}." for tuner in tuners if tuner.refused]
+    return ["## Why a merge is refused", "", *found, ""] if found else []
+
+
+def native_families_page() -> str:
+    """The classes that the native format writes for families, with their fields."""
+    rows = ["| class | fields | meaning |", "|---|---|---|"]
+    for module in families.modules():
+        own = (c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__)
+        rows += [_class_row(c) for c in own if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    return "\n".join([*NATIVE_FAMILIES, "", *rows, ""])
+
+
+NATIVE_FAMILIES = [
+    "# Families in the native format",
+    "",
+    NOTICE,
+    "",
+    "Classes of a [native graph](native.md) beside its own: one or a few per family of adapters. A field",
+    "holds a tensor, a number, a word or another node, as everywhere in the graph; a tensor that is made",
+    'from a few numbers, not stored, is `{"computed": NODE}`.',
+]
+
+
+def _class_row(found: type) -> str:
+    names = ", ".join(f"`{f.name}`" for f in dataclasses.fields(found) if f.name != "site")
+    first = cleandoc(found.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    return f"| `{found.__name__}` | {names} | {_escaped(first)} |"
+
+
+PAGES = {
+    "cli.md": cli_page,
+    "conversion.md": conversion_page,
+    "families.md": families_page,
+    "formats/native-families.md": native_families_page,
+}
 
 
 def stale() -> list[str]:

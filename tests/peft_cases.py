@@ -87,6 +87,43 @@ def bert() -> nn.Module:
     return seeded(lambda: BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)))
 
 
+MOE_SIZES = {
+    **DECODER_SIZES,
+    "num_experts_per_tok": 2,
+    "experts_implementation": "eager",  # the others compute no float64
+}
+
+
+def mixtral() -> nn.Module:
+    """Three experts, stacked as (experts, out, in), gate and up in one parameter."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return seeded(lambda: MixtralForCausalLM(MixtralConfig(**MOE_SIZES, num_local_experts=3)))
+
+
+def qwen2_moe() -> nn.Module:
+    """As Mixtral, with an expert shared by all tokens."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 56, "num_experts": 3}
+    return seeded(lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**MOE_SIZES, **sizes)))
+
+
+def qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"moe_intermediate_size": 40, "num_experts": 3, "head_dim": 16}
+    return seeded(lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE_SIZES, **sizes)))
+
+
+def gpt_oss() -> nn.Module:
+    """Experts stacked as (experts, in, out), with biases."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"head_dim": 16, "num_local_experts": 3, "max_position_embeddings": 4096}
+    return seeded(lambda: GptOssForCausalLM(GptOssConfig(**{**MOE_SIZES, **sizes})))
+
+
 class ConvNet(nn.Module):
     """Conv2d 3x3, Conv2d 1x1 and Conv1d with kernel 3, then a linear layer."""
 
@@ -124,6 +161,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": gpt2,
     "bert": bert,
     "conv": conv,
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
 }
 TASKS = {"llama": "CAUSAL_LM", "qwen2": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}
 

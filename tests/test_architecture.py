@@ -22,14 +22,15 @@ LAYERS = (
     ("factors", "fit"),
     ("graph",),
     ("edits", "families"),
-    ("names", "base"),
+    ("names", "base", "experts"),
     ("registry",),
     ("formats", "methods", "schemes", "rounding"),
-    ("align", "lower", "weights", "inputs", "plan"),
+    ("align", "lower", "weights", "inputs", "request", "heads", "stacks", "tied")
+    + ("tokens", "whole", "resolve", "plan"),
     ("run",),
     ("fuse", "runtime"),
     ("report", "summary"),
-    ("verify", "carry"),
+    ("verify", "carry", "outputs"),
     ("merge",),
     ("recipe", "recipe_schema"),
     ("__init__",),  # the public API

@@ -99,14 +99,14 @@ def test_3761_rslora_does_not_leak_into_the_result(tmp_path: Path) -> None:
 
 
 def test_3761_dora_is_never_summed_as_lora(tmp_path: Path) -> None:
-    with pytest.raises(CannotMerge, match="dora edits, which depend on the base"):
+    with pytest.raises(CannotMerge, match="dora edits.* on the base: pass --base"):
         merge(pair(CASES["dora"], tmp_path))
 
 
 def test_3761_dora_beside_lora_is_refused(tmp_path: Path) -> None:
     magnitudes = {f"{PREFIX}{m}.lora_magnitude_vector": torch.ones(12) for m in MODULES}
     dora = write(tmp_path / "dora", random_sides(1), tensors=magnitudes, use_dora=True)
-    with pytest.raises(CannotMerge, match="add and dora edits, which .*neither summed"):
+    with pytest.raises(CannotMerge, match="add and dora edits meet.* pass --base"):
         merge([dora, adapter(tmp_path / "lora", 2)])
 
 
@@ -117,13 +117,15 @@ def test_3761_lora_bias_is_kept(tmp_path: Path) -> None:
     assert config_of(output)["lora_bias"] is True
 
 
-@pytest.mark.parametrize("field", ["kasa_config", "layer_replication", "target_parameters"])
-def test_3761_1707_variants_that_are_no_plain_sum_are_refused(field: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["kasa_config", "layer_replication"])
+def test_3761_1707_variants_are_never_summed_as_lora(field: str, tmp_path: Path) -> None:
     """PEFT merges these silently wrong."""
-    config: dict[str, Any] = {field: [[0, 2]]}
-    path = adapter(tmp_path / "a", 1, **config)
-    with pytest.raises(InputError, match=f"{field} is set: this LoRA .* cannot be read as a plain"):
-        merge([path])
+    config: dict[str, Any] = {"kasa_config": {}, "layer_replication": [[0, 2]]}
+    values = {f"{PREFIX}{m}.lora_diag": torch.ones(3) for m in MODULES}
+    tensors = values if field == "kasa_config" else {}
+    one = write(tmp_path / "a", random_sides(1), tensors=tensors, **{field: config[field]})
+    with pytest.raises(CannotMerge, match="base"):
+        merge([one, adapter(tmp_path / "b", 2)])
 
 
 def test_inits_that_changed_the_base_are_refused(tmp_path: Path) -> None:
@@ -333,10 +335,51 @@ def test_equal_heads_are_one(tmp_path: Path) -> None:
     assert same_bits(head_of(merge(paths)), head_of(paths[0]))
 
 
-def test_trainable_tokens_that_differ_are_refused_by_name(tmp_path: Path) -> None:
+def test_two_classifiers_are_merged_with_their_heads(tmp_path: Path) -> None:
+    """PEFT adds the head to modules_to_save itself, and then cannot merge two adapters that have one."""
+    case = CASES["head_bert"]
+    paths = pair(case, tmp_path)
+    one, two = map(head_of, paths)
+    output = merge(paths, [0.75, 0.25], heads="average")
+    for key, value in head_of(output).items():
+        assert torch.allclose(value, 0.75 * one[key] + 0.25 * two[key], atol=1e-7)
+    assert bool(torch.isfinite(peft_forward(case, output)).all())
+    stacked = head_of(merge(paths, heads="concat", name="stacked"))
+    for key, value in stacked.items():
+        assert torch.equal(value, torch.cat([one[key], two[key]]))
+
+
+@pytest.mark.parametrize("name", ["head_llama", "head_bert"])
+def test_no_head_is_written_over_another(name: str, tmp_path: Path) -> None:
+    """convert_to_lora writes the heads of all adapters under one key: the last one is left."""
+    paths = pair(CASES[name], tmp_path)
+    output = merge(paths, heads="separate")
+    for path in paths:
+        assert same_bits(head_of(output / path.name), head_of(path))
+        assert config_of(output / path.name)["modules_to_save"] == [HEADS[name]]
+        assert bool(torch.isfinite(peft_forward(CASES[name], output / path.name)).all())
+
+
+def test_tied_copies_stay_tied(tmp_path: Path) -> None:
+    """ensure_weight_tying saves the one matrix twice; two merges of it must not differ."""
+    saved = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    paths = pair(CASES["head_llama"], tmp_path, **saved)
+    for path in paths:
+        tensors = tensors_of(path)
+        tied = tensors[f"{PREFIX}model.embed_tokens.weight"].clone()
+        save_file({**tensors, f"{PREFIX}lm_head.weight": tied}, path / "adapter_model.safetensors")
+        config = {**config_of(path), "modules_to_save": ["embed_tokens", "lm_head"]}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    output = tensors_of(merge(paths, [0.75, 0.25], heads="average"))
+    assert torch.equal(
+        output[f"{PREFIX}model.embed_tokens.weight"], output[f"{PREFIX}lm_head.weight"]
+    )
+
+
+def test_trainable_tokens_that_differ_are_summed_or_refused_by_name(tmp_path: Path) -> None:
     paths = pair(CASES["tokens"], tmp_path)
-    with pytest.raises(CannotMerge, match="tokens differs between a1, a2: pass --heads NAME"):
-        merge(paths)
+    with pytest.raises(CannotMerge, match="token 3 differs between a1, a2, whose weights sum to 2"):
+        merge(paths, [1.0, 1.0])
     output = tensors_of(merge(paths, heads="a2"))
     rows: Mapping[str, torch.Tensor] = {k: v for k, v in output.items() if "token_adapter" in k}
     assert same_bits(rows, {k: tensors_of(paths[1])[k] for k in rows})

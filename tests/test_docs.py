@@ -86,7 +86,8 @@ def test_every_method_is_documented(name: str) -> None:
 def test_native_page_defines_every_class() -> None:
     from adaptmerge.formats.native import nodes
 
-    page = text_of(DOCS / "formats" / "native.md")
+    pages = ("native.md", "native-families.md")
+    page = "".join(text_of(DOCS / "formats" / name) for name in pages)
     assert not [name for name in nodes() if name != "DType" and f"`{name}`" not in page]
 
 

@@ -12,20 +12,23 @@ from safetensors.torch import load_file
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 RECORDED = FIXTURES / "recorded"
 ADAPTERS = sorted(
-    path.parent.relative_to(FIXTURES).as_posix() for path in FIXTURES.rglob("adapter_config.json")
+    path.parent.relative_to(FIXTURES).as_posix()
+    for path in FIXTURES.rglob("adapter_config.json")
+    if (RECORDED / path.relative_to(FIXTURES).parts[0]).is_dir()
 )
 every_adapter = pytest.mark.parametrize("name", ADAPTERS)
 
 
 def test_there_are_adapters() -> None:
-    assert len(ADAPTERS) >= 11
+    assert len(ADAPTERS) >= 17
 
 
 @every_adapter
 def test_recording_shows_an_effect(name: str) -> None:
     recording = load_file(RECORDED / f"{name}.safetensors")
     assert recording.keys() == {"input_ids", "y_base", "y"}
-    effect = (recording["y"] - recording["y_base"]).norm() / recording["y_base"].norm()
+    y_base = recording["y_base"]
+    effect = (recording["y"][:, -y_base.shape[1] :] - y_base).norm() / y_base.norm()
     assert 1e-2 < effect < 2
     versions = json.loads((RECORDED / name.split("/")[0] / "versions.json").read_text("utf-8"))
     assert {"torch", "transformers"} < versions.keys()

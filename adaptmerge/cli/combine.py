@@ -35,7 +35,13 @@ Examples:
     metavar="RULE",
     help="PATTERN[@KIND]:NAME=W,... for matching sites; repeatable, later wins.",
 )
-@click.option("--heads", metavar="NAME", help="Keep the heads and tokens of this input.")
+@click.option(
+    "--heads",
+    multiple=True,
+    metavar="POLICY",
+    help="Heads that differ: error, NAME (that input's, with its tokens), average, concat, separate or "
+    "drop; MODULE=POLICY for one head; repeatable.",
+)
 @budget_options
 @writing_options
 def combine(

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 ACTIONS = {
     "pass": "kept as it was stored",
     "fit": "computed as one low-rank pair",
-    "value": "a stored parameter, averaged",
+    "value": "stored values, summed",
+    "concat": "the rows of the inputs, one below the other",
 }
 
 
@@ -48,7 +49,8 @@ def _matching(report: Report, site: str) -> list[SiteLine]:
     found = [
         line
         for line in report.sites
-        if is_suffix(site, line.site)
+        if is_suffix(site, line.site.partition(" (")[0])
+        or is_suffix(site, line.site)
         or fnmatchcase(line.site, site)
         or fnmatchcase(line.site, f"*.{site}")
     ]
@@ -65,14 +67,16 @@ def _set_by(report: Report, line: SiteLine, name: str) -> str:
     from adaptmerge.graph import Site
     from adaptmerge.weights import SiteRule
 
-    site = Site(line.module, line.param)
+    site = Site(line.module, line.param, expert=line.expert)
     rules = [SiteRule(**rule) for rule in report.options["rules"]]
     found = [rule.match for rule in rules if name in rule.weights and rule.selects(site, line.kind)]
     return f"rule {found[-1]}" if found else "the input's weight"
 
 
 def _show(report: Report, line: SiteLine) -> None:
-    click.echo(f"{line.site}: {ACTIONS[line.action]} by {report.method}")
+    place = f"{line.site} of {line.adapter}" if line.adapter else line.site
+    by = "" if line.action == "concat" else f" by {report.method}"
+    click.echo(f"{place}: {ACTIONS[line.action]}{by}")
     table(
         ("input", "weight", "rank", "weight set by"),
         [
@@ -87,4 +91,5 @@ def _show(report: Report, line: SiteLine) -> None:
         else f"relative error {line.error:.3e} (truncation {line.truncation:.3e}, rounding "
         f"{line.rounding:.3e}, absolute)"
     )
-    click.echo(filled(f"rank {line.rank}, norm {line.norm:.4g}, {loss}") + "\n")
+    rank = "" if line.rank is None else f"rank {line.rank}, "
+    click.echo(filled(f"{rank}norm {line.norm:.4g}, {loss}") + "\n")

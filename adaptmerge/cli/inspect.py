@@ -61,5 +61,7 @@ def _show(summary: Summary) -> None:
     headers = ["modules", "count", "edit", "shape", "rank", "scale", "dtype"]
     headers += ["norm"] if summary.values else []
     table(headers, summary.rows(), right=(1, 3, 4, 5, 7))
+    if summary.heads:
+        table(["head", "shapes", "listed", "labels"], summary.head_rows())
     show_notes(replace(note, input=summary.name) for note in summary.notes)
     click.echo()

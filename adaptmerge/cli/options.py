@@ -43,6 +43,12 @@ writing_options = _apply(
         click.option(
             "--to", "target", metavar="FORMAT", help="Output format (adaptmerge formats)."
         ),
+        click.option(
+            "--as",
+            "form",
+            metavar="FAMILY",
+            help="lora: every delta as plain LoRA; needs --base where it does.",
+        ),
         click.option("--dtype", help="bf16, fp16 or fp32; default: the inputs' own."),
         click.option(
             "--ranks",
@@ -50,9 +56,23 @@ writing_options = _apply(
             show_default=True,
             help="uniform: one rank, zero padded; per-site: patterns.",
         ),
+        click.option(
+            "--peft-version",
+            "version",
+            metavar="VERSION",
+            help="Write for this release of PEFT, e.g. 0.13; default: the newest known.",
+        ),
+        click.option(
+            "--experts",
+            metavar="LAYOUT",
+            help="fused (as transformers 5) or per-expert; default: as the inputs.",
+        ),
         base_option,
         click.option(
-            "--allow", metavar="WHAT,...", default="", help="Go on in spite of: base, nonfinite."
+            "--allow",
+            metavar="WHAT,...",
+            default="",
+            help="Go on in spite of: base, nonfinite, approximate, labels.",
         ),
         click.option("--strict", is_flag=True, help="Treat every assumption and loss as an error."),
         click.option("--force", is_flag=True, help="Replace an existing output."),

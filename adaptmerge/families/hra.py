@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.factors import Factor
+from adaptmerge.families import rotation
+from adaptmerge.families.on_base import OnBase
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
@@ -27,17 +29,39 @@ class Hra:
     def delta(self) -> Factor | None:
         return None
 
+    def on(self, weight: TensorRef) -> Factor:
+        """The delta W (H - I), of rank r."""
+        return OnBase(self, weight, self.directions.shape[1])
+
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight @ self.reflections(weight)
+        up, down = self.sides(weight)
+        return weight + up @ down
+
+    def sides(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-W U T (out, r) and U^T (r, in), where H = I - U T U^T (Schreiber and Van Loan 1989)."""
+        unit, core = self._compact(weight)
+        return -(weight @ unit) @ core, unit.T
+
+    def _compact(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """U (in, r) and the triangular T (r, r)."""
+        columns = self.directions.read().to(like)
+        eye = torch.eye(columns.shape[1]).to(like)
+        if self.orthogonalise:
+            return torch.linalg.qr(columns).Q, 2 * eye
+        unit = columns / columns.norm(dim=0)
+        # T^-1 = I / 2 + the strict upper triangle of U^T U
+        return unit, torch.linalg.inv(eye / 2 + torch.triu(unit.T @ unit, 1))
 
     def reflections(self, like: torch.Tensor) -> torch.Tensor:
         """H (in, in), in the dtype of `like`."""
-        columns = self.directions.read().to(like)
-        eye = torch.eye(columns.shape[0]).to(like)
-        if self.orthogonalise:
-            unit = torch.linalg.qr(columns).Q
-            return eye - 2 * unit @ unit.T
-        unit = columns / columns.norm(dim=0)
-        for column in unit.T:
-            eye = eye - 2 * (eye @ column)[:, None] * column[None, :]
-        return eye
+        unit, core = self._compact(like)
+        eye = torch.eye(unit.shape[0]).to(like)
+        return eye - unit @ core @ unit.T
+
+    def rotation(self, like: torch.Tensor) -> torch.Tensor:
+        """H as one block (1, in, in); a mirror where r is odd."""
+        return self.reflections(like)[None]
+
+    def stored(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The `directions` (in, r) of which the chain (orthogonalise off) gives this block."""
+        return rotation.reflections(blocks[0], self.directions.shape[1])

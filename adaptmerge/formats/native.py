@@ -17,19 +17,24 @@ from typing import Any
 from adaptmerge import edits as edit_classes
 from adaptmerge import factors as factor_classes
 from adaptmerge import families
+from adaptmerge.edits import Effect
 from adaptmerge.errors import InputError
+from adaptmerge.factors import Values
 from adaptmerge.files import refs as ref_classes
 from adaptmerge.files.dtypes import BY_NAME, DType
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.refs import Constant, Joined, Listed, Pickled, Stored, TensorRef, computed
-from adaptmerge.graph import Adapter, BaseReference, Bundle, Layer, Note, Site
+from adaptmerge.graph import Adapter, BaseReference, Bundle, Labels, Layer, Note, Site
 from adaptmerge.registry import Format, Output, ReadOptions, Stores, WriteOptions
 
 VERSION = 1
 KEY = "adaptmerge_graph"
 GRAPH = "graph.json"
 TENSORS = "tensors.safetensors"
+LARGEST = 1 << 32  # entries of a tensor that is computed, not stored
 WITHIN = (TensorRef, Stored, Pickled, Constant, Listed, Joined)  # written as {"tensor": NAME}
+
+UNSETTLED = (Values, Effect)  # what a run computes before anything is written
 
 
 @cache
@@ -42,11 +47,16 @@ def nodes() -> dict[str, type]:
         "Site": Site,
         "Layer": Layer,
         "BaseReference": BaseReference,
+        "Labels": Labels,
         "Note": Note,
     }
     for module in (factor_classes, edit_classes, ref_classes, *families.modules()):
         for name, found in vars(module).items():
-            if isinstance(found, type) and is_dataclass(found) and found not in WITHIN:
+            if (
+                isinstance(found, type)
+                and is_dataclass(found)
+                and found not in (*WITHIN, *UNSETTLED)
+            ):
                 assert table.setdefault(name, found) is found, f"two classes are called {name}"
     return table
 
@@ -105,7 +115,15 @@ class _Decoder:
             notes=tuple(self.node(note) for note in raw["notes"]),
             hints=raw["hints"],
             covers=frozenset(raw["covers"]),
+            labels={owner: self.labels(node) for owner, node in raw.get("labels", {}).items()},
+            tokens={int(number): token for number, token in raw.get("tokens", {}).items()},
         )
+
+    def labels(self, raw: Any) -> Labels:
+        found = self.node(raw)
+        if not isinstance(found, Labels) or not all(isinstance(n, str) for n in found.names):
+            raise TypeError("labels are no names")
+        return found
 
     def node(self, raw: Any) -> Any:
         if isinstance(raw, list):
@@ -115,7 +133,7 @@ class _Decoder:
         if "tensor" in raw:
             return self._tensor(raw)
         if "computed" in raw:
-            return self._cut(computed(self.node(raw["computed"])), raw)
+            return self._cut(_bounded(computed(self.node(raw["computed"]))), raw)
         if "dtype" in raw and len(raw) == 1:
             return BY_NAME[raw["dtype"]]
         values = {key: self.node(value) for key, value in raw.items() if key != "is"}
@@ -132,20 +150,34 @@ class _Decoder:
         return ref
 
 
+def _bounded(ref: TensorRef) -> TensorRef:
+    """A tensor made from a few numbers, of a size that a model can have."""
+    if min(ref.shape, default=1) < 0 or ref.count > LARGEST:
+        raise ValueError(f"a computed tensor has shape {list(ref.shape)}")
+    return ref
+
+
 class _Encoder:
     """Turns graph nodes into JSON and collects the tensors they refer to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, several: bool = False) -> None:
         self.tensors: dict[str, TensorRef] = {}
+        self._several = several
         self._shared: dict[Any, str] = {}
+        self._written: dict[TensorRef, str] = {}
 
     def adapter(self, adapter: Adapter) -> dict[str, Any]:
+        prefix = f"{adapter.name}." if self._several else ""
         return {
-            "edits": [self.node(e, f"{i}.{e.site}.{e.kind}") for i, e in enumerate(adapter.edits)],
+            "edits": [
+                self.node(e, f"{prefix}{i}.{e.site}.{e.kind}") for i, e in enumerate(adapter.edits)
+            ],
             "base": self.node(adapter.base, ""),
             "notes": [self.node(note, "") for note in adapter.notes],
             "hints": adapter.hints,
             "covers": sorted(adapter.covers),
+            "labels": {owner: self.node(labels, "") for owner, labels in adapter.labels.items()},
+            "tokens": {str(number): token for number, token in adapter.tokens.items()},
         }
 
     def node(self, value: Any, path: str) -> Any:
@@ -168,8 +200,9 @@ class _Encoder:
             source = self.node(ref.source, path)
             return {"computed": source, "shared": ref.shared, "steps": steps}
         if not ref.shared:
-            self.tensors[path] = ref
-            return {"tensor": path}
+            name = self._written.setdefault(ref, path) if self._several else path
+            self.tensors[name] = ref
+            return {"tensor": name}
         name = self._shared.setdefault(ref.source, f"shared.{len(self._shared)}")
         source = ref.source
         self.tensors[name] = replace(ref, shape=source.shape, dtype=source.dtype, steps=())
@@ -180,16 +213,23 @@ class _Encoder:
 def stores(options: WriteOptions) -> Stores:
     """Everything, each site with its own rank and scale."""
     return Stores(
-        kinds=frozenset(c.kind for c in nodes().values() if hasattr(c, "kind")),
+        kinds=frozenset(
+            kind for c in nodes().values() if isinstance(kind := getattr(c, "kind", None), str)
+        ),
+        layers=frozenset({"linear", "embedding", "conv", "experts", "parameter", "norm"}),
+        one_family=False,
         low_rank=False,
         scale="site",
+        params=None,
         dtypes=frozenset(BY_NAME),
+        several=True,
+        one_label_map=False,
     )
 
 
 def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     """Writes the bundle; returns the name of the tensor file."""
-    encoder = _Encoder()
+    encoder = _Encoder(several=len(bundle.adapters) > 1)
     adapters = {name: encoder.adapter(adapter) for name, adapter in bundle.adapters.items()}
     graph = {KEY: VERSION, "adapters": adapters}
     metadata = dict(output.metadata)

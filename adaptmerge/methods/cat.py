@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from adaptmerge.methods.linear import weighted_sum, weighted_values
+from adaptmerge.methods.sums import FORMS, STACKED
 from adaptmerge.registry import Method
 
 METHOD = Method(
     name="cat",
-    summary="linear without any reduction: ranks add up",
-    rules={"add": weighted_sum, "replace": weighted_values},
+    summary="linear without any reduction: ranks add up, prompts follow each other",
+    rules=STACKED,
+    forms=FORMS,
     reduce=False,
 )

@@ -10,12 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adaptmerge.edits import refitted
 from adaptmerge.errors import CannotMerge
-from adaptmerge.factors import Factor, LowRank, Rows, Term, as_low_rank
+from adaptmerge.factors import LowRank, Rows, Term, as_low_rank
 from adaptmerge.files.refs import TensorRef
-from adaptmerge.graph import Site
+from adaptmerge.graph import Edit, Site
 from adaptmerge.lazy import torch
-from adaptmerge.registry import Member, Method
+from adaptmerge.registry import Meeting, Member, Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,12 @@ def _like_peft(refs: Sequence[TensorRef], weights: Sequence[float]) -> torch.Ten
     return (values * shaped).sum(dim=0)
 
 
-def side_average(site: Site, members: Sequence[Member]) -> Factor:
+def side_average(meeting: Meeting) -> Edit:
     """PEFT's rule. Raises CannotMerge where PEFT has none: other factors than LoRA, unequal ranks."""
+    return refitted(meeting.members[0].edit, _averaged(meeting.site, meeting.members))
+
+
+def _averaged(site: Site, members: Sequence[Member]) -> SideAverage:
     pairs = [_pair(site, member) for member in members]
     ranks = [pair.rank for pair in pairs]
     if len(set(ranks)) > 1:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from adaptmerge.methods.linear import weighted_sum, weighted_values
+from adaptmerge.methods.sums import FORMS, SUMS
 from adaptmerge.registry import Method
 
 METHOD = Method(
     name="svd",
     summary="linear with --rank of the largest input rank",
     url="https://doi.org/10.1007/BF02288367",
-    rules={"add": weighted_sum, "replace": weighted_values},
+    rules=SUMS,
+    forms=FORMS,
     rank=max,
     linear=False,
 )

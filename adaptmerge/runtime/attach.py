@@ -14,12 +14,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaptmerge.edits import ActivationEdit, Replace, WeightEdit, factor_of
+from adaptmerge import experts
+from adaptmerge.edits import Replace, ReplaceRows, WeightEdit, factor_of
 from adaptmerge.errors import InputError
-from adaptmerge.graph import Adapter
+from adaptmerge.graph import Adapter, Edit, Site
 from adaptmerge.lazy import torch
-from adaptmerge.names import suffixes
-from adaptmerge.runtime.places import hook_activation
+from adaptmerge.names import other_versions, suffixes
+from adaptmerge.runtime.places import hook_activation, is_activation
+from adaptmerge.runtime.replicate import replicated
 
 
 @contextmanager
@@ -28,18 +30,31 @@ def attach(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
 
     Raises InputError with all edits that have no place in the model.
     """
-    paths = _resolve(model, adapter)
-    swaps = _swaps(model, adapter, paths)
     with ExitStack() as undo:
-        for swap in swaps:
+        undo.enter_context(replicated(model, adapter.base.replication))
+        adapter = as_built(model, adapter)
+        paths = _resolve(model, adapter)
+        for swap in _swaps(model, adapter, paths):
             undo.callback(swap.restore)
             for handle in swap.register():
                 undo.callback(handle.remove)
         for edit in adapter.edits:
-            if isinstance(edit, ActivationEdit):
+            if is_activation(edit):
                 for handle in hook_activation(model, paths[edit.site.module], edit):
                     undo.callback(handle.remove)
         yield
+
+
+def as_built(model: torch.nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with experts in the layout that the model has them in."""
+    layouts = {experts.layout_of(edit.site) for edit in adapter.edits} - {None}
+    if not layouts:
+        return adapter
+    names = [name for name, _ in model.named_modules() if experts.matrix_of(name)]
+    layout = experts.PER_EXPERT if names else experts.FUSED
+    if layouts <= {layout}:
+        return adapter
+    return experts.in_layout(adapter, layout, experts.style_of(None, names))
 
 
 def _resolve(model: torch.nn.Module, adapter: Adapter) -> dict[str, str]:
@@ -68,6 +83,7 @@ def _path(module: str, known: Collection[str], longer: Mapping[str, list[str]]) 
         return module
     shorter = suffixes(module)[-2:-1]
     candidates = [*(name for name in shorter if name in known), *longer.get(module, ())]
+    candidates = candidates or [name for name in other_versions(module) if name in known]
     return candidates[0] if len(candidates) == 1 else None
 
 
@@ -76,29 +92,68 @@ def _swaps(model: torch.nn.Module, adapter: Adapter, paths: Mapping[str, str]) -
     problems: list[str] = []
     for site, edits in adapter.sites().items():
         weight_edits = [edit for edit in edits if isinstance(edit, WeightEdit)]
-        other = [edit for edit in edits if not isinstance(edit, (WeightEdit, ActivationEdit))]
-        problems += [f"{site}: edits of kind {edit.kind!r} cannot be run yet" for edit in other]
+        problems += [f"{site}: {_why_not(edit)}" for edit in edits if not _runs(edit)]
         path = paths[site.module]
         module = model.get_submodule(path)
-        found = _problems(module, site.param, weight_edits)
+        found = _problems(module, site, weight_edits)
         problems += [f"{site}: {problem}" for problem in found]
         if weight_edits and not found and site.param in module._parameters:
-            swaps.setdefault(path, Swap(module)).edits[site.param] = weight_edits
+            swap = swaps.setdefault(path, Swap(module, _caller(model, path)))
+            swap.edits.setdefault(site.param, []).extend(weight_edits)
     if problems:
         raise InputError(problems)
+    _tie_rows(model, swaps)
     return list(swaps.values())
 
 
-def _problems(module: torch.nn.Module, param: str, edits: Sequence[WeightEdit]) -> list[str]:
+def _tie_rows(model: torch.nn.Module, swaps: dict[str, Swap]) -> None:
+    """Rows of an input embedding that the head shares are replaced in the head, too, as PEFT does."""
+    inner, outer = (
+        getattr(model, name, lambda: None)()
+        for name in ("get_input_embeddings", "get_output_embeddings")
+    )
+    if inner is None or outer is None or inner.weight is not outer.weight:
+        return
+    found = [_rows(swap) for swap in swaps.values() if swap.module is inner]
+    if any(found):
+        modules = model.named_modules(remove_duplicate=False)
+        path = next(name for name, module in modules if module is outer)
+        head = swaps.setdefault(path, Swap(outer, outer))
+        if not _rows(head):
+            head.edits["weight"] = [*found[0], *head.edits.get("weight", ())]
+
+
+def _rows(swap: Swap) -> list[WeightEdit]:
+    return [edit for edit in swap.edits.get("weight", ()) if isinstance(edit, ReplaceRows)]
+
+
+def _caller(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """Whose forward computes with the parameters: nn.MultiheadAttention never calls its out_proj."""
+    owner = model.get_submodule(path.rpartition(".")[0])
+    inside = isinstance(owner, torch.nn.MultiheadAttention)
+    return owner if inside else model.get_submodule(path)
+
+
+def _runs(edit: Edit) -> bool:
+    return isinstance(edit, WeightEdit) or is_activation(edit)
+
+
+def _why_not(edit: Edit) -> str:
+    return getattr(edit, "why", "") or f"edits of kind {edit.kind!r} cannot be run yet"
+
+
+def _problems(module: torch.nn.Module, site: Site, edits: Sequence[WeightEdit]) -> list[str]:
     """What speaks against editing this parameter, as far as shapes say."""
     if not edits:
         return []
-    value = module._parameters.get(param)
+    value = module._parameters.get(site.param)
     if value is None:
-        return _absent_problems(module, param, edits)
+        return _absent_problems(module, site.param, edits)
     if not value.dtype.is_floating_point:
         return [f"the base stores it quantised as {value.dtype}: load an unquantised base"]
-    shape, problems = canonical_shape(module, value.shape), []
+    if site.expert is not None and (value.ndim != 3 or site.expert >= value.shape[0]):
+        return [f"the base has shape {list(value.shape)} there, and no expert {site.expert} in it"]
+    shape, problems = canonical_shape(module, value.shape, site.expert), []
     for edit in edits:
         if isinstance(edit, Replace):
             shape = canonical_shape(module, edit.value.shape)
@@ -123,17 +178,18 @@ def _stays_zero(module: torch.nn.Module, edits: Sequence[WeightEdit]) -> bool:
 
 @dataclass(eq=False)
 class Swap:
-    """The edited parameters of one module, in place of the originals during its forward only."""
+    """The edited parameters of one module, in place of the originals during the caller's forward only."""
 
     module: torch.nn.Module
+    caller: torch.nn.Module
     edits: dict[str, list[WeightEdit]] = field(default_factory=dict)
     originals: dict[str, torch.nn.Parameter | None] = field(default_factory=dict)
 
     def register(self) -> list[Any]:
         """The hooks; restoring comes before hooks that were there, such as releasing weights."""
         return [
-            self.module.register_forward_pre_hook(lambda *_: self.put()),
-            self.module.register_forward_hook(
+            self.caller.register_forward_pre_hook(lambda *_: self.put()),
+            self.caller.register_forward_hook(
                 lambda *_: self.restore(), prepend=True, always_call=True
             ),
         ]
@@ -157,7 +213,9 @@ class Swap:
     ) -> torch.nn.Parameter | None:
         with torch.no_grad():
             start = _zero_bias(self.module) if original is None else original.detach()
-            value = apply_edits(start, edits, transposed=is_transposed(self.module))
+            whole = [edit for edit in edits if edit.site.expert is None]
+            value = apply_edits(start, whole, transposed=is_transposed(self.module))
+            _apply_to_experts(value, edits, transposed=stacks_transposed(self.module))
         if original is None and not bool(value.any()):
             return None
         return torch.nn.Parameter(value, requires_grad=False)
@@ -179,7 +237,20 @@ def apply_edits(
         else:
             value = _canonical(value, transposed)
             value = _as_stored(edit.apply(value), shape, transposed)
-    return value.to(stored.dtype).to(stored.device).contiguous()
+    done = value.to(stored.dtype).to(stored.device).contiguous()
+    return done.clone() if done.data_ptr() == stored.data_ptr() else done
+
+
+def _apply_to_experts(
+    value: torch.Tensor, edits: Sequence[WeightEdit], *, transposed: bool
+) -> None:
+    """Edits the matrices that a parameter stacks, in place."""
+    by_expert: dict[int, list[WeightEdit]] = {}
+    for edit in edits:
+        if edit.site.expert is not None:
+            by_expert.setdefault(edit.site.expert, []).append(edit)
+    for expert, own in by_expert.items():
+        value[expert] = apply_edits(value[expert], own, transposed=transposed)
 
 
 def _canonical(value: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -200,8 +271,17 @@ def is_transposed(module: torch.nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def canonical_shape(module: torch.nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a parameter of the module as edits see it."""
+def stacks_transposed(module: torch.nn.Module) -> bool:
+    """Whether the module stacks the weights of its experts as (experts, in, out)."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def canonical_shape(
+    module: torch.nn.Module, shape: Sequence[int], expert: int | None = None
+) -> tuple[int, ...]:
+    """The shape of a parameter of the module, or of one expert's matrix in it, as edits see it."""
+    if expert is not None:
+        return (shape[2], shape[1]) if stacks_transposed(module) else (shape[1], shape[2])
     if len(shape) == 2 and is_transposed(module):
         return shape[1], shape[0]
     return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else tuple(shape)

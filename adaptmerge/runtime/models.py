@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
+from adaptmerge.graph import Adapter
 from adaptmerge.lazy import torch
 
 CONFIG = "config.json"
 SHOWN = 5  # names listed in a message
+# The classes that have a head of one kind, by what PEFT calls the task.
+TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+}
 
 
-def load_model(base_dir: Path, device: str = "cpu", dtype: str = "float32") -> torch.nn.Module:
+def load_model(
+    base_dir: Path, device: str = "cpu", dtype: str = "float32", adapter: Adapter | None = None
+) -> torch.nn.Module:
     """The model in a checkpoint folder, in eval mode with eager attention, from local files only.
 
-    Raises InputError when it cannot be loaded, lacks weights, or asks for code of its own.
+    With an adapter, of a class that has its heads, which are made as large; what the folder lacks of them
+    is zero. Raises InputError when it cannot be loaded, lacks weights, or asks for code of its own.
     """
     where = str(base_dir)
     config = model_config(base_dir)
     with quietly(), in_one_sentence(where):
-        model, report = model_class(config).from_pretrained(
+        model, report = class_with_heads(config, adapter).from_pretrained(
             base_dir,
             config=config,
             dtype=dtype_named(dtype),
@@ -32,7 +43,7 @@ def load_model(base_dir: Path, device: str = "cpu", dtype: str = "float32") -> t
             trust_remote_code=False,
             output_loading_info=True,
         )
-    missing = sorted(report["missing_keys"])
+    missing = fill_heads(model, report["missing_keys"], adapter)
     if missing:
         raise InputError(
             f"lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
@@ -40,6 +51,7 @@ def load_model(base_dir: Path, device: str = "cpu", dtype: str = "float32") -> t
             where=where,
         )
     with in_one_sentence(where):
+        fit_heads(model, adapter)
         loaded: torch.nn.Module = model.to(device).eval()
     return loaded
 
@@ -74,6 +86,76 @@ def model_class(config: Any) -> Any:
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     raise InputError(f"transformers has no model for the config type {config.model_type!r}")
+
+
+def class_with_heads(config: Any, adapter: Adapter | None) -> Any:
+    """The config's class, or where that lacks a head of the adapter the class of the same type for the
+    adapter's task, else the first that has it."""
+    own = model_class(config)
+    heads = _heads(adapter)
+    if not heads or _has(own, config, heads):
+        return _told_of_padding(own, config)
+    import transformers
+
+    hints = adapter.hints.values() if adapter else ()
+    task = next((h["task_type"] for h in hints if isinstance(h, dict) and h.get("task_type")), "")
+    names = [TASKS[task]] if task in TASKS else []
+    for name in (*names, *TASKS.values()):
+        found = getattr(transformers, name)._model_mapping.get(type(config), None)
+        if found is not None and _has(found, config, heads):
+            return _told_of_padding(found, config)
+    return own
+
+
+def _told_of_padding(kind: Any, config: Any) -> Any:
+    """A class that looks at where texts end must be told how; any token will do for a comparison."""
+    text = config.get_text_config()
+    if kind.__name__.endswith("ForSequenceClassification") and text.pad_token_id is None:
+        text.pad_token_id = 0
+    return kind
+
+
+def _heads(adapter: Adapter | None) -> dict[str, list[Any]]:
+    """The parameters of heads and resized embeddings by the module that holds them."""
+    found: dict[str, list[Any]] = {}
+    for edit in adapter.edits if adapter else ():
+        if getattr(edit, "role", "") in ("head", "unlisted"):
+            found.setdefault(edit.site.module, []).append(edit)
+    return found
+
+
+def _has(kind: Any, config: Any, heads: Mapping[str, Any]) -> bool:
+    with torch.device("meta"):
+        modules = {name for name, _ in kind(config).named_modules(remove_duplicate=False)}
+    return all(name in modules or f"{kind.base_model_prefix}.{name}" in modules for name in heads)
+
+
+def fill_heads(model: Any, missing: Collection[str], adapter: Adapter | None) -> list[str]:
+    """The missing parameters, sorted, less those of the adapter's heads, which become zero."""
+    owners = {edit.owner or path for path, edits in _heads(adapter).items() for edit in edits}
+    mine = [name for name in missing if any(name.startswith(f"{owner}.") for owner in owners)]
+    with torch.no_grad():
+        for name in mine:
+            model.get_parameter(name).zero_()
+    return sorted(set(missing) - set(mine))
+
+
+def fit_heads(model: Any, adapter: Adapter | None) -> None:
+    """Makes the parameters of the adapter's heads as large as they are there; added rows are zero."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, edits in _heads(adapter).items():
+        longer = [found for name, found in modules.items() if name.partition(".")[2] == path]
+        module = modules.get(path, longer[0] if len(longer) == 1 else None)
+        for edit in edits:
+            old = None if module is None else module._parameters.get(edit.site.param)
+            if old is None or tuple(old.shape) == edit.value.shape:
+                continue
+            new = torch.zeros(edit.value.shape, dtype=old.dtype)
+            same = tuple(slice(min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+            new[same] = old.detach()[same]
+            module._parameters[edit.site.param] = torch.nn.Parameter(new)  # type: ignore[union-attr]
+        if module is not None and hasattr(module, "out_features"):
+            module.out_features = module.weight.shape[0]
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -113,9 +195,14 @@ def quietly() -> Iterator[None]:
 
 
 def example_inputs(
-    config: Mapping[str, Any], seed: int = 0, batch: int = 2, length: int = 16
+    config: Mapping[str, Any],
+    seed: int = 0,
+    batch: int = 2,
+    length: int = 16,
+    first: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
-    """Seeded random tokens (never the padding token) for a model with this config.json."""
+    """Seeded random tokens (never the padding token) for a model with this config.json; `first` are
+    tokens to begin with, up to half of the length."""
     text = config.get("text_config") or config
     size = text.get("vocab_size")
     if not isinstance(size, int) or size < 2:
@@ -125,6 +212,8 @@ def example_inputs(
 
     def tokens() -> torch.Tensor:
         ids = torch.randint(0, size, (batch, min(length, positions)), generator=generator)
+        known = [token for token in first if token < size][: ids.shape[1] // 2]
+        ids[:, : len(known)] = torch.tensor(known, dtype=ids.dtype)
         pad = text.get("pad_token_id")
         return ids if pad is None else ids.where(ids != pad, (pad + 1) % size)
 

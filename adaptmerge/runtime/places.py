@@ -20,7 +20,10 @@ from typing import Any
 
 from adaptmerge.edits import ActivationEdit, Bottleneck
 from adaptmerge.errors import InputError
+from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
+from adaptmerge.runtime.attention import hook_adaption
+from adaptmerge.runtime.virtual import hook_prefix, hook_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,18 @@ PLACES: Mapping[str, Mapping[str, Place]] = {
 }
 
 
-def hook_activation(model: torch.nn.Module, path: str, edit: ActivationEdit) -> list[Any]:
-    """Hooks that make the module at `path` compute with the edit; the caller removes them."""
-    if isinstance(edit, Bottleneck):
-        return _hook_block(model, path, edit)
+def is_activation(edit: Edit) -> bool:
+    """Whether the edit changes what flows, in a way that is known here."""
+    return edit.kind in HOOKS or isinstance(edit, ActivationEdit)
 
+
+def hook_activation(model: torch.nn.Module, path: str, edit: Edit) -> list[Any]:
+    """Hooks that make the module at `path` compute with the edit; the caller removes them."""
+    hook: Hook = HOOKS.get(edit.kind, _hook_module)
+    return hook(model, path, edit)
+
+
+def _hook_module(model: torch.nn.Module, path: str, edit: ActivationEdit) -> list[Any]:
     def after(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Any:
         inputs = _argument(args, kwargs, 0)
         return _changed(out, lambda value: edit.forward(inputs, value, None))
@@ -107,3 +117,20 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> A
 def _changed(out: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The output with its (first) tensor changed."""
     return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
+def _hook_own(model: torch.nn.Module, path: str, edit: Any) -> list[Any]:
+    """Hooks of an edit that needs more than what flows through its module."""
+    found: list[Any] = edit.hooks(model, path)
+    return found
+
+
+Hook = Callable[[Any, str, Any], list[Any]]
+HOOKS: Mapping[str, Hook] = {
+    "adaption_prompt": hook_adaption,
+    "alora": _hook_own,
+    "bottleneck": _hook_block,
+    "grouped": _hook_own,
+    "prefix": hook_prefix,
+    "prompt": hook_prompt,
+}

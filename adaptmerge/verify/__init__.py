@@ -15,17 +15,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adaptmerge.align import align
+from adaptmerge.align import align, in_one_layout
 from adaptmerge.base import Base, open_base
 from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed
+from adaptmerge.experts import layout_of
 from adaptmerge.files.dtypes import BY_NAME
 from adaptmerge.graph import Adapter, Kind
+from adaptmerge.heads import owner_of
 from adaptmerge.inputs import Input, InputSpec, open_input
 from adaptmerge.names import did_you_mean
 from adaptmerge.report import Report, load_report
 from adaptmerge.verify.audit import malformed
 from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.verify.promise import promises
+from adaptmerge.verify.stored import check_labels
 from adaptmerge.verify.weights import check_weights
 
 __all__ = ["FAIL", "PASS", "SKIPPED", "UNDECIDABLE", "Check", "Questions", "Verdict", "verify"]
@@ -59,26 +62,57 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     _check_questions(report, questions)
     base = open_base(questions.base) if questions.base else None
     inputs, checks = _inputs(output, report, questions, base)
-    result = open_input(InputSpec(str(output), "output"), base)
-    checks += [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]
+    results = _results(output, report, base)
+    for name, result in results.items():
+        found = [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]
+        checks += _of_adapter(name, found)
     if inputs is None:
         return Verdict(output.name, checks, TRUSTED)
     try:
-        promised = promises(report, {i.name: i.adapter for i in inputs}, base)
+        named = {i.name: i.adapter for i in inputs}
+        edits = [edit for result in results.values() for edit in result.adapter.edits]
+        layouts = {layout_of(edit.site) for edit in edits} - {None}
+        layout = layouts.pop() if len(layouts) == 1 else None
+        promised = promises(report, in_one_layout(named, base, layout), base)
     except VerificationFailed as problem:
         return Verdict(
             output.name, [*checks, Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
         )
-    check, expected = check_weights(report, promised, result.adapter)
-    checks.append(check)
+    references = {}
+    for name, result in results.items():
+        own = [item for item in promised if item.line.adapter in ("", name)]
+        check, expected = check_weights(report, own, result.adapter)
+        labels = {owner_of(item.edit): item.labels for item in own if item.labels is not None}
+        checks += _of_adapter(name, [check, *check_labels(labels, result.adapter)])
+        references[name] = result.adapter.with_edits(expected)
     if base is None:
         skipped = Check("forward", SKIPPED, "no base model was given: pass --base DIR")
         return Verdict(output.name, [*checks, skipped], TRUSTED)
     if _failed(checks, "base"):
         return Verdict(output.name, checks, TRUSTED)
-    reference = result.adapter.with_edits(expected)
-    more, trusted = _model_checks(report, reference, result, inputs, base, questions)
+    more, trusted = _model_checks(report, references, results, inputs, base, questions)
     return Verdict(output.name, [*checks, *more], trusted)
+
+
+def _results(output: Path, report: Report, base: Base | None) -> dict[str, Input]:
+    """The adapters of the output by name; "" for the only one."""
+    names = report.output.get("adapters") or ()
+    if not names:
+        return {"": open_input(InputSpec(str(output), "output"), base)}
+    specs = {
+        name: InputSpec(str(output / name), name)
+        if (output / name).is_dir()
+        else InputSpec(str(output), name, adapter=name)
+        for name in names
+    }
+    return {name: open_input(spec, base) for name, spec in specs.items()}
+
+
+def _of_adapter(name: str, checks: Sequence[Check]) -> list[Check]:
+    """The checks, called after the adapter where there are several."""
+    return [
+        replace(check, name=f"{check.name} of {name}" if name else check.name) for check in checks
+    ]
 
 
 def _check_questions(report: Report, questions: Questions) -> None:
@@ -97,7 +131,7 @@ def _reading(output: Adapter) -> list[Check]:
 
 
 def _failed(checks: Sequence[Check], name: str) -> bool:
-    return any(check.name == name and check.status == FAIL for check in checks)
+    return any(c.name.partition(" ")[0] == name and c.status == FAIL for c in checks)
 
 
 def _inputs(
@@ -113,7 +147,7 @@ def _inputs(
                 f"say --input {described['name']}=PATH"
             )
             continue
-        options: Any = {key: described.get(key) for key in ("alpha", "task", "init")}
+        options: Any = {key: described.get(key) for key in ("alpha", "task", "init", "adapter")}
         item = open_input(InputSpec(path, described["name"], **options), base)
         opened.append(item)
         problems += _changed(item, described["sha256"])
@@ -174,8 +208,8 @@ def _base_checks(report: Report, output: Adapter, base: Base | None) -> list[Che
 
 def _model_checks(
     report: Report,
-    expected: Adapter,
-    result: Input,
+    expected: Mapping[str, Adapter],
+    results: Mapping[str, Input],
     inputs: Sequence[Input],
     base: Base,
     questions: Questions,
@@ -183,13 +217,21 @@ def _model_checks(
     from adaptmerge.verify import forward
 
     device = forward.device_named(questions.device)
-    bench = forward.Bench.of(base, device, questions.layerwise)
+    edits = [edit for result in results.values() for edit in result.adapter.edits]
+    tokens = sorted({token for edit in edits for token in getattr(edit, "rows", ())})
+    bench = forward.Bench.of(base, device, questions.layerwise, tokens)
     dtype = BY_NAME[report.output["dtype"].upper()]
-    checks, y_ref, y_base = forward.check_forward(bench, expected, result.adapter, dtype)
-    if questions.layerwise or not forward.installed(result.format):
+    checks: list[Check] = []
+    asked = False
+    for name, result in results.items():
+        found, y_ref, y_base = forward.check_forward(bench, expected[name], result.adapter, dtype)
+        asked = forward.installed(result.format) and not questions.layerwise
+        if asked:
+            found.append(forward.check_native_output(bench, result, y_ref, y_base, dtype))
+        checks += _of_adapter(name, found)
+    if not asked:
         return checks, UNPROVEN
-    native = forward.check_native_output(bench, result.format, result.path, y_ref, y_base, dtype)
     readings = forward.check_native_inputs(replace(bench, device="cpu"), inputs)
     proved = [c for c in readings if c.status == PASS]
     trusted = "" if len(proved) == len(inputs) else UNPROVEN
-    return [*checks, native, *readings], trusted
+    return [*checks, *readings], trusted

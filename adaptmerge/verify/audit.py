@@ -91,6 +91,8 @@ def loss_of(report: Report, item: Promised, stored: Factor | None, apart: Distan
     floor = noise_floor(item.terms[0][1].shape, torch.float32, sizes)
     ranks = sum(item.line.ranks_in.values()) or 1
     room = TOLERANCE * apart.left + math.sqrt(ranks) * floor + _rounding(report, stored)
+    if item.weight is not None:  # magnitudes and sides are rounded relative to the base, too
+        room += _eps(report) * float(item.weight.read().double().norm())
     capped = cap is not None and rank >= cap
     return Loss(item.line, apart.apart, apart.left, room, capped)
 
@@ -115,6 +117,10 @@ def _budget(report: Report) -> Budget:
     return Budget(**report.options["budget"])
 
 
+def _eps(report: Report) -> float:
+    return float(torch.finfo(BY_NAME[str(report.output["dtype"]).upper()].torch).eps)
+
+
 def _rounding(report: Report, stored: Factor | None) -> float:
     """The most that rounding the stored sides to their dtype can have changed."""
     if stored is None:
@@ -136,7 +142,16 @@ def _rounding(report: Report, stored: Factor | None) -> float:
 def unearned(report: Report, losses: Sequence[Loss]) -> list[str]:
     """Losses beyond rounding that no budget allows."""
     budget = _budget(report)
-    fixed = [loss for loss in losses if loss.excess and not _may_be_cut(budget, loss)]
+    near = (
+        report.options.get("form") is not None
+    )  # a family that holds no sum: the nearest of its kind
+    fixed = [
+        loss
+        for loss in losses
+        if loss.excess
+        and not _may_be_cut(budget, loss)
+        and not (near and loss.line.action == "value")
+    ]
     problems = [
         f"{loss.line.site}: {loss.excess / (loss.size or 1.0):.2e} of the delta is lost, which no "
         "budget allows"
@@ -160,7 +175,7 @@ def unearned(report: Report, losses: Sequence[Loss]) -> list[str]:
 
 def _may_be_cut(budget: Budget, loss: Loss) -> bool:
     """Whether this site may have been truncated at all."""
-    is_matrix = loss.line.action == "fit" and loss.line.param == "weight"
+    is_matrix = loss.line.action == "fit" and loss.line.param != "bias"
     return is_matrix and (budget.spectral or budget.rank is not None or loss.capped)
 
 

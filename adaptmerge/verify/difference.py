@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.align import align
+from adaptmerge.align import Group, align
 from adaptmerge.base import Base
-from adaptmerge.edits import factor_of
-from adaptmerge.graph import Adapter, Edit
+from adaptmerge.edits import Effect, WeightEdit, delta_on, factor_of
+from adaptmerge.factors import Factor
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.graph import Adapter, Edit, Site
 from adaptmerge.lazy import torch
+from adaptmerge.resolve import WHOLE
 from adaptmerge.verify.promise import distance, other_tensors
 
 
@@ -40,17 +43,48 @@ class Difference:
 
 
 def difference(a: Adapter, b: Adapter, base: Base | None = None) -> Difference:
-    """|a - b| per site, dense in float64. Raises CannotMerge when the two do not fit one model."""
+    """|a - b| per site, dense in float64. Raises CannotMerge when the two do not fit one model.
+
+    With the base, edits of any kind are compared by what they add to it.
+    """
     groups, _ = align({"a": a, "b": b}, base, frozenset({"base"}))
     rows, apart, size = [], 0.0, 0.0
-    for group in groups:
-        sides = dict(group.members)
-        left, right, off = _compare(sides.get("a"), sides.get("b"))
-        label = str(group.site) if group.kind == "add" else f"{group.site} ({group.kind})"
+    for label, left, right, off in _compared(groups, base):
         rows.append(SiteDifference(label, left, right, _share(off, max(left, right))))
         apart += off**2
         size += max(left, right) ** 2
     return Difference(tuple(rows), _share(math.sqrt(apart), math.sqrt(size)))
+
+
+def _compared(
+    groups: Sequence[Group], base: Base | None
+) -> Iterator[tuple[str, float, float, float]]:
+    """(label, |a|, |b|, |a - b|) of every site on the base, and of every kind where it says nothing."""
+    on_base: dict[Site, list[Group]] = {}
+    for group in groups:
+        weight = None if base is None else base.weight(group.site)
+        if weight is not None and _adds(group):
+            on_base.setdefault(group.site, []).append(group)
+            continue
+        sides = dict(group.members)
+        label = str(group.site) if group.kind == "add" else f"{group.site} ({group.kind})"
+        yield label, *_compare(sides.get("a"), sides.get("b"))
+    for site, found in on_base.items():
+        weight = None if base is None else base.weight(site)
+        assert weight is not None
+        deltas = [_delta(found, name, weight) for name in ("a", "b")]
+        apart = distance(*deltas)
+        yield str(site), apart.left, apart.right, apart.apart
+
+
+def _adds(group: Group) -> bool:
+    return group.kind not in WHOLE and all(isinstance(e, WeightEdit) for _, e in group.members)
+
+
+def _delta(groups: Sequence[Group], name: str, weight: TensorRef) -> Factor:
+    """What one side's edits at a site add to the base's weight; zero if it has none there."""
+    edits: list[Any] = [e for group in groups for owner, e in group.members if owner == name]
+    return delta_on(edits, weight) if edits else Effect((), weight)
 
 
 def _share(part: float, whole: float) -> float:

@@ -7,20 +7,20 @@ would look small even for an adapter that was never applied.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from adaptmerge import runtime
 from adaptmerge.base import Base
-from adaptmerge.edits import factor_of
+from adaptmerge.edits import WeightEdit, delta_on
 from adaptmerge.errors import UsageError
 from adaptmerge.files.dtypes import DType
-from adaptmerge.graph import Adapter
+from adaptmerge.graph import Adapter, Site
 from adaptmerge.inputs import Input
 from adaptmerge.lazy import torch
 from adaptmerge.registry import Format
+from adaptmerge.resolve import WHOLE
 from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check
 
 FIXED = {"F64": 1e-5, "F32": 1e-5, "F16": 2e-3, "BF16": 2e-2}
@@ -84,16 +84,17 @@ class Bench:
     inputs: Mapping[str, Any]
 
     @classmethod
-    def of(cls, base: Base, device: str, layerwise: bool) -> Bench:
-        inputs = runtime.example_inputs(base.config)
+    def of(cls, base: Base, device: str, layerwise: bool, tokens: Sequence[int] = ()) -> Bench:
+        """`tokens` are some that the inputs should have: those that were trained."""
+        inputs = runtime.example_inputs(base.config, first=tokens)
         placed = {name: value.to(device) for name, value in inputs.items()}
         return cls(base, device, layerwise, placed)
 
-    def model(self) -> Any:
-        """The base in float32, whole or streamed layer by layer."""
+    def model(self, adapter: Adapter | None = None) -> Any:
+        """The base in float32, whole or streamed layer by layer, with places for an adapter's heads."""
         if self.layerwise:
             return runtime.stream_model(self.base, device=self.device)
-        return runtime.load_model(self.base.path, self.device)
+        return runtime.load_model(self.base.path, self.device, adapter=adapter)
 
     def run(self, model: Any, adapter: Adapter | None = None) -> torch.Tensor:
         """Outputs of the model, with the adapter attached if one is given."""
@@ -107,17 +108,21 @@ def check_forward(
     bench: Bench, expected: Adapter, output: Adapter, dtype: DType
 ) -> tuple[list[Check], torch.Tensor, torch.Tensor]:
     """The check of the output read by adaptmerge; with it the reference's and the base's outputs."""
-    model = bench.model()
+    model = bench.model(expected)
     y_base = bench.run(model)
     y_ref = bench.run(model, expected)
     y = bench.run(model, output)
+    y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
+    if y.shape != y_ref.shape:
+        detail = f"outputs are of shape {list(y.shape)}, promised were {list(y_ref.shape)}"
+        return [Check("forward", FAIL, detail)], y_ref, y_base
     check = judge("forward", compare(y, y_ref, y_base, dtype))
     return [check], y_ref, y_base
 
 
 def compare(y: torch.Tensor, y_ref: torch.Tensor, y_base: torch.Tensor, dtype: DType) -> Comparison:
     """y against y_ref relative to |y_ref - y_base|."""
-    y, y_ref, y_base = (value.detach().double().cpu() for value in (y, y_ref, y_base))
+    y, y_ref, y_base = _aligned([v.detach().double().cpu() for v in (y, y_ref, y_base)])
     effect = float((y_ref - y_base).norm())
     apart = float((y - y_ref).norm())
     size = float(y_ref.norm())
@@ -131,6 +136,14 @@ def compare(y: torch.Tensor, y_ref: torch.Tensor, y_base: torch.Tensor, dtype: D
         divergence=_divergence(y, y_ref),
         agreement=float((y.argmax(-1) == y_ref.argmax(-1)).double().mean()),
     )
+
+
+def _aligned(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The last positions that all of them have: virtual tokens make outputs longer at the front."""
+    if min(value.ndim for value in outputs) < 3:
+        return list(outputs)
+    shortest = min(value.shape[1] for value in outputs)
+    return [value[:, -shortest:] for value in outputs]
 
 
 def _divergence(y: torch.Tensor, y_ref: torch.Tensor) -> float:
@@ -157,12 +170,13 @@ def installed(form: Format) -> bool:
 
 
 def check_native_output(
-    bench: Bench, form: Format, path: Path, y_ref: torch.Tensor, y_base: torch.Tensor, dtype: DType
+    bench: Bench, result: Input, y_ref: torch.Tensor, y_base: torch.Tensor, dtype: DType
 ) -> Check:
     """The output loaded and run by its format's own library, against the reference."""
+    form, path = result.format, result.path
     assert form.oracle is not None
     name = f"forward in {form.oracle.package}"
-    model = bench.model()
+    model = bench.model(result.adapter)
     return _guarded(
         name,
         lambda: judge(
@@ -192,8 +206,14 @@ def _guarded(name: str, ask: Callable[[], Check]) -> Check:
 
 def _reading(name: str, bench: Bench, item: Input) -> Check:
     assert item.format.oracle is not None
-    theirs = item.format.oracle.deltas(bench.model(), item.path)
-    ours = {e.site.module: f for e in item.adapter.edits if _is_delta(e) and (f := factor_of(e))}
+    model = bench.model(item.adapter)
+    adapter = runtime.as_built(model, item.adapter)
+    theirs = item.format.oracle.deltas(model, item.path)
+    ours = {
+        str(site): delta_on(edits, weight)
+        for site, edits in _weight_edits(adapter)
+        if (weight := bench.base.weight(site)) is not None
+    }
     if not theirs or item.spec.alpha is not None:
         return Check(name, SKIPPED, "the library has no deltas to compare with")
     problems = [f"{site}: read by one of the two only" for site in sorted(set(ours) ^ set(theirs))]
@@ -210,5 +230,9 @@ def _reading(name: str, bench: Bench, item: Input) -> Check:
     return Check(name, PASS, f"{len(theirs)} deltas are read alike", {"worst": worst})
 
 
-def _is_delta(edit: Any) -> bool:
-    return bool(edit.site.param == "weight")
+def _weight_edits(adapter: Adapter) -> Iterator[tuple[Site, list[Any]]]:
+    """The edits that act on weights of modules and experts, by site; parameters stored whole aside."""
+    for site, edits in adapter.sites().items():
+        acting = [edit for edit in edits if isinstance(edit, WeightEdit) and edit.kind not in WHOLE]
+        if acting and (site.param == "weight" or site.expert is not None):
+            yield site, acting

@@ -5,22 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
 from adaptmerge.align import layer_count
 from adaptmerge.base import Base
-from adaptmerge.edits import factor_of, with_value
+from adaptmerge.edits import Add, delta_on, factor_of, refitted, with_value
 from adaptmerge.errors import InputError, VerificationFailed
 from adaptmerge.factors import Factor, Rows, as_low_rank
 from adaptmerge.files.refs import TensorRef
-from adaptmerge.graph import Adapter, Edit, Site
+from adaptmerge.graph import Adapter, Edit, Labels, Site
+from adaptmerge.heads import owner_of
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
-from adaptmerge.registry import Member, method_named
+from adaptmerge.names import other_versions
+from adaptmerge.registry import Meeting, Member, method_named
 from adaptmerge.report import Report, SiteLine
+from adaptmerge.resolve import WHOLE
 from adaptmerge.run import workers_default
+from adaptmerge.verify.stored import policies_in, promised_edit, promised_labels
 from adaptmerge.weights import SiteRule, Weights
 
 BLOCK = 1 << 19  # elements of a dense delta looked at at once: small enough for the cache
@@ -28,12 +32,18 @@ BLOCK = 1 << 19  # elements of a dense delta looked at at once: small enough for
 
 @dataclass(frozen=True, slots=True)
 class Promised:
-    """One promised edit: `edit` gives its kind and site, `terms` the weighted deltas it sums."""
+    """One promised edit: `edit` gives its kind and site, `terms` the weighted deltas it sums.
+
+    weight: the base's, where the deltas are what edits add to it. by_value: the tensors of `edit` are
+    themselves the promise.
+    """
 
     line: SiteLine
     edit: Edit
-    terms: tuple[tuple[float, Factor], ...]
-    values: tuple[tuple[float, TensorRef], ...] = ()
+    terms: tuple[tuple[float, Factor], ...] = ()
+    weight: TensorRef | None = None
+    by_value: bool = False
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +102,18 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
     return basis
 
 
-Key = tuple[str, str, str]
+Key = tuple[str, str, int | None, str]
 Weigh = Callable[[str, Site, str], float]
 
 
 def key_of(edit: Edit) -> Key:
     """What a line of a report calls an edit by."""
-    return edit.site.module, edit.site.param, edit.kind
+    return edit.site.module, edit.site.param, edit.site.expert, edit.kind
+
+
+def line_key(line: SiteLine) -> Key:
+    """What an edit is called that a line is about."""
+    return line.module, line.param, line.expert, line.kind
 
 
 def promises(report: Report, inputs: Mapping[str, Adapter], base: Base | None) -> list[Promised]:
@@ -108,17 +123,21 @@ def promises(report: Report, inputs: Mapping[str, Adapter], base: Base | None) -
     weigh = _weighing(report, inputs)
     unnamed = {name: _by_key(adapter) for name, adapter in inputs.items()}
     for line in report.sites:
+        taken = {name: _taken(unnamed.get(name, {}), line, name) for name in line.weights}
         members = [
-            Member(name, weight, edit)
-            for name, weight in line.weights.items()
-            for edit in _taken(unnamed.get(name, {}), line)
+            Member(name, line.weights[name], edits[0], tuple(edits))
+            for name, edits in taken.items()
+            if edits
         ]
         if not members or {member.adapter for member in members} != set(line.weights):
             problems.append(f"{line.site}: the report names inputs that have no such edit")
             continue
-        problems += _wrong_weights(line, weigh)
-        found.append(_promised(report, line, members, base))
-    problems += _unaccounted(report, unnamed, weigh)
+        problems += _wrong_weights(line, members, weigh)
+        found.append(
+            _stored_whole(report, line, members, inputs, base)
+            or _promised(report, line, members, base)
+        )
+    problems += _unaccounted(report, unnamed, weigh, base)
     if problems:
         raise VerificationFailed(problems)
     return found
@@ -144,65 +163,147 @@ def _by_key(adapter: Adapter) -> dict[Key, list[Edit]]:
     return found
 
 
-def _taken(edits: dict[Key, list[Edit]], line: SiteLine) -> list[Edit]:
-    """The edits of a line, taken off: with a base, sites get its names, longer or shorter by one."""
+def _taken(edits: dict[Key, list[Edit]], line: SiteLine, name: str) -> list[Edit]:
+    """The edits of a line, taken off, in the order they act."""
+    kinds = dict.fromkeys(line.kinds_in.get(name) or (line.kind,))
+    return [edit for kind in kinds for edit in _of_kind(edits, line, kind)]
+
+
+def _of_kind(edits: dict[Key, list[Edit]], line: SiteLine, kind: str) -> list[Edit]:
+    """With a base, sites get its names, longer or shorter by one or of another version."""
     shorter = line.module.partition(".")[2]
-    keys = [(module, line.param, line.kind) for module in (line.module, shorter)]
+    names = (line.module, shorter, *other_versions(line.module))
+    keys: list[Key] = [(name, line.param, line.expert, kind) for name in names]
     if not any(key in edits for key in keys):
         keys = [k for k in edits if (k[0].partition(".")[2], *k[1:]) == keys[0]]
     return next((edits.pop(key) for key in keys if key in edits), [])
 
 
-def _wrong_weights(line: SiteLine, weigh: Weigh) -> list[str]:
-    site = Site(line.module, line.param)
+def _wrong_weights(line: SiteLine, members: Sequence[Member], weigh: Weigh) -> list[str]:
+    site = Site(line.module, line.param, expert=line.expert)
     return [
-        f"{line.site}: the report says that {name} counts {weight:g} there, its options say otherwise"
-        for name, weight in line.weights.items()
-        if weigh(name, site, line.kind) != weight
+        f"{line.site}: the report says that {member.adapter} counts {member.weight:g} there, its "
+        "options say otherwise"
+        for member in members
+        if weigh(member.adapter, site, member.kinds[0]) != member.weight
     ]
 
 
 def _unaccounted(
-    report: Report, unnamed: Mapping[str, Mapping[Key, list[Edit]]], weigh: Weigh
+    report: Report,
+    unnamed: Mapping[str, Mapping[Key, list[Edit]]],
+    weigh: Weigh,
+    base: Base | None,
 ) -> list[str]:
     """Edits of inputs that no line names, though their weight is not 0 and no Note says so."""
     noted = {note.site for note in report.notes if "left out" in note.what}
-    lines = {(line.module, line.param, line.kind) for line in report.sites}
-    chosen = lines if report.options["heads"] else set()
+    lines = {line_key(line) for line in report.sites}
+    heads = policies_in(report)
     return [
         f"{edits[0].site}: the report says nothing of what {name} has there"
         for name, keyed in unnamed.items()
         for key, edits in keyed.items()
         if str(edits[0].site) not in noted
+        and not _is_on_nothing(edits[0].site, base)
         and weigh(name, edits[0].site, key[-1]) != 0.0
-        and not (key in chosen and key[-1] in ("replace", "rows"))
+        and not (key in lines and heads.chosen(owner_of(edits[0])) and key[-1] in WHOLE)
     ]
+
+
+def _is_on_nothing(site: Site, base: Base | None) -> bool:
+    """Whether the base has no such bias: what scales it does nothing."""
+    return base is not None and site.param == "bias" and base.weight(site) is None
+
+
+def _stored_whole(
+    report: Report,
+    line: SiteLine,
+    members: Sequence[Member],
+    inputs: Mapping[str, Adapter],
+    base: Base | None,
+) -> Promised | None:
+    """The promise of a line on a head or on token rows; None for what sums by a method's rule."""
+    if line.kind not in WHOLE:
+        return None
+    edit = promised_edit(report, line, members, inputs, base)
+    if edit is None:
+        return None
+    order = [item["name"] for item in report.inputs]
+    labels = promised_labels(line, members, inputs, order) if line.kind == "replace" else None
+    return Promised(line, edit, by_value=line.action != "pass", labels=labels)
 
 
 def _promised(
     report: Report, line: SiteLine, members: Sequence[Member], base: Base | None
 ) -> Promised:
     first = members[0].edit
-    if line.action == "value":
-        values = [(m.weight, m.edit.value) for m in members]  # type: ignore[attr-defined]
-        rest = 1.0 - sum(member.weight for member in members)
-        stored = base.parameter(first.site) if base else None
-        if abs(rest) > 1e-12 and stored is None:
-            raise InputError(
-                "its weights do not sum to 1 here, so the base's own value went into it: pass --base DIR",
-                where=line.site,
-            )
-        if abs(rest) > 1e-12 and stored is not None:
-            values.append((rest, stored))
-        return Promised(line, first, (), tuple(values))
-    factor = factor_of(first)
-    if factor is None:
-        return Promised(line, first, ())
+    if line.action == "pass":
+        factor = factor_of(first)
+        return Promised(line, first, () if factor is None else ((1.0, factor),))
+    rules = method_named(report.method).rules
+    if line.action == "value" and line.kind != "add":
+        weight = base.weight(first.site) if base else None
+        met = Meeting(first.site, (*members, *_rest(line, members, base)), weight)
+        return Promised(line, rules[line.kind](met), by_value=True)
+    if line.kind != "add":
+        return _joined(report, line, members, base)
+    members = [_as_delta(line, member, base) for member in members]
     promise = method_named(report.method).promise
-    if promise is not None and line.action != "pass":
-        return Promised(line, first, ((1.0, promise(first.site, members)),))
+    if promise is not None:
+        meant = factor_of(promise(Meeting(first.site, tuple(members))))
+        assert meant is not None
+        return Promised(line, members[0].edit, ((1.0, meant),))
     terms = [(m.weight, f) for m in members if (f := factor_of(m.edit)) is not None]
-    return Promised(line, first, tuple(terms))
+    return Promised(line, members[0].edit, tuple(terms))
+
+
+def _rest(line: SiteLine, members: Sequence[Member], base: Base | None) -> tuple[Member, ...]:
+    """The base's own share of a stored parameter, where the weights leave one."""
+    first = members[0].edit
+    rest = 1.0 - sum(member.weight for member in members)
+    if line.kind != "replace" or abs(rest) <= 1e-12:
+        return ()
+    stored = base.parameter(first.site) if base else None
+    if stored is None:
+        raise _needs_base(
+            line, "its weights do not sum to 1 here, so the base's own value went into it"
+        )
+    return (Member("base", rest, with_value(first, stored)),)
+
+
+def _needs_base(line: SiteLine, why: str) -> InputError:
+    return InputError(f"{why}: pass --base DIR", where=line.site)
+
+
+def _as_delta(line: SiteLine, member: Member, base: Base | None) -> Member:
+    """A member as what its edits add, on the base where they depend on it."""
+    edits = member.made_of
+    if len(edits) == 1 and edits[0].kind == "add":
+        return member
+    weight = base.weight(edits[0].site) if base else None
+    if weight is not None:
+        delta: Factor | None = delta_on(edits, weight)  # type: ignore[arg-type]
+    else:
+        delta = edits[0].delta() if len(edits) == 1 else None  # type: ignore[attr-defined]
+    if delta is None:
+        raise _needs_base(line, "what its inputs add depends on the base")
+    return replace(member, edit=Add(edits[0].site, delta))
+
+
+def _joined(
+    report: Report, line: SiteLine, members: Sequence[Member], base: Base | None
+) -> Promised:
+    """A sum that is no plain delta: by what it adds to the base, or without one by its parts."""
+    weight = base.weight(members[0].edit.site) if base else None
+    if weight is None and report.base is not None:
+        raise _needs_base(line, "it was made for a base, on which its inputs depend")
+    site = members[0].edit.site
+    edit = method_named(report.method).rules[line.kind](Meeting(site, tuple(members), weight))
+    if weight is None:
+        factor = factor_of(edit)
+        return Promised(line, edit, () if factor is None else ((1.0, factor),))
+    terms = [(m.weight, delta_on(m.made_of, weight)) for m in members]  # type: ignore[arg-type]
+    return Promised(line, edit, tuple(terms), weight)
 
 
 def row_blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
@@ -259,18 +360,8 @@ def other_tensors(edit: Edit) -> dict[str, TensorRef]:
 
 def expected_edit(promised: Promised, factor: Factor | None) -> Edit:
     """The promised edit as something a model can be run with."""
-    from adaptmerge.edits import refitted
-
-    if promised.values:
-        return with_value(promised.edit, _settled_value(promised))
-    return promised.edit if factor is None else refitted(promised.edit, factor)
-
-
-def _settled_value(promised: Promised) -> TensorRef:
-    from adaptmerge.files.dtypes import F64
-    from adaptmerge.files.refs import listed
-
-    shape = promised.values[0][1].shape
-    total = sum(w * ref.read().double().reshape(shape) for w, ref in promised.values)
-    assert isinstance(total, torch.Tensor)
-    return listed(tuple(total.flatten().tolist()), shape, F64)
+    if factor is None or promised.by_value:
+        return promised.edit
+    if promised.weight is not None:
+        return Add(promised.edit.site, factor)
+    return refitted(promised.edit, factor)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.edits import factor_of
-from adaptmerge.factors import refs_of
+from adaptmerge.edits import delta_on, factor_of
+from adaptmerge.factors import Factor, as_low_rank, refs_of
 from adaptmerge.files.compare import same_values
+from adaptmerge.files.refs import TensorRef
 from adaptmerge.graph import Adapter, Edit
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import noise_floor
@@ -17,12 +19,14 @@ from adaptmerge.verify.audit import Audit, Loss, auditor, unearned
 from adaptmerge.verify.checks import FAIL, PASS, Check
 from adaptmerge.verify.promise import (
     Distance,
+    Key,
     Projected,
     Promised,
     WeightedSum,
     distance,
     expected_edit,
     key_of,
+    line_key,
     other_tensors,
     settings,
 )
@@ -43,16 +47,23 @@ def check_weights(
     losses: list[Loss] = []
     audit = auditor(report, losses)
     for item in promised:
-        edit = stored.pop((item.line.module, item.line.param, item.line.kind), None)
+        edit = stored.pop(line_key(item.line), None)
         found, size, off = _site(item, edit, expected, audit)
         problems += found
         effect += size**2
         worst.append((off, item.line.site))
-    problems += [f"{edit.site}: is in the output, but in no input" for edit in stored.values()]
+    unasked = [edit for edit in stored.values() if not _does_nothing(edit)]
+    problems += [f"{edit.site}: is in the output, but in no input" for edit in unasked]
     problems += unearned(report, losses)
     if not problems and effect == 0.0 and _any_delta(promised):
         problems.append("the output has no effect at all")
     return _check(problems, worst, len(promised)), expected
+
+
+def _does_nothing(edit: Edit) -> bool:
+    """Whether it adds exactly zero, as the biases do that a format stores for all modules or none."""
+    factor = factor_of(edit)
+    return edit.kind == "add" and factor is not None and not bool(factor.dense().any())
 
 
 def _twice(output: Adapter) -> list[str]:
@@ -60,13 +71,11 @@ def _twice(output: Adapter) -> list[str]:
     return [f"{module}: is in the output {n} times" for (module, *_), n in counts.items() if n > 1]
 
 
-def _dtypes(
-    report: Report, promised: Sequence[Promised], stored: Mapping[tuple[str, str, str], Edit]
-) -> list[str]:
+def _dtypes(report: Report, promised: Sequence[Promised], stored: Mapping[Key, Edit]) -> list[str]:
     """What was computed is stored in the dtype that the report says, which sets the tolerances."""
     said = report.output["dtype"]
     fitted = [item.line for item in promised if item.line.action == "fit"]
-    keys = [(line.module, line.param, line.kind) for line in fitted]
+    keys = [line_key(line) for line in fitted]
     return [
         f"{line.site}: is stored as {ref.dtype}, reported was {said}"
         for line, key in zip(fitted, keys, strict=True)
@@ -105,13 +114,13 @@ def _site(
     item: Promised, edit: Edit | None, expected: list[Edit], audit: Audit
 ) -> tuple[list[str], float, float]:
     """Problems of one site, the size of its stored delta, and its error beyond what was reported."""
-    if item.values:
+    if item.by_value:
         return _value(item, edit, expected)
     if not item.terms:
         expected.append(item.edit)
         return (_same_tensors(item, edit), 0.0, 0.0) if edit else ([_missing(item)], 0.0, 0.0)
     whole = _whole(item)
-    stored = factor_of(edit) if edit else None
+    stored = _stored(item, edit)
     if edit is None or stored is None:
         found, size, off = _absent(item, whole, expected)
         size_of = distance(whole, whole).left
@@ -119,12 +128,20 @@ def _site(
     if stored.shape != whole.shape:
         return [f"{item.line.site}: stored {stored.shape}, promised {whole.shape}"], 0.0, 1.0
     lossy = item.line.truncation > 0.0
-    reference = Projected(whole, stored) if lossy else whole
-    expected.append(expected_edit(item, reference))
+    projected = Projected(whole, stored) if as_low_rank(stored) is not None else stored
+    expected.append(expected_edit(item, projected if lossy else whole))
     apart = distance(whole, stored)
-    problems = _same_tensors(item, edit) + _error(item, apart)
+    problems = [] if item.weight is not None else _same_tensors(item, edit)
+    problems += _error(item, apart)
     problems += audit(item, whole, stored, apart)
     return problems, apart.right, abs(apart.relative - item.line.error)
+
+
+def _stored(item: Promised, edit: Edit | None) -> Factor | None:
+    """What the stored edit adds: its factor, or on the base where that is the promise."""
+    if edit is None or item.weight is None:
+        return factor_of(edit) if edit else None
+    return delta_on([edit], item.weight)  # type: ignore[list-item]
 
 
 def _missing(item: Promised) -> str:
@@ -192,16 +209,24 @@ def _equal(a: Any, b: Any) -> bool:
 def _value(
     item: Promised, edit: Edit | None, expected: list[Edit]
 ) -> tuple[list[str], float, float]:
-    wanted = expected_edit(item, None)
+    """Computed tensors, all of them against the definition."""
+    wanted = item.edit
     expected.append(wanted)
     if edit is None:
         return [_missing(item)], 0.0, 1.0
-    a = other_tensors(wanted)["value"].read().double()
-    b = other_tensors(edit)["value"].read().double()
-    if a.shape != b.shape:
-        found = f"has shape {list(b.shape)}, promised was {list(a.shape)}"
-        return [f"{item.line.site}: {found}"], 0.0, 1.0
-    off = float((a - b).norm()) / (float(a.norm()) or 1.0)
+    found = other_tensors(edit)
+    pairs = [(ref, found.get(name)) for name, ref in other_tensors(wanted).items()]
+    if settings(edit) != settings(wanted) or any(b is None or a.shape != b.shape for a, b in pairs):
+        shapes = f"{[list(r.shape) for r in found.values()]}"
+        promised = f"{[list(a.shape) for a, _ in pairs]}"
+        return [f"{item.line.site}: has shapes {shapes}, promised were {promised}"], 0.0, 1.0
+    apart = sum(_squares(a, b) for a, b in pairs if b is not None)
+    size = sum(float(a.read().double().square().sum()) for a, _ in pairs)
+    off = math.sqrt(apart) / (math.sqrt(size) or 1.0)
     if abs(off - item.line.error) <= max(TOLERANCE, SLACK * item.line.error):
         return [], 0.0, off
     return [f"{item.line.site}: value is {off:.2e} away from what was promised"], 0.0, off
+
+
+def _squares(a: TensorRef, b: TensorRef) -> float:
+    return float((a.read().double() - b.read().double()).square().sum())

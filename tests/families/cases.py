@@ -28,11 +28,10 @@ LINEARS = [*QV, "o_proj", "down_proj"]
 
 @torch.no_grad()
 def noise(model: nn.Module, size: float = 0.1) -> None:
-    """Every trained parameter moved by random values of a fixed seed."""
-    generator = torch.Generator().manual_seed(7)
+    """Every trained parameter moved by random values of the seed that is set."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name in sorted(trained):
-        added = torch.randn(trained[name].shape, generator=generator)
+        added = torch.randn(trained[name].shape)
         trained[name].add_(size * added.to(trained[name].dtype))
 
 
@@ -46,7 +45,7 @@ class FamilyCase:
 
     name: str
     config: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     model: str = "llama"
     tolerance: float = 1e-6
     merges: bool = True

@@ -17,6 +17,8 @@ from torch import Tensor
 from adaptmerge import runtime
 from adaptmerge.base import Base, open_base
 from adaptmerge.edits import WeightEdit, delta_on
+from adaptmerge.fit import Budget
+from adaptmerge.formats.peft.tuner import tuner_of
 from adaptmerge.graph import Adapter
 from adaptmerge.inputs import InputSpec, open_input
 from adaptmerge.merge import Options, combine
@@ -127,6 +129,7 @@ def test_its_delta_is_what_peft_merges(name: str, setting: Callable[[str], Setti
         factor = delta_on(edits, weight)  # type: ignore[arg-type]
         key = next(k for k in before if k.endswith(f"{site.module}.{site.param}"))
         moved = after[key] - before[key]
+        moved = moved if site.expert is None else moved[site.expert]
         turned = found.base.is_transposed(site) and moved.ndim == 2
         moved = (moved.T if turned else moved).reshape(factor.shape)
         assert moved.norm() > 0
@@ -135,3 +138,28 @@ def test_its_delta_is_what_peft_merges(name: str, setting: Callable[[str], Setti
         assert (thin - moved).norm() < 1e-5 * moved.norm()
         checked += 1
     assert checked
+
+
+def _as_lora(case: FamilyCase) -> bool:
+    """Whether PEFT can hold what it adds as a plain LoRA, and tells us what that is."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+
+    types = {config.__name__: kind.value for kind, config in CONFIGS.items()}
+    tuner = tuner_of(types[case.config])
+    assert tuner is not None
+    return case.merges and tuner.as_lora != "never"
+
+
+@pytest.mark.parametrize("name", [n for n, case in all_cases().items() if _as_lora(case)])
+def test_as_lora_it_computes_the_same_in_peft(
+    name: str, setting: Callable[[str], Setting], tmp_path: Path
+) -> None:
+    """Every singular value kept: exact whatever the family stores."""
+    found = setting(name)
+    options = Options(
+        base=str(found.base_folder), form="lora", budget=Budget(energy=1.0), dtype="fp32"
+    )
+    combine([InputSpec(str(found.path))], tmp_path / "out", options)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["use_dora"]) == ("LORA", False)
+    assert found.error(found.case.truth(tmp_path / "out")) < max(1e-5, found.case.tolerance)

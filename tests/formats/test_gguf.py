@@ -451,8 +451,6 @@ def refusal(case: str, family: str, tmp_path: Path, base: Path, **options: Any) 
 
 
 def test_what_has_no_place(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    said = refusal("dora", "llama", tmp_path / "dora", bases("llama"))
-    assert "no place for dora edits" in said
     said = refusal("head_bert", "bert", tmp_path / "bert", bases("bert"), modules_to_save=[])
     assert "'bert', whose names in GGUF are not known" in said
     tied = {"target_modules": ["lm_head", "wte", "c_attn"], "fan_in_fan_out": False}

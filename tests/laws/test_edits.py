@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from adaptmerge import edits
-from adaptmerge.edits import Add, Bottleneck, Dora, Gated, Replace, ReplaceRows, Scale, factor_of
+from adaptmerge.edits import (
+    Add,
+    Bottleneck,
+    Dora,
+    Gated,
+    Opaque,
+    Replace,
+    ReplaceRows,
+    Scale,
+    factor_of,
+)
 from adaptmerge.factors import low_rank, refs_of
 from adaptmerge.files.dtypes import F32
 from adaptmerge.files.refs import TensorRef, listed
@@ -40,6 +50,7 @@ EXAMPLES: dict[type, Callable[[], Any]] = {
         SITE, "mlp", ref(3, IN), ref(3, seed=1), ref(IN, 3, seed=2), ref(IN, seed=3), "relu"
     ),
     Gated: lambda: Gated(SITE, factor(), ref(1, IN, seed=4), ref(1, seed=5)),
+    Opaque: lambda: Opaque(SITE, "router", "routes every token", (ref(OUT, IN, seed=6),)),
 }
 CLASSES = [
     c
@@ -52,7 +63,7 @@ ACTIVATION = [c for c in CLASSES if hasattr(c, "forward")]
 
 def test_every_edit_is_here_and_is_of_one_sort() -> None:
     assert set(CLASSES) == set(EXAMPLES)
-    assert set(WEIGHT) | set(ACTIVATION) == set(CLASSES)
+    assert set(WEIGHT) | set(ACTIVATION) | {Opaque} == set(CLASSES)
     assert not set(WEIGHT) & set(ACTIVATION)
     assert len({c.kind for c in CLASSES}) == len(CLASSES)
 

@@ -30,6 +30,11 @@ TRAINED = [
     "lora-r4-dora-embed-cheaders",
     "ia3-shakespeare",
     "vera-r64-shakespeare",
+    "loha-r4-shakespeare",
+    "lokr-r4-perl",
+    "oft-b16-cheaders",
+    "lntuning-cheaders",
+    "prefix-8-perl",
 ]
 
 

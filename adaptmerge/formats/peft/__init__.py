@@ -15,9 +15,11 @@ from __future__ import annotations
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.peft import write
+from adaptmerge.formats.peft.beside import labels_of, model_config, token_names
 from adaptmerge.formats.peft.config import (
     CONFIG,
     FAMILY_MARKS,
+    METADATA_KEY,
     READABLE,
     WEIGHTS,
     PeftConfig,
@@ -26,6 +28,8 @@ from adaptmerge.formats.peft.config import (
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.oracle import ORACLE
 from adaptmerge.formats.peft.read import edits_of
+from adaptmerge.formats.peft.releases import RELEASES
+from adaptmerge.formats.peft.target_parameters import covers
 from adaptmerge.formats.peft.tuner import Reading, tuner_of
 from adaptmerge.graph import Adapter, BaseReference, Bundle, Note, bundle_of
 from adaptmerge.registry import Format, ReadOptions
@@ -38,7 +42,14 @@ def detect(listing: Listing) -> bool:
     name = listing.single or next((name for name in READABLE if listing.has(name)), "")
     if not name.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json")):
         return False
-    return any(mark in key for key in listing.tensors(name).refs for mark in FAMILY_MARKS)
+    file = listing.tensors(name)
+    if METADATA_KEY in file.metadata or (name in WEIGHTS and _has_config(listing)):
+        return True
+    return any(mark in key for key in file.refs for mark in FAMILY_MARKS)
+
+
+def _has_config(listing: Listing) -> bool:
+    return listing.has(CONFIG) and "peft_type" in listing.json(CONFIG)
 
 
 def read(listing: Listing, options: ReadOptions) -> Bundle:
@@ -63,15 +74,27 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
             f"?alpha= is for LoRA; {config.peft_type} has no alpha: leave it out",
             where=listing.origin,
         )
-    reading = Reading(tuner, Keys.of(file, tuner.key()), config, options)
+    for name in ("task", "init"):
+        if getattr(options, name) is not None and name not in tuner.takes:
+            raise InputError(
+                f"?{name}= means nothing for a {config.peft_type}: leave it out",
+                where=listing.origin,
+            )
+    reading = Reading(tuner, Keys.of(file, tuner.key(), tuner.prefix), config, options)
     edits = edits_of(reading)
+    beside = model_config(listing, file) if any(getattr(e, "owner", "") for e in edits) else {}
+    labels = labels_of(edits, beside, reading.notes)
     adapter = Adapter(
         name="default",
         edits=tuple(edits),
-        base=BaseReference(name=config.base_model, revision=config.revision),
+        base=BaseReference(
+            name=config.base_model, revision=config.revision, replication=config.replication
+        ),
         notes=(*(Note(*note) for note in found.notes), *reading.notes),
-        hints={"peft": config.hints()},
-        covers=config.covers(edit.site.module for edit in edits),
+        hints={"peft": config.hints(), **({"config": dict(beside)} if labels else {})},
+        covers=config.covers(edit.site.module for edit in edits) | covers(config, edits),
+        labels=labels,
+        tokens=token_names(listing, edits),
     )
     return bundle_of(adapter)
 
@@ -100,5 +123,6 @@ FORMAT = Format(
     suffixes=(".safetensors",),
     takes_alpha=True,
     files=(CONFIG, *READABLE),
+    versions=RELEASES,
     oracle=ORACLE,
 )

@@ -31,7 +31,7 @@ class Keys:
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, file: TensorFile, tuner: re.Pattern[str]) -> Keys:
+    def of(cls, file: TensorFile, tuner: re.Pattern[str], prefix: str = PREFIX) -> Keys:
         """The keys of `file`, those of modules by the pattern of its tuner. Raises InputError when two
         keys are the same without their prefixes."""
         refs: dict[str, TensorRef] = {}
@@ -41,7 +41,7 @@ class Keys:
         for key, ref in file.refs.items():
             plain = unwrapped(key)
             renamed += plain != key
-            plain = plain.removeprefix(PREFIX)
+            plain = plain.removeprefix(prefix)
             if plain in refs:
                 problems.append(
                     f"{origins[plain]!r} and {key!r} name the same tensor once prefixes are "
@@ -101,7 +101,8 @@ class Keys:
 
 
 def _empty(key: str, ref: TensorRef) -> list[str]:
-    if ref.count:
+    """A tensor without values; several axes, one of them empty, are a rank or choice of 0 and no damage."""
+    if ref.count or len(ref.shape) > 1:
         return []
     return [
         f"tensor {key!r} has shape {list(ref.shape)} and no values: it was saved under DeepSpeed ZeRO-3 "

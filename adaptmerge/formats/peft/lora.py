@@ -1,119 +1,110 @@
-"""LoRA and DoRA: keys and config to edits."""
+"""peft_type LORA: keys and config to edits. What the variants make of a pair is in lora_variants.py."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from adaptmerge.edits import Add, Dora
-from adaptmerge.factors import Leaf, Product, low_rank
+from adaptmerge.factors import Leaf, Product
 from adaptmerge.files.refs import TensorRef
+from adaptmerge.formats.peft import target_parameters
 from adaptmerge.formats.peft.config import ASSUMED_SCALE, PeftConfig
-from adaptmerge.formats.peft.keys import Keys
-from adaptmerge.formats.peft.tuner import Parts, Reading
+from adaptmerge.formats.peft.initial import Initial, initial_pairs
+from adaptmerge.formats.peft.lora_variants import Pair, beside, edit_of, unequal
+from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading
 from adaptmerge.graph import Edit, Kind, Layer, Note, Site
-from adaptmerge.registry import ReadOptions
+
+EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+LINEAR = ("lora_A", "lora_B")
+INSIDE = ".base_layer.out_proj"  # where nn.MultiheadAttention keeps the second of its two pairs
 
 
 def read(reading: Reading) -> list[Edit]:
-    """The edits of a LoRA or DoRA file, module by module."""
-    keys, config, options, notes = reading.keys, reading.config, reading.options, reading.notes
-    if config.r is None and options.alpha is None:
+    """The edits of a file, module by module."""
+    config, notes = reading.config, reading.notes
+    if config.r is None and reading.options.alpha is None:
         notes.append(Note(*ASSUMED_SCALE))
-    edits: list[Edit] = []
-    for module, parts in keys.modules.items():
-        edits += _module(keys, config, options, module, parts)
+    edits = target_parameters.read(reading)
+    initial = initial_pairs(reading)
+    for module, parts in reading.keys.modules.items():
+        try:
+            edits += module_edits(reading, initial, module, parts)
+        except ValueError as problem:
+            reading.keys.problems.append(f"{module}: {problem}")
     if config.use_dora is False and any(edit.kind == "dora" for edit in edits):
-        notes.append(
-            Note(
-                Kind.ASSUMED, "DoRA magnitudes are stored though use_dora is not set: read as DoRA"
-            )
-        )
-    notes += unread_by_peft(config, edits)
+        what = "DoRA magnitudes are stored though use_dora is not set: read as DoRA"
+        notes.append(Note(Kind.ASSUMED, what))
+    notes += [*reading.ignored(), *unread_biases(config, edits)]
     return edits
 
 
-def unread_by_peft(config: PeftConfig, edits: Sequence[Edit]) -> list[Note]:
-    """Tensors that PEFT ignores, since its config does not say that they are there; they are read."""
-    added = [edit.site for edit in edits if edit.kind in ("add", "dora")]
-    lost = config.unselected(site.module for site in added)
-    notes = []
-    if lost:
-        what = f"target_modules selects {len(lost)} stored sites not, which PEFT ignores: read as active"
-        notes.append(Note(Kind.ASSUMED, what, site=lost[0]))
-    if config.has_no_bias and any(site.param == "bias" for site in added):
-        what = "biases are stored though lora_bias is not set, which PEFT ignores: read as active"
-        notes.append(Note(Kind.ASSUMED, what))
-    return notes
-
-
-def _module(
-    keys: Keys, config: PeftConfig, options: ReadOptions, module: str, parts: Parts
-) -> list[Edit]:
-    problems = _module_problems(config, module, parts)
-    if problems:
-        keys.problems += problems
+def unread_biases(config: PeftConfig, edits: Sequence[Edit]) -> list[Note]:
+    """A Note on biases that PEFT ignores, since its config does not say that they are there."""
+    if not config.has_no_bias or all(edit.site.param != "bias" for edit in edits):
         return []
-    up, down, layer = _sides(parts)
+    what = "biases are stored though lora_bias is not set, which PEFT ignores: read as active"
+    return [Note(Kind.ASSUMED, what)]
+
+
+def module_edits(
+    reading: Reading, initial: Initial | None, module: str, parts: Parts
+) -> list[Edit]:
+    """The edit of the weight, and the one of the bias where that is stored."""
+    up, down, layer = sides(parts)
     rank = down.shape[0]
-    scale = config.scale(module, rank, options.alpha)
-    site = Site(module, "weight", layer)
-    factor = low_rank(up, down, scale)
-    edits: list[Edit] = []
-    if "lora_magnitude_vector" in parts:
-        edits.append(Dora(site, factor, parts["lora_magnitude_vector"]))
-    else:
-        edits.append(Add(site, factor))
+    site, owner = _place(reading, module, layer)
+    _check_rank(reading.config, owner, parts, rank)
+    if reading.config.use_dora and "lora_magnitude_vector" not in parts:
+        raise Malformed("use_dora is set but no lora_magnitude_vector is stored")
+    scale = reading.config.scale(owner, rank, reading.options.alpha)
+    first = None if initial is None else initial.pair(module, up, down, scale)
+    edits = [edit_of(reading, Pair(site, up, down, scale, first, inner=owner != module), parts)]
     if "lora_B.bias" in parts:
+        if owner != module or site.param != "weight":
+            raise Malformed("lora_B.bias of nn.MultiheadAttention is not what PEFT computes with")
         bias = parts["lora_B.bias"]
         column = Product((Leaf(bias.reshape(bias.count, 1)),), scale)
-        edits.append(Add(Site(module, "bias", layer), column))
+        edits.append(beside(reading, Site(module, "bias", layer), column))
     return edits
 
 
-def _sides(parts: Parts) -> tuple[TensorRef, TensorRef, Layer]:
-    """(up, down) as canonical matrices (out, r) and (r, in), and the layer they are for."""
-    if "lora_embedding_A" in parts:
-        return parts["lora_embedding_A"].T, parts["lora_embedding_B"].T, Layer("embedding")
-    up, down = parts["lora_B"], parts["lora_A"]
-    if len(down.shape) == 2:
-        return up, down, Layer("linear")
-    rank, kernel = down.shape[0], down.shape[2:]
-    flat = down.reshape(rank, math.prod(down.shape[1:]))
-    return up.reshape(up.shape[0], rank), flat, Layer("conv", kernel)
+def _place(reading: Reading, module: str, layer: Layer) -> tuple[Site, str]:
+    """Where a pair acts, and the module that the config means by it."""
+    modules = reading.keys.modules
+    owner = module.removesuffix(INSIDE)
+    if owner != module and owner in modules:
+        return Site(f"{owner}.out_proj", "weight", layer), owner
+    param = "in_proj_weight" if f"{module}{INSIDE}" in modules else "weight"
+    return Site(module, param, layer), module
 
 
-def _module_problems(config: PeftConfig, module: str, parts: Parts) -> list[str]:
-    pair = (
-        ("lora_embedding_A", "lora_embedding_B")
-        if "lora_embedding_A" in parts or ("lora_embedding_B" in parts)
-        else ("lora_A", "lora_B")
-    )
-    missing = [name for name in pair if name not in parts]
+def sides(parts: Parts) -> tuple[TensorRef, TensorRef, Layer]:
+    """(up, down) as canonical matrices (out, r) and (r, in), and the layer they are for; the down of a
+    convolution keeps its kernel. Raises Malformed."""
+    names = EMBEDDING if any(name in parts for name in EMBEDDING) else LINEAR
+    missing = [name for name in names if name not in parts]
     if missing:
-        return [f"{module}: {' and '.join(missing)} is missing, found only {', '.join(parts)}"]
-    a, b = parts[pair[0]], parts[pair[1]]
+        raise Malformed(f"{' and '.join(missing)} is missing, found only {', '.join(parts)}")
+    a, b = (parts[name] for name in names)
     if len(a.shape) != len(b.shape) or len(a.shape) < 2:
-        return [f"{module}: {pair[0]} {list(a.shape)} and {pair[1]} {list(b.shape)} are no pair"]
+        raise Malformed(f"{names[0]} {list(a.shape)} and {names[1]} {list(b.shape)} are no pair")
     if len(a.shape) > 2 and math.prod(b.shape[2:]) != 1:
-        return [f"{module}: {pair[1]} {list(b.shape)} has a kernel: expected 1x1"]
-    if a.shape[0] != b.shape[1]:
-        return [_rank_mismatch(module, pair, a, b)]
-    expected = config.rank(module)
-    if expected is not None and expected != a.shape[0]:
-        return [
-            f"{module}: {pair[0]} {list(a.shape)} has rank {a.shape[0]}, but the config says "
-            f"{expected}: is this config of another adapter?"
-        ]
-    if config.use_dora and "lora_magnitude_vector" not in parts:
-        return [f"{module}: use_dora is set but no lora_magnitude_vector is stored"]
-    return []
+        raise Malformed(f"{names[1]} {list(b.shape)} has a kernel: expected 1x1")
+    if names is EMBEDDING:
+        if a.shape[0] != b.shape[1]:
+            raise unequal(names, a.shape, b.shape)
+        return a.T, b.T, Layer("embedding")
+    if len(a.shape) == 2:
+        return b, a, Layer("linear")
+    return b.reshape(*b.shape[:2]), a, Layer("conv", a.shape[2:])
 
 
-def _rank_mismatch(module: str, pair: tuple[str, str], a: TensorRef, b: TensorRef) -> str:
-    if len(a.shape) > 2 and b.shape[1] and a.shape[0] % b.shape[1] == 0:
-        return f"{module}: a LoRA on a grouped convolution ({list(b.shape)}) is not read yet"
-    return (
-        f"{module}: {pair[0]} {list(a.shape)} has rank {a.shape[0]} and {pair[1]} {list(b.shape)} "
-        f"has rank {b.shape[1]}: they must be equal"
+def _check_rank(config: PeftConfig, owner: str, parts: Parts, rank: int) -> None:
+    expected = config.rank(owner)
+    if expected is None or expected == rank:
+        return
+    name = EMBEDDING[0] if EMBEDDING[0] in parts else LINEAR[0]
+    raise Malformed(
+        f"{name} {list(parts[name].shape)} has rank {rank}, but the config says {expected}: is this "
+        "config of another adapter?"
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from adaptmerge.files.safetensors import read_header
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS
+from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
 from adaptmerge.registry import Oracle
 
@@ -39,19 +40,57 @@ def _as_folder(path: Path) -> Iterator[Path]:
 
 
 def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Module path to delta (out, in) in float64, as PEFT computes it, for families that have one."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    """Module path to what PEFT's own merge adds to the weight, (out, in) in float64.
 
+    Empty for families that PEFT does not merge.
+    """
+    from peft import PeftModel
+
+    before = {name: value.clone() for name, value in model.double().state_dict().items()}
     with _quietly(), _as_folder(path) as folder:
         wrapped = PeftModel.from_pretrained(model, str(folder)).double()
+        adapted, stacks = _adapted(wrapped), _stacks(wrapped)
+        if not (adapted or stacks) or not hasattr(wrapped.base_model, "merge_and_unload"):
+            return {}
+        try:
+            merged = wrapped.merge_and_unload()
+        except (NotImplementedError, ValueError, TypeError, AttributeError):
+            return {}
     found = {}
-    for name, module in wrapped.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
-            delta = module.get_delta_weight("default")
-            delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta
-            found[name] = delta.detach().flatten(1)
+    for name, turned in adapted.items():
+        delta = merged.get_submodule(name).weight.detach() - before[f"{name}.weight"]
+        found[name] = (delta.T if turned else delta).reshape(delta.shape[turned], -1)
+    for (name, param), turned in stacks.items():
+        stack = getattr(merged.get_submodule(name), param).detach() - before[f"{name}.{param}"]
+        for expert, delta in enumerate(stack):
+            found[str(Site(name, param, expert=expert))] = delta.T if turned else delta
     return found
+
+
+def _stacks(wrapped: Any) -> dict[tuple[str, str], bool]:
+    """Module and name of the adapted parameters that stack experts, and whether as (experts, in, out)."""
+    return {
+        (name.replace(".base_layer", ""), module.parameter_name): bool(
+            getattr(module.get_base_layer(), "is_transposed", False)
+        )
+        for name, module in wrapped.base_model.model.named_modules()
+        if hasattr(module, "parameter_name") and module.get_param().ndim == 3
+    }
+
+
+def _adapted(wrapped: Any) -> dict[str, bool]:
+    """The modules with one adapted weight, and whether it lies (in, out); rows that are replaced are no
+    deltas."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name: type(module.get_base_layer()).__name__ == "Conv1D"
+        for name, module in wrapped.base_model.model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, TrainableTokensLayer)
+        and hasattr(module.get_base_layer(), "weight")
+    }
 
 
 def forward(model: Any, path: Path, inputs: Mapping[str, Any]) -> torch.Tensor:

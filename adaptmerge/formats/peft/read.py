@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from adaptmerge.factors import refs_of
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.saved import saved_edits
-from adaptmerge.formats.peft.tuner import COMMON, Malformed, Parts, Reading
+from adaptmerge.formats.peft.tuner import COMMON, Malformed, Parts, Reading, families
 from adaptmerge.graph import Edit, Kind, Note
+
+LORA = "LORA"
 
 
 def edits_of(reading: Reading) -> list[Edit]:
@@ -19,20 +22,40 @@ def edits_of(reading: Reading) -> list[Edit]:
     if tuner.read is not None:
         found = _guarded(reading, "", {}, lambda: tuner.read(reading))
     else:
-        found = [
-            edit
-            for module, parts in reading.keys.modules.items()
-            for edit in _module(reading, module, parts)
-        ]
-    edits = [*saved_edits(reading.keys, reading.config, reading.notes), *found]
+        assert tuner.module is not None
+        found = each_module(reading, tuner.module)
+    saved = saved_edits(reading.keys, reading.config, reading.notes)
+    _judge_saved(reading, saved, {edit.site.module for edit in found})
     reading.keys.finish()
-    return edits
+    if tuner.peft_type != LORA:
+        reading.notes += reading.ignored()
+    return [*saved, *found]
 
 
-def _module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
-    read = reading.tuner.module
-    assert read is not None
-    return _guarded(reading, module, parts, lambda: read(reading, module, parts))
+def _judge_saved(reading: Reading, saved: Sequence[Edit], adapted: Collection[str]) -> None:
+    """What lies inside an adapted module, or where the base has nothing, is no parameter stored whole."""
+    base = reading.options.base
+    marks = {name.partition("_")[0] + "_" for name in families()} | {"hada_", "lora_"}
+    for edit in saved:
+        module, last = edit.site.module, edit.site.module.rpartition(".")[2]
+        inside = module.rpartition(".")[0] in adapted or any(map(last.startswith, marks))
+        foreign = base is not None and base.tensors and base.locate(module) is None
+        if getattr(edit, "role", "") == "unlisted" and (inside or foreign):
+            reading.keys.problems.append(
+                f"tensor of {edit.site} belongs to nothing this format knows"
+                + (f", nor to {base.path.name}" if foreign and base is not None else "")
+            )
+
+
+def each_module(
+    reading: Reading, read: Callable[[Reading, str, Parts], Sequence[Edit]]
+) -> list[Edit]:
+    """The edits that `read` makes of each module; what it complains of is said of that module."""
+    return [
+        edit
+        for module, parts in reading.keys.modules.items()
+        for edit in _guarded(reading, module, parts, partial(read, reading, module, parts))
+    ]
 
 
 def _guarded(reading: Reading, module: str, parts: Parts, read: object) -> list[Edit]:
@@ -52,21 +75,27 @@ def _guarded(reading: Reading, module: str, parts: Parts, read: object) -> list[
     problems += [
         f"tensor {ref.name!r} belongs to nothing this format knows"
         for ref in parts.values()
-        if ref.name not in used and not problems
+        if ref.name not in used
     ]
     return list(edits)
 
 
 def _judge_fields(reading: Reading) -> None:
-    """Unknown fields: said when empty, an error when they are set, for they may change the maths."""
+    """Unknown fields: said when unset, an error when they are set, for they may change the maths."""
     tuner = reading.tuner
     known = COMMON | tuner.maths.keys() | tuner.training | set(tuner.patterns.values())
     unknown = {k: v for k, v in reading.config.raw.items() if k not in known}
-    harmless = [name for name, value in unknown.items() if not value]
-    if harmless:
-        names = ", ".join(sorted(harmless))
-        what = f"unknown config fields that are not set are taken as harmless: {names}"
-        reading.notes.append(Note(Kind.INFO, what))
+    for kind, empty in ((Kind.INFO, (None, [], {}, "")), (Kind.ASSUMED, (0,))):
+        names = sorted(name for name, value in unknown.items() if value in empty)
+        if names:
+            what = (
+                f"unknown config fields that are not set are taken as harmless: {', '.join(names)}"
+            )
+            reading.notes.append(Note(kind, what))
+    bias = reading.config.raw.get("bias")
+    modes = ("none", "all", tuner.bias_mode)
+    if tuner.bias_mode and bias is not None and bias not in modes:
+        reading.keys.problems.append(f"bias is {bias!r}: expected {', '.join(modes)}")
     version = reading.config.raw.get("peft_version") or "unknown"
     reading.keys.problems += [
         f"config field {name} is {value!r}, which this version does not know (the file was written by "
@@ -76,4 +105,4 @@ def _judge_fields(reading: Reading) -> None:
     ]
 
 
-__all__ = ["Keys", "Malformed", "edits_of"]
+__all__ = ["Keys", "Malformed", "each_module", "edits_of"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from adaptmerge.edits import Replace, ReplaceRows
+from adaptmerge.edits import VOCABULARY, Replace, ReplaceRows
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.formats.peft.config import PeftConfig
 from adaptmerge.formats.peft.keys import Keys
@@ -13,15 +15,13 @@ from adaptmerge.names import is_suffix
 
 BASE_COPY = "base_layer"
 # What PEFT saves unasked when it is adapted or resized (save_embedding_layers).
-EMBEDDINGS = (
-    "embed_tokens",
-    "lm_head",
-    "wte",
-    "word_embeddings",
-    "shared",
-    "embed_in",
-    "embed_out",
-)
+EMBEDDINGS = VOCABULARY
+# What PEFT adds to modules_to_save itself when it loads an adapter for a task.
+IMPLIED = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def saved_edits(keys: Keys, config: PeftConfig, notes: list[Note]) -> list[Edit]:
@@ -37,14 +37,45 @@ def saved_edits(keys: Keys, config: PeftConfig, notes: list[Note]) -> list[Edit]
             )
             continue
         edits.append(ReplaceRows(Site(module, "weight", Layer("embedding")), ids, rows))
-    for module, param, ref in list(keys.saved()):
-        edits.append(_replacement(keys, module, param, ref, config, notes))
+    saved = list(keys.saved())
+    matrices = {module for module, _, ref in saved if len(ref.shape) > 1}
+    for module, param, ref in saved:
+        edit = _replacement(keys, module, param, ref, config, notes)
+        unlisted = edit.role == "unlisted" and module in matrices
+        if unlisted and module.rpartition(".")[2] not in EMBEDDINGS:
+            edit = replace(edit, owner=module)
+        edits.append(edit)
+    _say_listing(edits, config, notes)
     return edits
+
+
+def _say_listing(edits: Sequence[Edit], config: PeftConfig, notes: list[Note]) -> None:
+    """Words on modules_to_save where it says more or less than what is stored."""
+    heads = [e for e in edits if isinstance(e, Replace) and e.role == "head"]
+    owners = dict.fromkeys(edit.owner for edit in heads)
+    for owner in owners:
+        inside = {path for e in heads if e.owner == owner for path in _above(e.site.module)}
+        listing = [n for n in config.modules_to_save if any(is_suffix(n, path) for path in inside)]
+        if len(listing) > 1:
+            what = f"is listed twice in modules_to_save: {', '.join(listing)}"
+            notes.append(Note(Kind.INFO, what, site=owner))
+        if not listing:
+            found = "null" if config.raw.get("modules_to_save") is None else "without it"
+            what = f"modules_to_save is {found}: PEFT adds this head for {_task(config)} itself"
+            notes.append(Note(Kind.INFO, what, site=owner))
+    implied = IMPLIED.get(_task(config), ())
+    if config.modules_to_save and not set(config.modules_to_save) <= set(implied) and not owners:
+        what = f"modules_to_save lists {', '.join(config.modules_to_save)}, but none is stored"
+        notes.append(Note(Kind.INFO, what))
+
+
+def _task(config: PeftConfig) -> str:
+    return str(config.raw.get("task_type"))
 
 
 def _replacement(
     keys: Keys, module: str, param: str, ref: TensorRef, config: PeftConfig, notes: list[Note]
-) -> Edit:
+) -> Replace:
     if module.endswith(f".{BASE_COPY}") or module == BASE_COPY:
         module = module.removesuffix(BASE_COPY).removesuffix(".")
         role = "bias" if param == "bias" else "base copy"
@@ -64,10 +95,15 @@ def _replacement(
 
 def _owner(module: str, config: PeftConfig) -> str | None:
     """The module saved whole that `module` is, or is part of; the outermost if several are."""
-    parts = module.split(".")
-    above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    listed = (path for path in above if any(is_suffix(n, path) for n in config.modules_to_save))
+    names = (*config.modules_to_save, *IMPLIED.get(_task(config), ()))
+    listed = (path for path in _above(module) if any(is_suffix(n, path) for n in names))
     return next(listed, None)
+
+
+def _above(module: str) -> list[str]:
+    """The module and those it lies in, the outermost first."""
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _token_ids(indices: Any, module: str) -> tuple[int, ...] | None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.formats.peft import tuners
-from adaptmerge.graph import Adapter, Edit, Note, Site
+from adaptmerge.formats.peft.keys import PREFIX
+from adaptmerge.graph import Adapter, Edit, Kind, Layer, Note, Site
 from adaptmerge.registry import ReadOptions, WriteOptions
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ class Reading:
 
     def setting(self, name: str, module: str | None = None) -> Any:
         """A field of the config, or PEFT's default; for a module, with the field's pattern applied."""
-        value = self.config.raw.get(name, self.tuner.maths.get(name))
+        default = self.tuner.maths.get(name)
+        value = self.config.raw.get(name, default)
+        if value is None and default is not None:
+            raise Malformed(f"{name} is null in the config: expected a value such as {default!r}")
         table = self.tuner.patterns.get(name)
         if module is None or table is None:
             return value
@@ -61,6 +65,21 @@ class Reading:
         """The base's own parameter, (out, in); None without --base or where the base has none."""
         base = self.options.base
         return None if base is None else base.weight(Site(module, param))
+
+    def layer(self, module: str) -> Layer:
+        """What the base has there: a convolution with its kernel; linear where nothing says else."""
+        base = self.options.base
+        stored = None if base is None else base.parameter(Site(module))
+        kernel = () if stored is None else stored.shape[2:]
+        return Layer("conv", kernel) if kernel else Layer()
+
+    def ignored(self) -> list[Note]:
+        """A Note on modules that PEFT ignores, since target_modules does not select them; they are read."""
+        lost = self.config.unselected(self.keys.modules)
+        if not lost:
+            return []
+        what = f"target_modules selects {len(lost)} stored sites not, which PEFT ignores: read as active"
+        return [Note(Kind.ASSUMED, what, site=lost[0])]
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of the base's weight. Raises Malformed without --base, which the file needs."""
@@ -93,6 +112,7 @@ class Tuner:
     patterns: field to the table of its exceptions by module.
     tensors, settings: leaf to tensor and field to value of one edit, to write it. shared: tensors
     (full keys) and fields of all edits together. finish: the last word on the config, whole.
+    prefix: what comes before module paths in its keys. takes: options of an input beyond the base.
     as_lora: "itself", "exact", "svd" (full rank), "base" (by its delta on the base) or "never".
     merges: how several become one, for the page on families. refused: why no merge can be right.
     """
@@ -110,6 +130,8 @@ class Tuner:
     shared: Callable[[Sequence[Any]], Spelling] | None = None
     finish: Callable[[Sequence[Any], dict[str, Any]], dict[str, Any]] | None = None
     write: Callable[[Adapter, WriteOptions], Spelling] | None = None
+    prefix: str = PREFIX
+    takes: tuple[str, ...] = ()
     bias_mode: str = ""
     as_lora: str = "exact"
     merges: str = ""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptmerge.edits import Replace, ReplaceRows, family_of
 from adaptmerge.errors import CannotStore
 from adaptmerge.files.refs import TensorRef
+from adaptmerge.formats.peft.beside import METADATA_KEY as MODEL_KEY
+from adaptmerge.formats.peft.beside import MODEL_CONFIG, config_of
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS, exactly
-from adaptmerge.formats.peft.keys import PREFIX
-from adaptmerge.formats.peft.lora_write import is_bias
+from adaptmerge.formats.peft.lora_write import is_bias, refused
+from adaptmerge.formats.peft.releases import RELEASES
+from adaptmerge.formats.peft.saved import IMPLIED
+from adaptmerge.formats.peft.target_parameters import is_target
 from adaptmerge.formats.peft.tuner import Spelling, Tuner, families, tuner_of
+from adaptmerge.formats.peft.versions import fields_of, fitted
 from adaptmerge.graph import Adapter, Bundle, Edit
 from adaptmerge.names import exact_suffixes, is_suffix
 from adaptmerge.registry import Output, Stores, WriteOptions
@@ -30,6 +34,7 @@ STALE = (
     "eva_config",
     "lora_ga_config",
     "peft_version",
+    "target_parameters",
     "trainable_token_indices",
     "use_rslora",
 )
@@ -48,13 +53,14 @@ def stores(options: WriteOptions) -> Stores:
         exclusive=frozenset({"add", "dora"}),
         scale="site" if per_site else "adapter",
         one_rank=not per_site,
+        params=None,
         dtypes=frozenset({"F64", "F32", "F16", "BF16"}),
     )
 
 
 def refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
     """Biases of a LoRA lie beside its two sides: PEFT ignores one where there are none."""
-    adapted = {edit.site.module for edit in edits if edit.kind == "add" and not is_bias(edit)}
+    adapted = {e.site.module for e in edits if e.kind != "dora" and not is_bias(e)}
     alone = [
         str(e.site)
         for e in edits
@@ -62,9 +68,11 @@ def refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
     ]
     problems = [f"peft has no place for {bias} without a delta of its weight" for bias in alone[:1]]
     tuner = tuner_of(_family(edits))
+    if _family(edits) != LORA and any(e.kind == "rows" and not family_of(e) for e in edits):
+        problems.append(f"peft has no place for token rows beside {_family(edits)}")
     if tuner is not None and not tuner.writable:
         problems.append(f"peft's {tuner.peft_type} is only read so far")
-    return problems
+    return [*problems, *(refused(edits) if _family(edits) == LORA else [])]
 
 
 def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
@@ -73,12 +81,18 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     tuner = tuner_of(_family(adapter.edits))
     assert tuner is not None
     spelled = tuner.write(adapter, options) if tuner.write is not None else _spelled(tuner, adapter)
-    tensors = _saved(adapter) | {_key(name): ref for name, ref in spelled.tensors.items()}
+    tensors = _saved(tuner, adapter)
+    tensors |= {_key(tuner, name): ref for name, ref in spelled.tensors.items()}
     config = _config(tuner, adapter, options, spelled.config)
     metadata = {"format": "pt", **output.metadata}
+    beside = config_of(adapter)
     if output.single:
         metadata[METADATA_KEY] = json.dumps(config, sort_keys=True)
+        metadata |= {MODEL_KEY: json.dumps(beside, sort_keys=True)} if beside else {}
     else:
+        if beside is not None:
+            text = json.dumps(beside, indent=2, ensure_ascii=False) + "\n"
+            output.path(MODEL_CONFIG).write_text(text, encoding="utf-8")
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         output.path(CONFIG).write_text(text, encoding="utf-8")
     name = output.single or WEIGHTS[0]
@@ -89,13 +103,14 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
 def _family(edits: Sequence[Edit]) -> str:
     """The one family of the edits; files with heads only are written as LoRA."""
     found = {family_of(edit) for edit in edits if edit.kind not in SAVED} - {""}
+    found = found or {family_of(edit) for edit in edits} - {""}
     return found.pop() if len(found) == 1 else LORA
 
 
-def _key(name: str) -> str:
+def _key(tuner: Tuner, name: str) -> str:
     """A full key: tensors of modules get the prefix, what all modules share has its own."""
     shared = name.startswith("base_model.") or "." not in name
-    return name if shared else PREFIX + name
+    return name if shared else tuner.prefix + name
 
 
 def _own(tuner: Tuner, adapter: Adapter) -> list[Edit]:
@@ -111,7 +126,10 @@ def _spelled(tuner: Tuner, adapter: Adapter) -> Spelling:
         for edit in edits
         for leaf, ref in tuner.tensors(edit).items()
     }
-    fields = _fields(tuner, {edit.site.module: tuner.settings(edit) for edit in reversed(edits)})
+    settings: dict[str, dict[str, Any]] = {}
+    for edit in reversed(edits):
+        settings.setdefault(edit.site.module, {}).update(tuner.settings(edit))
+    fields = _fields(tuner, settings)
     together = tuner.shared(edits) if tuner.shared is not None else Spelling({}, {})
     return Spelling({**tensors, **together.tensors}, {**fields, **together.config})
 
@@ -132,21 +150,20 @@ def _fields(tuner: Tuner, by_module: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def _commonest(values: Sequence[Any]) -> Any:
-    counts = Counter(map(repr, values))
-    return max(values, key=lambda value: (counts[repr(value)], repr(value)))
+    return max(values, key=lambda value: (sum(value == other for other in values), repr(value)))
 
 
-def _saved(adapter: Adapter) -> Tensors:
+def _saved(tuner: Tuner, adapter: Adapter) -> Tensors:
     """Parameters and rows stored whole."""
     adapted = {edit.site.module for edit in adapter.edits if edit.kind not in SAVED}
     tensors: Tensors = {}
     for edit in adapter.edits:
         if isinstance(edit, Replace) and not family_of(edit):
             infix = ".base_layer" if _beside(edit, adapted) else ""
-            tensors[f"{PREFIX}{edit.site.module}{infix}.{edit.site.param}"] = edit.value
-        elif isinstance(edit, ReplaceRows) and not family_of(edit):
+            tensors[f"{tuner.prefix}{edit.site.module}{infix}.{edit.site.param}"] = edit.value
+        elif isinstance(edit, ReplaceRows) and family_of(edit) != tuner.peft_type.lower():
             key = f"{edit.site.module}.token_adapter.trainable_tokens_delta"
-            tensors[PREFIX + key] = edit.values
+            tensors[tuner.prefix + key] = edit.values
     return tensors
 
 
@@ -170,16 +187,31 @@ def _config(
         "peft_type": tuner.peft_type,
     }
     if adapted:
-        config.setdefault("target_modules", None)
         config["target_modules"] = own.get("target_modules") or _targets(adapter, adapted, options)
+    if not _has_head_for(config.get("task_type"), adapter):
+        config["task_type"] = None
     if tuner.bias_mode:
         config["bias"] = _bias_mode(tuner, adapter, adapted)
-    return tuner.finish(_own(tuner, adapter), config) if tuner.finish is not None else config
+    if tuner.finish is not None:
+        config = tuner.finish(_own(tuner, adapter), config)
+    known = fields_of(tuner.peft_type, RELEASES[-1])
+    config = {name: value for name, value in config.items() if value or name in known}
+    return config if options.version is None else fitted(config, options.version, adapted)
+
+
+def _has_head_for(task: object, adapter: Adapter) -> bool:
+    """Whether the head is stored that PEFT looks for in an adapter for this task."""
+    names = IMPLIED.get(str(task))
+    owners = [edit.owner for edit in adapter.edits if isinstance(edit, Replace)]
+    return names is None or any(is_suffix(name, owner) for name in names for owner in owners)
 
 
 def _adapting(tuner: Tuner, adapter: Adapter) -> list[Edit]:
-    """The edits whose modules are targets: a LoRA's bias lies beside a target and is none."""
-    return [edit for edit in _own(tuner, adapter) if edit.site.module and not is_bias(edit)]
+    """The edits whose modules are targets: a LoRA's bias lies beside one, a parameter is another kind."""
+    beside = tuner.peft_type.lower() == LORA
+    own = [edit for edit in _own(tuner, adapter) if edit.site.module]
+    found = [edit for edit in own if not (beside and is_bias(edit))]
+    return [edit for edit in found if not is_target(edit)]
 
 
 def _kept(tuner: Tuner, adapter: Adapter) -> dict[str, Any]:

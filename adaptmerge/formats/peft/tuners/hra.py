@@ -1,4 +1,4 @@
-"""HRA: hra_u (in, r), one reflection per column."""
+"""HRA: hra_u (in, r), one reflection per column; `in` counts the kernel of a convolution."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptmerge.families.hra import Hra
-from adaptmerge.formats.peft.tuner import Parts, Reading, Tuner
+from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 from adaptmerge.graph import Edit, Site
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
-    return [Hra(Site(module), parts["hra_u"], bool(reading.setting("apply_GS")))]
+    directions = parts["hra_u"]
+    if len(directions.shape) != 2:
+        raise Malformed(f"hra_u has shape {list(directions.shape)}: expected (in, r)")
+    if reading.setting("r") != directions.shape[1]:
+        raise Malformed(
+            f"has rank {directions.shape[1]}, but the config says {reading.setting('r')}"
+        )
+    weight = reading.weight(module)
+    if weight is not None and weight.shape[1] != directions.shape[0]:
+        raise Malformed(f"is for {directions.shape[0]} inputs, but the base has {weight.shape[1]}")
+    site = Site(module, "weight", reading.layer(module))
+    return [Hra(site, directions, bool(reading.setting("apply_GS")))]
 
 
 def tensors(edit: Hra) -> Parts:

@@ -1,4 +1,5 @@
-"""LoHa: hada_w1_a (out, r), hada_w1_b (r, in) and the same for w2."""
+"""LoHa: hada_w1_a (out, r), hada_w1_b (r, in) and the same for w2; with hada_t1 and hada_t2
+(r, r, *kernel), which use_effective_conv2d gives convolutions, hada_w1_a and hada_w2_a are (r, out)."""
 
 from __future__ import annotations
 
@@ -7,31 +8,45 @@ from typing import Any
 
 from adaptmerge.edits import Add
 from adaptmerge.families.loha import LoHa
+from adaptmerge.formats.peft.additive import added, axes, expect, kernel_of, number, whole
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
+from adaptmerge.graph import Edit
 
-LEAVES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+SIDES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+CORES = ("hada_t1", "hada_t2")
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     """alpha / r times the product."""
-    up_1, down_1, up_2, down_2 = (parts[leaf] for leaf in LEAVES)
-    rank = up_1.shape[1]
-    if reading.setting("r", module) != rank:
-        raise Malformed(f"has rank {rank}, but the config says {reading.setting('r', module)}")
-    scale = reading.setting("alpha", module) / rank
-    return [Add(Site(module), LoHa(up_1, down_1, up_2, down_2, scale))]
+    up_1, down_1, up_2, down_2 = (parts[leaf] for leaf in SIDES)
+    rank, _ = axes("hada_w1_b", down_1, 2)
+    expect(reading, "r", module, rank)
+    scale = number(reading, "alpha", module) / whole(reading, "r", module)
+    if not any(leaf in parts for leaf in CORES):
+        return added(reading, module, LoHa(up_1, down_1, up_2, down_2, scale))
+    if not reading.setting("use_effective_conv2d"):
+        raise Malformed("hada_t1 or hada_t2 is stored, but use_effective_conv2d is not set")
+    core_1, core_2 = (parts[leaf] for leaf in CORES)
+    for ref in (up_1, up_2, core_1, core_2):
+        axes(ref.name, ref, 2, 5)
+    factor = LoHa(up_1.T, down_1, up_2.T, down_2, scale, core_1, core_2)
+    return added(reading, module, factor, kernel_of(core_1.shape))
 
 
 def tensors(edit: Add) -> Parts:
     loha = _loha(edit)
-    sides = (loha.up_1, loha.down_1, loha.up_2, loha.down_2)
-    return dict(zip(LEAVES, sides, strict=True))
+    ups, downs = (loha.up_1, loha.up_2), (loha.down_1, loha.down_2)
+    if loha.core_1 is None or loha.core_2 is None:
+        return dict(zip(SIDES, (ups[0], downs[0], ups[1], downs[1]), strict=True))
+    sides = zip(SIDES, (ups[0].T, downs[0], ups[1].T, downs[1]), strict=True)
+    return {**dict(sides), "hada_t1": loha.core_1, "hada_t2": loha.core_2}
 
 
 def settings(edit: Add) -> Mapping[str, Any]:
-    rank = _loha(edit).up_1.shape[1]
-    return {"r": rank, "alpha": _loha(edit).scale * rank}
+    loha = _loha(edit)
+    rank = loha.down_1.shape[0]
+    found = {"r": rank, "alpha": loha.scale * rank}
+    return found if loha.core_1 is None else {**found, "use_effective_conv2d": True}
 
 
 def _loha(edit: Add) -> LoHa:
@@ -42,7 +57,7 @@ def _loha(edit: Add) -> LoHa:
 TUNER = Tuner(
     "LOHA",
     summary="(B1 A1) * (B2 A2), element by element",
-    leaves=LEAVES,
+    leaves=(*SIDES, *CORES),
     module=module,
     tensors=tensors,
     settings=settings,

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from adaptmerge.formats.peft import lora, lora_write
-from adaptmerge.formats.peft.config import NOT_PLAIN
+from adaptmerge.formats.peft.config import VARIANTS
 from adaptmerge.formats.peft.tuner import Tuner
 
 TUNER = Tuner(
     "LORA",
-    summary="scale * B @ A; DoRA with a magnitude per output",
-    leaves=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    takes=("init",),
+    summary="scale * B @ A, and what DoRA, PiSSA, OLoRA, KaSA, BD-LoRA, QA-LoRA and aLoRA make of it",
+    leaves=(
+        *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+        *("lora_diag", "lora_velora_embed", r"lora_monteclora_sampler\.[^.]+"),
+    ),
     read=lora.read,
     write=lora_write.write,
+    finish=lora_write.finish,
     maths={
         "r": 8,
         "lora_alpha": 8,
         "use_rslora": False,
-        "use_dora": False,
         "lora_bias": False,
         "init_lora_weights": True,
         "rank_pattern": {},
         "alpha_pattern": {},
         "trainable_token_indices": None,
         "qalora_group_size": 16,
-        **dict.fromkeys(NOT_PLAIN),
+        "layer_replication": None,
+        "target_parameters": None,
+        **dict.fromkeys(VARIANTS),
     },
     training=frozenset(
         {"lora_dropout", "megatron_config", "megatron_core", "loftq_config", "eva_config"}
-        | {"corda_config", "lora_ga_config", "velora_config", "monteclora_config"}
+        | {"corda_config", "lora_ga_config"}
         | {"runtime_config", "ensure_weight_tying"}
     ),
     bias_mode="lora_only",

@@ -1,0 +1,75 @@
+"""HiRA: hira_A (r, in) and hira_B (out, r), kernels in hira_A as in a LoRA; for embeddings
+hira_embedding_A (r, number) and hira_embedding_B (dimension, r)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from adaptmerge.families.hira import Hira
+from adaptmerge.formats.peft.additive import axes, expect, fits
+from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
+from adaptmerge.graph import Edit, Layer, Site
+
+EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
+
+
+def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
+    edit = _embedding(module, parts) if set(EMBEDDING) & parts.keys() else _layer(module, parts)
+    rank = edit.down.shape[0]
+    if edit.up.shape[1] != rank:
+        raise Malformed(f"its sides have ranks {rank} and {edit.up.shape[1]}: they must be equal")
+    # PEFT 0.21 makes modules of rank r whatever rank_pattern says
+    if rank != reading.setting("r"):
+        expect(reading, "r", module, rank)
+    if edit.site.layer.kind != "embedding":  # the base may have been given other rows
+        fits(reading, module, (edit.up.shape[0], edit.down.shape[1]))
+    return [edit]
+
+
+def _embedding(module: str, parts: Parts) -> Hira:
+    for leaf in EMBEDDING:
+        axes(leaf, parts[leaf], 2)
+    up, down = (parts[leaf].T for leaf in EMBEDDING)
+    return Hira(Site(module, "weight", Layer("embedding")), up, down)
+
+
+def _layer(module: str, parts: Parts) -> Hira:
+    up, down = parts["hira_B"], parts["hira_A"]
+    kernel = axes("hira_A", down, 2, 5)[2:]
+    axes("hira_B", up, len(down.shape))
+    layer = Layer("conv", kernel) if kernel else Layer()
+    flat = down.reshape(down.shape[0], math.prod(down.shape[1:]))
+    return Hira(Site(module, "weight", layer), up.reshape(*up.shape[:2]), flat)
+
+
+def tensors(edit: Hira) -> Parts:
+    up, down, layer = edit.up, edit.down, edit.site.layer
+    if layer.kind == "embedding":
+        return dict(zip(EMBEDDING, (up.T, down.T), strict=True))
+    rank, width = down.shape
+    kernel, ones = layer.kernel, [1 for _ in layer.kernel]
+    return {
+        "hira_A": down.reshape(rank, width // math.prod(kernel), *kernel),
+        "hira_B": up.reshape(up.shape[0], rank, *ones),
+    }
+
+
+def settings(edit: Hira) -> Mapping[str, Any]:
+    return {"r": edit.down.shape[0]}
+
+
+TUNER = Tuner(
+    "HIRA",
+    summary="W + W * (B A), element by element",
+    leaves=("hira_A", "hira_B", *EMBEDDING),
+    module=module,
+    tensors=tensors,
+    settings=settings,
+    maths={"r": 32},
+    patterns={"r": "rank_pattern"},
+    training=frozenset({"hira_dropout"}),
+    as_lora="base",
+    merges="as deltas, with the base",
+)
