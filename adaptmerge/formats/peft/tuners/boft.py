@@ -62,5 +62,5 @@ TUNER = Tuner(
     training=frozenset({"boft_dropout"}),
     bias_mode="boft_only",
     as_lora="base",
-    merges="as deltas, with the base",
+    merges="the mean rotation; with --as lora and --base as deltas",
 )

@@ -43,5 +43,5 @@ TUNER = Tuner(
     maths={"r": 8, "apply_GS": False},
     bias_mode="hra_only",
     as_lora="base",
-    merges="as deltas, with the base",
+    merges="the mean rotation; with --as lora and --base as deltas",
 )

@@ -38,5 +38,5 @@ TUNER = Tuner(
     ),
     bias_mode="lora_only",
     as_lora="itself",
-    merges="exact sum",
+    merges="exact sum; DoRA with LoRA and IA3 is one DoRA, with the base",
 )

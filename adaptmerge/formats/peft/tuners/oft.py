@@ -157,5 +157,5 @@ TUNER = Tuner(
     training=frozenset({"module_dropout"}),
     bias_mode="oft_only",
     as_lora="base",
-    merges="as deltas, with the base",
+    merges="the mean rotation; with --as lora and --base as deltas",
 )

@@ -56,5 +56,5 @@ TUNER = Tuner(
     finish=finish,
     maths={"token_indices": None},
     as_lora="never",
-    merges="kept where equal or in one input only",
+    merges="rows of all inputs; the same token's rows are summed",
 )

@@ -1,0 +1,619 @@
+"""Measured defects of PEFT beyond sums of plain LoRAs, one test each: none of them may be ours.
+
+What add_weighted_adapter, merge_and_unload and convert_to_lora do to other families, to heads and to
+tied or copied weights. Issue numbers are those of https://github.com/huggingface/peft. Many families
+have these defects excluded by the contract of tests/families already; here is what it does not ask.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families.cases import LINEARS, QV, FamilyCase, all_cases
+from families.cases_lora import far
+from families.test_merging import (
+    DORA,
+    DORA_QV,
+    HRA,
+    IA3,
+    LOHA,
+    LORA,
+    OUT_IA3,
+    VERA,
+    Parts,
+    Stage,
+    added_by,
+    verified,
+)
+from peft_cases import logits
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from samples import CONFIG, WEIGHTS, adapter, config_of, deltas, same_bits, tensors_of
+from torch import Tensor, nn
+
+from adaptmerge.base import open_base
+from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError
+from adaptmerge.fit import Budget
+from adaptmerge.inputs import InputSpec, open_input
+from adaptmerge.merge import Options, combine
+from adaptmerge.verify import FAIL, Questions, verify
+from adaptmerge.weights import SiteRule
+
+pytest.importorskip("peft")
+ALL = Budget(energy=1.0)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("stage"))
+
+
+def lora(name: str, model: str = "llama", **options: Any) -> FamilyCase:
+    given = {"target_modules": LINEARS, "r": 3, "lora_alpha": 5, **options}
+    return FamilyCase(f"d_{name}", "LoraConfig", given, model)
+
+
+def check_sum(stage: Stage, parts: Parts, out: Path, worst: float = 2e-6, **options: Any) -> None:
+    """The merge as PEFT computes it is the base plus the weighted effects; and verify says so."""
+    case = parts[0][0]
+    stage.combine(parts, out, **{"dtype": "fp32", **options})
+    assert stage.error(case, case.truth(out), stage.expected(parts)) < worst
+    verified(stage, parts, out)
+
+
+def check_read(case: FamilyCase, stage: Stage, out: Path) -> None:
+    """Read, it computes what PEFT computes; written back it is the same file."""
+    path, base = stage.adapter(case, 1), stage.base(case)
+    truth = case.truth(path)
+    assert stage.error(case, stage.run(case, path), truth) < case.tolerance
+    combine([InputSpec(str(path))], out, Options(base=str(base)))
+    assert same_bits(load_file(out / WEIGHTS), load_file(path / WEIGHTS))
+    assert stage.error(case, case.truth(out), truth) < 1e-9
+
+
+# Section 0: what lies in the files
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+def test_3582_a_pattern_that_matches_nothing_changes_nothing_and_is_said(
+    field: str, tmp_path: Path
+) -> None:
+    """^q_proj looks as if it matched q_proj; PEFT warns at most."""
+    plain = adapter(tmp_path / "plain", 1)
+    path = adapter(tmp_path / "a", 1, **{field: {"^q_proj": 7}})
+    found = open_input(InputSpec(str(path))).adapter
+    combine([InputSpec(str(path))], tmp_path / "out", Options(form="lora"))
+    assert same_bits(tensors_of(tmp_path / "out"), tensors_of(plain))
+    assert deltas(tmp_path / "out").keys() == deltas(plain).keys()
+    assert any("^q_proj" in note.what for note in found.notes)
+
+
+def test_the_order_of_targets_means_nothing(tmp_path: Path) -> None:
+    """PEFT writes sets as lists, in any order."""
+    names = ["q_proj", "up_proj"]
+    one = adapter(tmp_path / "one", 1, target_modules=names)
+    two = adapter(tmp_path / "two", 1, target_modules=names[::-1])
+    outs = [tmp_path / "out1", tmp_path / "out2"]
+    for path, out in zip((one, two), outs, strict=True):
+        combine([InputSpec(str(path), "a"), InputSpec(str(one), "b")], out, Options())
+    assert config_of(outs[0]) == config_of(outs[1])
+    assert same_bits(tensors_of(outs[0]), tensors_of(outs[1]))
+
+
+READ = {
+    "a trained module with parts": lora("parts", target_modules=QV, modules_to_save=["mlp"]),
+    "rows by module": lora(
+        "rows", target_modules=QV, trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [5]}
+    ),
+    "pissa, rslora and patterns": FamilyCase(
+        "d_pissa",
+        "LoraConfig",
+        {
+            "target_modules": LINEARS,
+            "r": 4,
+            "lora_alpha": 7,
+            "init_lora_weights": "pissa",
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 6},
+            "alpha_pattern": {"v_proj": 3},
+        },
+        tolerance=1e-5,
+        randomise=far,
+    ),
+    "2018 a tied head": lora("tied_head", "gpt2", target_modules=["lm_head"]),
+    "2018 a tied embedding": lora("tied_embedding", "gpt2", target_modules=["wte"]),
+    "2777 both tied ones": lora("tied_both", "gpt2", target_modules=["lm_head", "wte"]),
+    "2777 a tied embedding that takes the head along": lora(
+        "tied_along", "gpt2", target_modules=["wte"], ensure_weight_tying=True
+    ),
+    "2777 a tied copy": lora(
+        "tied_copy",
+        "gpt2",
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        modules_to_save=["wte"],
+        ensure_weight_tying=True,
+    ),
+    "2777 tied rows": lora(
+        "tied_rows",
+        "gpt2",
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        trainable_token_indices=[3, 7],
+        ensure_weight_tying=True,
+    ),
+    "dora on convolutions": lora(
+        "dora_conv", "conv", target_modules=["conv", "point", "line"], use_dora=True
+    ),
+    "dora on an embedding": lora(
+        "dora_embedding", target_modules=["embed_tokens", "q_proj"], use_dora=True
+    ),
+    "dora and rslora": lora("dora_rslora", use_dora=True, use_rslora=True),
+    "dora on Conv1D": lora(
+        "dora_gpt2", "gpt2", target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read_as_peft_reads_it(name: str, stage: Stage, tmp_path: Path) -> None:
+    check_read(READ[name], stage, tmp_path / "out")
+
+
+# Section 2: add_weighted_adapter is for LoRA and IA3 only
+
+REFUSED = (
+    *("adalora", "adalora_pruned", "lokr", "lokr_whole", "loha_conv", "miss", "miss_bat", "delora"),
+    *("gralora_hybrid", "c3a", "shira", "supertuning_supra", "hira", "road_2", "glora", "osf"),
+    *("psoft", "peanut", "deft", "frod", "oft", "boft", "pvera", "wave", "unilora"),
+)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_1647_two_of_any_family_are_summed(name: str, stage: Stage, tmp_path: Path) -> None:
+    """PEFT: TypeError for AdaLoRA, AttributeError for the others."""
+    case = all_cases()[name]
+    parts: Parts = [(case, 1, 0.6), (case, 2, -0.7)]
+    options = {"base": str(stage.base(case)), "form": "lora", "budget": ALL}
+    check_sum(stage, parts, tmp_path / "out", worst=2e-5, **options)
+    assert config_of(tmp_path / "out")["peft_type"] == "LORA"
+
+
+IA3_DOWN = FamilyCase(
+    "d_ia3_down",
+    "IA3Config",
+    {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]},
+)
+DORA_RS = lora("dora_rs", r=4, use_dora=True, use_rslora=True)
+CONVS: dict[str, Any] = {"target_modules": ["conv", "point", "line", "head"]}
+PISSA = READ["pissa, rslora and patterns"]
+BIASED = lora("biased", "qwen2", target_modules=QV, lora_bias=True)
+REPLICATED = all_cases()["lora_replicated"]
+SUMS: dict[str, Parts] = {
+    "ia3 on some modules each": [(OUT_IA3, 1, 0.5), (IA3_DOWN, 2, 0.5)],
+    "ia3 on more modules": [(IA3, 1, 1.0), (OUT_IA3, 2, 1.0)],
+    "ia3 less another": [(IA3, 1, 1.0), (IA3, 2, -0.5)],
+    "3761 dora less another": [(DORA, 1, 0.6), (DORA, 2, -0.7)],
+    "3761 dora and rslora": [(DORA_RS, 1, 0.6), (DORA, 2, 0.7), (LORA, 1, -0.3)],
+    "3761 lora biases": [(BIASED, 1, 0.6), (BIASED, 2, 0.9)],
+    "dora on convolutions": [
+        (lora("dora_conv", "conv", use_dora=True, **CONVS), 1, 0.6),
+        (lora("conv", "conv", **CONVS), 2, 0.7),
+    ],
+    "dora on embeddings": [
+        (READ["dora on an embedding"], 1, 0.6),
+        (lora("embedding", target_modules=["embed_tokens", "q_proj"]), 2, 0.7),
+    ],
+    "dora on Conv1D": [
+        (READ["dora on Conv1D"], 1, 0.6),
+        (READ["dora on Conv1D"], 2, 0.7),
+    ],
+    "2184 two with pissa": [(PISSA, 1, 0.6), (PISSA, 2, 0.7)],
+    "2184 pissa and dora": [(PISSA, 1, 0.6), (DORA, 2, 0.7)],
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_are_those_of_the_effects(name: str, stage: Stage, tmp_path: Path) -> None:
+    parts = SUMS[name]
+    worst = 2e-5 if "pissa" in name else 2e-6
+    check_sum(stage, parts, tmp_path / "out", worst, base=str(stage.base(parts[0][0])))
+
+
+BIASES = {
+    "adalora_bias": {},
+    "delora_bias": {},
+    "vera_bias": {},
+    "miss_bias": {},
+    "hra_bias": {},
+    "beft": {},
+}
+
+
+@pytest.mark.parametrize("weights", [(0.75, 0.25), (0.6, 0.9)])
+@pytest.mark.parametrize("name", BIASES)
+def test_trained_biases_of_two_adapters_count_from_the_base(
+    name: str, weights: tuple[float, float], stage: Stage, tmp_path: Path
+) -> None:
+    """PEFT: ValueError where two adapters have a bias each."""
+    case = all_cases()[name]
+    parts: Parts = [(case, seed, w) for seed, w in zip((1, 2), weights, strict=True)]
+    options = {"base": str(stage.base(case)), "form": "lora", "budget": ALL}
+    check_sum(stage, parts, tmp_path / "out", worst=2e-5, **options)
+
+
+ORDERS: dict[str, Parts] = {
+    "dora": [(DORA, 1, 0.6), (DORA_QV, 2, 0.3), (LORA, 1, 0.5)],
+    "ia3": [(IA3, 1, 0.6), (OUT_IA3, 2, 0.3)],
+    "loha": [(LOHA, 1, 0.6), (LORA, 2, 0.3)],
+    "hra": [(HRA, 1, 0.6), (HRA, 2, 0.3)],
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_1040_the_order_of_inputs_means_nothing(name: str, stage: Stage, tmp_path: Path) -> None:
+    """Merged into the base one after the other, the later ones see the earlier."""
+    parts = ORDERS[name]
+    case, base = parts[0][0], str(stage.base(parts[0][0]))
+    stage.combine(parts, tmp_path / "one", base=base, dtype="fp32")
+    stage.combine(parts[::-1], tmp_path / "two", base=base, dtype="fp32")
+    one, two = (case.truth(tmp_path / out) for out in ("one", "two"))
+    assert stage.error(case, one, two) < 1e-5
+
+
+def test_1040_a_merge_of_a_merge_is_the_whole_sum(stage: Stage, tmp_path: Path) -> None:
+    """Every DoRA has the norms of the base itself, whatever was merged before."""
+    base = str(stage.base(DORA))
+    stage.combine([(DORA, 1, 0.6), (DORA, 2, 0.7)], tmp_path / "doras", base=base, dtype="fp32")
+    specs = [
+        InputSpec(str(tmp_path / "doras"), "doras", 1.0),
+        InputSpec(str(stage.adapter(LORA, 1)), "lora", 0.5),
+    ]
+    combine(specs, tmp_path / "out", Options(base=base, dtype="fp32"))
+    expected = stage.expected([(DORA, 1, 0.6), (DORA, 2, 0.7), (LORA, 1, 0.5)])
+    assert stage.error(DORA, DORA.truth(tmp_path / "out"), expected) < 2e-6
+
+
+def test_1707_copies_of_layers_are_summed_apart(stage: Stage, tmp_path: Path) -> None:
+    """PEFT's merge writes every copy's delta into the one weight they share; its cat is exact."""
+    model: Any = REPLICATED.loaded(stage.adapter(REPLICATED, 1))
+    model.load_adapter(stage.adapter(REPLICATED, 2), "two")
+    model.add_weighted_adapter(["default", "two"], [0.6, 0.7], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    truth = logits(model.double(), REPLICATED.inputs())
+    stage.combine([(REPLICATED, 1, 0.6), (REPLICATED, 2, 0.7)], tmp_path / "out", dtype="fp32")
+    assert stage.error(REPLICATED, REPLICATED.truth(tmp_path / "out"), truth) < 1e-6
+    assert stage.error(REPLICATED, stage.run(REPLICATED, tmp_path / "out"), truth) < 1e-6
+
+
+class Narrowed:
+    """A case's adapters with every tensor in another dtype."""
+
+    def __init__(self, stage: Stage, folder: Path, dtype: torch.dtype) -> None:
+        self.stage, self.folder, self.dtype = stage, folder, dtype
+
+    def adapter(self, case: FamilyCase, seed: int) -> Path:
+        source, out = self.stage.adapter(case, seed), self.folder / f"{case.name}-{seed}"
+        out.mkdir()
+        (out / CONFIG).write_text((source / CONFIG).read_text())
+        tensors = {k: v.to(self.dtype) for k, v in load_file(source / WEIGHTS).items()}
+        save_file(tensors, out / WEIGHTS)
+        return out
+
+
+@pytest.mark.parametrize("case", [DORA, IA3, LOHA, HRA, VERA], ids=lambda c: c.name)
+def test_merges_keep_the_dtype(case: FamilyCase, stage: Stage, tmp_path: Path) -> None:
+    """PEFT leaves what it decomposes in float32."""
+    narrow = Narrowed(stage, tmp_path, torch.bfloat16)
+    specs = [InputSpec(str(narrow.adapter(case, seed)), f"a{seed}", 0.5) for seed in (1, 2)]
+    combine(specs, tmp_path / "out", Options(base=str(stage.base(case))))
+    assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+# Merge methods 1.2
+
+
+def test_vera_of_other_seeds_is_summed_as_lora(stage: Stage, tmp_path: Path) -> None:
+    """Vectors of different frozen matrices have no average."""
+    other = FamilyCase("d_vera", "VeraConfig", {**VERA.options, "projection_prng_key": 5})
+    parts: Parts = [(VERA, 1, 0.6), (other, 2, 0.7)]
+    base = str(stage.base(VERA))
+    check_sum(stage, parts, tmp_path / "out", base=base)
+    assert config_of(tmp_path / "out")["r"] == 12
+    with pytest.raises(AdaptmergeError, match=r"projection|matrices|share"):
+        stage.combine(parts, tmp_path / "vera", base=base, form="vera")
+
+
+def test_vera_kept_as_vera_is_nearer_than_the_average_of_its_vectors(
+    stage: Stage, tmp_path: Path
+) -> None:
+    parts: Parts = [(VERA, 1, 0.5), (VERA, 2, 0.5)]
+    stage.combine(parts, tmp_path / "out", base=str(stage.base(VERA)), form="vera")
+    one, two = (load_file(stage.adapter(VERA, seed) / WEIGHTS) for seed in (1, 2))
+    average = tmp_path / "average"
+    average.mkdir()
+    (average / CONFIG).write_text((stage.adapter(VERA, 1) / CONFIG).read_text())
+    save_file({k: (one[k] + two[k]) / 2 for k in one}, average / WEIGHTS)
+    meant = {k: sum(0.5 * stage.added(VERA, s)[k] for s in (1, 2)) for k in stage.added(VERA, 1)}
+
+    def apart(path: Path) -> float:
+        found = added_by(VERA, path)
+        return sum(float((found[k] - v).square().sum()) for k, v in meant.items()) ** 0.5  # type: ignore[operator]
+
+    assert apart(tmp_path / "out") < apart(average)
+
+
+def test_a_product_needs_positive_entries(stage: Stage, tmp_path: Path) -> None:
+    case = IA3
+    path = stage.adapter(case, 1)
+    tensors = load_file(path / WEIGHTS)
+    key = next(iter(tensors))
+    tensors[key].view(-1)[0] = -0.5
+    negative = tmp_path / "negative"
+    negative.mkdir()
+    (negative / CONFIG).write_text((path / CONFIG).read_text())
+    save_file(tensors, negative / WEIGHTS)
+    with pytest.raises(InputError, match="not positive, which have no power of 0.5"):
+        combine([InputSpec(str(negative), "a", 0.5)], tmp_path / "no", Options(method="product"))
+    combine([InputSpec(str(negative), "a", 2.0)], tmp_path / "out", Options(method="product"))
+    assert float(tensors_of(tmp_path / "out")[key].view(-1)[0]) == pytest.approx(0.25)
+
+
+# Rounding D10 to D16, E2
+
+CANCELLED: dict[str, FamilyCase] = {
+    "loha": LOHA,
+    "lokr": all_cases()["lokr"],
+    "dora": DORA,
+    "ia3": IA3,
+    "hra": HRA,
+    "vera": VERA,
+}
+
+
+@pytest.mark.parametrize("name", CANCELLED)
+def test_an_adapter_less_itself_is_the_base(name: str, stage: Stage, tmp_path: Path) -> None:
+    """No rank is made of the rounding that is left over."""
+    case = CANCELLED[name]
+    parts: Parts = [(case, 1, 0.7), (case, 1, -0.7)]
+    stage.combine(parts, tmp_path / "out", base=str(stage.base(case)))
+    plain = case.plain()
+    left = (case.truth(tmp_path / "out") - plain).norm()
+    assert left < 1e-6 * (case.truth(stage.adapter(case, 1)) - plain).norm()
+    config = config_of(tmp_path / "out")
+    assert config["peft_type"] != "LORA" or config["r"] == 1
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_the_reported_error_counts_what_bf16_rounds(
+    rank: int, stage: Stage, tmp_path: Path
+) -> None:
+    """It is about what is stored: truncated and rounded, not only truncated."""
+    parts: Parts = [(LOHA, 1, 0.6), (LORA, 2, 0.7)]
+    report = stage.combine(parts, tmp_path / "out", dtype="bf16", budget=Budget(rank=rank))
+    meant = {
+        k.removesuffix(".weight"): 0.6 * v + 0.7 * stage.added(LORA, 2)[k]
+        for k, v in stage.added(LOHA, 1).items()
+    }
+    stored = deltas(tmp_path / "out")
+    apart = sum(float((stored[k] - meant[k]).square().sum()) for k in stored) ** 0.5
+    norm = sum(float(meant[k].square().sum()) for k in stored) ** 0.5
+    assert report.totals.error == pytest.approx(apart / norm, rel=1e-3)
+
+
+def test_more_ranks_than_the_matrix_has(stage: Stage, tmp_path: Path) -> None:
+    """Three LoHas of rank 64 each, on matrices of 64 x 64, 32 x 64 and 64 x 96."""
+    case = FamilyCase("d_loha", "LoHaConfig", {"target_modules": LINEARS, "r": 8, "alpha": 9})
+    parts: Parts = [(case, seed, 0.4) for seed in (1, 2, 3)]
+    check_sum(stage, parts, tmp_path / "out")
+    assert config_of(tmp_path / "out")["r"] <= 64
+
+
+def test_a_row_that_is_cancelled_is_in_no_dora(stage: Stage, tmp_path: Path) -> None:
+    """IA3 that sets an output to 0 leaves of that row the other adapter's delta only."""
+    path = stage.adapter(OUT_IA3, 1)
+    tensors = load_file(path / WEIGHTS)
+    for value in tensors.values():
+        value.view(-1)[0] = 0.0
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    (silent / CONFIG).write_text((path / CONFIG).read_text())
+    save_file(tensors, silent / WEIGHTS)
+    specs = [
+        InputSpec(str(silent), "silent", 1.0),
+        InputSpec(str(stage.adapter(DORA_QV, 2)), "dora", 0.0),
+        InputSpec(str(stage.adapter(LORA, 2)), "lora", 1.0),
+    ]
+    base = str(stage.base(LORA))
+    options: dict[str, Any] = {"base": base, "dtype": "fp32"}
+    try:
+        combine(specs, tmp_path / "dora", Options(**options))
+    except CannotMerge as error:
+        assert "--as lora" in str(error)  # noqa: PT017
+    combine(specs, tmp_path / "out", Options(**options, form="lora", budget=ALL))
+    before = LORA.base_model().double().state_dict()
+    one, two = added_by(OUT_IA3, silent), stage.added(LORA, 2)
+    model: nn.Module = copy.deepcopy(LORA.base_model()).double()
+    model.load_state_dict({k: v + one[k] + two[k] for k, v in before.items()})
+    truth = logits(model, LORA.inputs())
+    for out in (tmp_path / "dora", tmp_path / "out"):
+        if out.exists():
+            assert stage.error(LORA, LORA.truth(out), truth) < 1e-5
+
+
+# Section 3: heads of other families than LoRA
+
+BERTS = {
+    "loha": FamilyCase(
+        "d_loha_bert", "LoHaConfig", {"target_modules": ["query"], "r": 2, "alpha": 3}, "bert"
+    ),
+    "ia3": FamilyCase(
+        "d_ia3_bert",
+        "IA3Config",
+        {"target_modules": ["query"], "feedforward_modules": []},
+        "bert",
+    ),
+    "oft": FamilyCase(
+        "d_oft_bert",
+        "OFTConfig",
+        {"target_modules": ["query"], "oft_block_size": 8},
+        "bert",
+    ),
+}
+
+
+def head_of(path: Path) -> dict[str, Tensor]:
+    return {k: v for k, v in tensors_of(path).items() if "classifier" in k}
+
+
+@pytest.mark.parametrize("name", BERTS)
+def test_heads_survive_the_conversion(name: str, stage: Stage, tmp_path: Path) -> None:
+    """convert_to_lora writes the heads of all adapters under one key."""
+    case = BERTS[name]
+    path = stage.adapter(case, 1)
+    options = Options(base=str(stage.base(case)), form="lora", budget=ALL, dtype="fp32")
+    combine([InputSpec(str(path))], tmp_path / "out", options)
+    assert same_bits(head_of(tmp_path / "out"), head_of(path))
+    assert head_of(path)
+    assert config_of(tmp_path / "out")["modules_to_save"] == ["classifier"]
+    assert stage.error(case, case.truth(tmp_path / "out"), case.truth(path)) < 1e-5
+
+
+@pytest.mark.parametrize("name", BERTS)
+def test_1574_heads_of_merged_adapters_stay_apart(name: str, stage: Stage, tmp_path: Path) -> None:
+    """PEFT: ValueError for two IA3 with a head each; the others cannot be merged at all."""
+    case = BERTS[name]
+    parts: Parts = [(case, 1, 0.5), (case, 2, 0.5)]
+    with pytest.raises(CannotMerge, match="head differs between a0, a1: pass --heads"):
+        stage.combine(parts, tmp_path / "refused")
+    stage.combine(parts, tmp_path / "out", heads="separate")
+    for n, (_, seed, _) in enumerate(parts):
+        kept = head_of(tmp_path / "out" / f"a{n}")
+        assert same_bits(kept, head_of(stage.adapter(case, seed)))
+        assert bool(torch.isfinite(case.truth(tmp_path / "out" / f"a{n}")).all())
+    stage.combine(parts, tmp_path / "average", heads="average", dtype="fp32")
+    one, two = (head_of(stage.adapter(case, seed)) for seed in (1, 2))
+    for key, value in head_of(tmp_path / "average").items():
+        assert torch.allclose(value, (one[key] + two[key]) / 2, atol=1e-7)
+
+
+# Sections 5 and 8: conversion, and what it asks for
+
+NO_BASE = (
+    *("adalora", "loha", "loha_patterns", "loha_conv_cores", "lokr", "lokr_both", "lokr_conv"),
+    *("miss_mini", "delora", "gralora", "gralora_hybrid", "c3a", "vblora", "lora_bd"),
+)
+
+
+@pytest.mark.parametrize("ranks", ["uniform", "per-site"])
+@pytest.mark.parametrize("name", NO_BASE)
+def test_deltas_are_converted_without_the_base(
+    name: str, ranks: str, stage: Stage, tmp_path: Path
+) -> None:
+    """PEFT makes the whole base model for it; and results of several ranks cannot be loaded (3737)."""
+    case = all_cases()[name]
+    path = stage.adapter(case, 1)
+    options = Options(form="lora", budget=ALL, dtype="fp32", ranks=ranks)
+    combine([InputSpec(str(path))], tmp_path / "out", options)
+    assert config_of(tmp_path / "out")["peft_type"] == "LORA"
+    assert stage.error(case, case.truth(tmp_path / "out"), case.truth(path)) < 1e-5
+
+
+def test_a_dora_as_lora_keeps_its_magnitude(stage: Stage, tmp_path: Path) -> None:
+    """convert_to_lora says that it can, and leaves it out: an error of 55 %."""
+    path, base = stage.adapter(DORA, 1), str(stage.base(DORA))
+    with pytest.raises(AdaptmergeError, match="--base"):
+        combine([InputSpec(str(path))], tmp_path / "no", Options(form="lora"))
+    options = Options(form="lora", budget=ALL, dtype="fp32", base=base)
+    combine([InputSpec(str(path))], tmp_path / "out", options)
+    assert config_of(tmp_path / "out")["use_dora"] is False
+    assert stage.error(DORA, DORA.truth(tmp_path / "out"), DORA.truth(path)) < 1e-5
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from adaptmerge.inputs import InputSpec
+from adaptmerge.merge import Options, combine
+base, out, *paths = sys.argv[1:]
+combine([InputSpec(path, weight=0.5) for path in paths], Path(out), Options(base=base))
+print(sorted({"peft", "transformers", "accelerate"} & sys.modules.keys()))
+"""
+
+
+def test_no_merge_makes_the_base_model(stage: Stage, tmp_path: Path) -> None:
+    """PEFT needs the model in memory, and each of the adapters on it."""
+    paths = [stage.adapter(DORA, 1), stage.adapter(LORA, 1), stage.adapter(HRA, 1)]
+    given = map(str, (stage.base(DORA), tmp_path / "out", *paths))
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, *given],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert found.stdout.splitlines()[-1:] == ["[]"], found.stderr
+
+
+def test_weights_may_differ_between_modules(stage: Stage, tmp_path: Path) -> None:
+    """PEFT has one number per adapter."""
+    parts: Parts = [(DORA, 1, 1.0), (IA3, 2, 1.0)]
+    rules = (SiteRule("o_proj", {"a0": 0.25}), SiteRule("down_proj", {"a1": 0.0}))
+    options: dict[str, Any] = {"base": str(stage.base(DORA)), "dtype": "fp32", "rules": rules}
+    stage.combine(parts, tmp_path / "out", **options)
+    state = DORA.base_model().double().state_dict()
+    one, two = stage.added(DORA, 1), stage.added(IA3, 2)
+    moved = {
+        k: v + (0.25 if "o_proj" in k else 1) * one[k] + (0 if "down_proj" in k else 1) * two[k]
+        for k, v in state.items()
+    }
+    model = DORA.base_model().double()
+    model.load_state_dict(moved)
+    assert stage.error(DORA, DORA.truth(tmp_path / "out"), logits(model, DORA.inputs())) < 2e-6
+
+
+Change = Callable[[Tensor], None]
+DAMAGE: dict[str, tuple[Parts, dict[str, Any], str, Change]] = {
+    "a magnitude": (
+        [(DORA, 1, 0.6), (LORA, 2, 0.7)],
+        {"base": True},
+        "lora_magnitude_vector",
+        lambda t: t.mul_(1.05),
+    ),
+    "a vector of ia3": ([(IA3, 1, 0.6), (IA3, 2, 0.7)], {}, "ia3_l", lambda t: t.add_(0.05)),
+    "a reflection": ([(HRA, 1, 0.5), (HRA, 2, 0.5)], {}, "hra_u", lambda t: t[0].neg_()),
+    "a vector of vera": (
+        [(VERA, 1, 0.5)],
+        {"base": True},
+        "vera_lambda_b",
+        lambda t: t.mul_(1.1),
+    ),
+    "a delta of loha": ([(LOHA, 1, 0.5), (LOHA, 2, 0.5)], {}, "lora_A.weight", lambda t: t.neg_()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_verification_sees_more_than_nan(name: str, stage: Stage, tmp_path: Path) -> None:
+    """safe_merge looks for values that are not finite, and for nothing else."""
+    parts, options, leaf, change = DAMAGE[name]
+    case, base = parts[0][0], str(stage.base(parts[0][0]))
+    out = tmp_path / "out"
+    stage.combine(parts, out, **({"base": base} if options else {}))
+    verified(stage, parts, out)
+    tensors = load_file(out / WEIGHTS)
+    with safe_open(out / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    change(tensors[next(k for k in tensors if leaf in k)])
+    save_file(tensors, out / WEIGHTS, metadata=metadata)
+    inputs = {f"a{n}": str(stage.adapter(case, seed)) for n, (case, seed, _) in enumerate(parts)}
+    verdict = verify(out, Questions(base=base, inputs=inputs))
+    failed = {check.name for check in verdict.checks if check.status == FAIL}
+    assert {"weights", "forward"} <= failed
