@@ -10,12 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from adaptmerge.factors import Diag, Factor, Leaf, Product, Rows, Term, as_low_rank, whole_term
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.factors import (
+    Diag,
+    Factor,
+    Leaf,
+    Product,
+    Rows,
+    Sum,
+    Term,
+    as_low_rank,
+    whole_term,
+)
+from adaptmerge.files.dtypes import F64, DType
+from adaptmerge.files.refs import TensorRef, computed
 from adaptmerge.graph import Edit, Site
 from adaptmerge.lazy import torch
+from adaptmerge.linalg import moved_norms
 
 # Modules whose rows are the tokens of a vocabulary: no labels, and not to be stacked.
 VOCABULARY = (
@@ -78,12 +91,59 @@ class Dora:
     def delta(self) -> Factor | None:
         return None
 
+    @property
+    def axis(self) -> int:
+        """The axis that is normed over: that of the inputs, of an embedding that of the tokens."""
+        return 0 if self.site.layer.kind == "embedding" else 1
+
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         moved = weight + self.factor.dense().to(weight).reshape(weight.shape)
         magnitude = self.magnitude.read().to(weight).flatten()
-        norm_axis = 0 if self.site.layer.kind == "embedding" else 1
-        factor: torch.Tensor = magnitude / torch.linalg.vector_norm(moved, dim=norm_axis)
-        return moved * (factor[None, :] if norm_axis == 0 else factor[:, None])
+        share: torch.Tensor = magnitude / torch.linalg.vector_norm(moved, dim=self.axis)
+        return moved * (share[None, :] if self.axis == 0 else share[:, None])
+
+    def on(self, weight: TensorRef) -> Factor:
+        """diag(c - 1) W + diag(c) delta with c = m / |W + delta|; columns, for an embedding."""
+        stretched = Diag(computed(Share(self, weight, less=1.0)))
+        moved = Diag(computed(Share(self, weight)))
+        if self.axis == 0:
+            return Sum((Product((Leaf(weight), stretched)), Product((self.factor, moved))))
+        return Sum((Product((stretched, Leaf(weight))), Product((moved, self.factor))))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """c - less of a DoRA on a base weight, c = m / |W + delta|: a vector still to be computed."""
+
+    edit: Dora
+    weight: TensorRef
+    less: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.weight.shape[1 - self.edit.axis],)
+
+    @property
+    def dtype(self) -> DType:
+        return F64
+
+    def read(self) -> torch.Tensor:
+        return share_of(self.edit, self.weight) - self.less
+
+
+@lru_cache(maxsize=256)
+def share_of(edit: Dora, weight: TensorRef) -> torch.Tensor:
+    """m / |W + delta| of a DoRA on a base weight, float64."""
+    norms = norms_of(weight, edit.factor, edit.axis)
+    return edit.magnitude.read().double().flatten() / norms
+
+
+def norms_of(weight: TensorRef, factor: Factor, axis: int) -> torch.Tensor:
+    """|W + delta| over an axis, float64."""
+    terms = factor.thin()
+    up = torch.cat([term.up.double() * term.scale for term in terms], dim=1)
+    down = torch.cat([term.down.double() for term in terms])
+    return moved_norms(weight.read(), up, down, axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +159,36 @@ class Scale:
     def delta(self) -> Factor | None:
         return None
 
+    def on(self, weight: TensorRef) -> Factor:
+        """diag(l - 1) W or W diag(l - 1)."""
+        moved = Diag(computed(Deviation(self.vector)))
+        if len(weight.shape) == 1:
+            return Product((moved, Leaf(weight.reshape(weight.count, 1))))
+        return Product((moved, Leaf(weight)) if self.side == "out" else (Leaf(weight), moved))
+
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         vector = self.vector.read().to(weight).flatten()
         if weight.ndim == 1:
             return weight * vector
         return weight * (vector[:, None] if self.side == "out" else vector[None, :])
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """A vector of scales less 1, still to be computed."""
+
+    vector: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.vector.count,)
+
+    @property
+    def dtype(self) -> DType:
+        return F64
+
+    def read(self) -> torch.Tensor:
+        return self.vector.read().double().flatten() - 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +306,7 @@ class Opaque:
 class Effect:
     """What the edits of one adapter add to the base's own weight at a site: apply(W) - W, in full."""
 
+    at_once: ClassVar[bool] = True
     edits: tuple[Any, ...]
     weight: TensorRef
 

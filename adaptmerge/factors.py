@@ -104,9 +104,16 @@ class Product:
         return self.parts[0].shape[0], self.parts[-1].shape[1]
 
     def dense(self, rows: Rows = None) -> torch.Tensor:
-        value = self.parts[0].dense(rows) * self.scale
-        for part in self.parts[1:]:
-            value = value @ part.dense()
+        first, *others = self.parts
+        if isinstance(first, Diag) and others:
+            column = first.ref.read().double().flatten()[slice(*rows) if rows else slice(None)]
+            return column[:, None] * Product(tuple(others), self.scale).dense(rows)
+        value = first.dense(rows) * self.scale
+        for part in others:
+            if isinstance(part, Diag):
+                value = value * part.ref.read().double().flatten()
+            else:
+                value = value @ part.dense()
         return value
 
     def thin(self) -> list[Term]:
@@ -283,6 +290,7 @@ class Whole:
     """For factors of full rank: `matrix()` is all of it, and its thin form saves nothing."""
 
     __slots__ = ()
+    at_once: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from adaptmerge.lazy import torch
 
+ROWS = 1 << 20  # entries of a weight that are looked at in float64 at once
 NOISE = 2.0  # singular values below NOISE * eps * sqrt(max(m, n)) * (sum of the inputs' norms) are rounding
 
 
@@ -36,6 +37,26 @@ def product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
     """|up @ down|_F by two r x r Gram matrices; for pairs that do not cancel."""
     squared = (up.T @ up).double() * (down @ down.T).double()
     return math.sqrt(max(float(squared.sum()), 0.0))
+
+
+def moved_norms(
+    weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, axis: int
+) -> torch.Tensor:
+    """|W + up @ down| over an axis, float64, without forming the sum: from |W|, W down^T and the cores."""
+    up, down = up.double(), down.double()
+    if axis == 0:
+        return _row_norms(weight.T, down.T, up.T)
+    return _row_norms(weight, up, down)
+
+
+def _row_norms(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    squared = ((up @ (down @ down.T)) * up).sum(1)
+    step = max(1, ROWS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        block = weight[rows].double()
+        squared[rows] += block.square().sum(1) + 2 * ((block @ down.T) * up[rows]).sum(1)
+    return squared.clamp(min=0).sqrt()
 
 
 def side_by_side(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from adaptmerge.blocks import apart
 from adaptmerge.edits import delta_on, factor_of, refitted
 from adaptmerge.errors import InputError
 from adaptmerge.factors import (
@@ -220,13 +221,12 @@ def _measured(step: Step, done: Edit, stats: SiteStats) -> SiteStats:
     """For edits that depend on the base: what they add to it against what was meant, dense."""
     if step.promise is None:
         return stats
-    meant = step.promise.dense()
     delta = factor_of(done) if step.weight is None else delta_on([done], step.weight)  # type: ignore[list-item]
     assert delta is not None
-    off = float((delta.dense() - meant).norm())
+    off, size = apart(delta, step.promise)
     cut = stats.truncation > 0 or step.weight is None
-    lost = {"truncation": off, "rounding": 0.0} if cut else {"rounding": off}
-    return replace(stats, norm=float(meant.norm()), **lost)  # type: ignore[arg-type]
+    rounding = 0.0 if cut else off
+    return replace(stats, norm=size, truncation=off if cut else stats.truncation, rounding=rounding)
 
 
 def _nonfinite(step: Step, stats: SiteStats) -> list[str]:

@@ -19,7 +19,7 @@ LAYERS = (
     ("errors", "lazy"),
     ("files",),
     ("linalg",),
-    ("factors", "fit"),
+    ("factors", "fit", "blocks"),
     ("graph",),
     ("edits", "families"),
     ("names", "base", "experts"),

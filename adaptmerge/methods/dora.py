@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from adaptmerge.edits import Dora
+from adaptmerge.edits import Dora, Scale, norms_of, share_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.factors import Diag, Factor, Leaf, Product, Rows, Sum, Term, Values, whole_term
 from adaptmerge.files.dtypes import F64, DType
@@ -58,7 +58,7 @@ def _terms(blend: Blend) -> tuple[Factor, ...]:
     for index, (weight, edit) in enumerate(zip(blend.weights, blend.edits, strict=True)):
         added = getattr(edit, "factor", None)
         if added is not None:
-            share = Diag(computed(Share(blend, index)))
+            share = Diag(computed(Part(blend, index)))
             parts = (added, share) if blend.axis == 0 else (share, added)
             terms.append(Product(parts, weight))
     return tuple(terms) or (_empty(blend.weight),)
@@ -75,19 +75,11 @@ def _dtype(members: Sequence[Member]) -> DType | None:
     return found[0] if found else None
 
 
-@lru_cache(maxsize=64)
-def norm_share(edit: Edit, weight: TensorRef) -> torch.Tensor:
-    """c of one edit, (out,): what its outputs are multiplied by beside what is added."""
-    axis = 0 if edit.site.layer.kind == "embedding" else 1
-    count = weight.shape[1 - axis]
-    if edit.kind == "scale":
-        return edit.vector.read().double().flatten()  # type: ignore[attr-defined,no-any-return]
-    if edit.kind == "add":
-        return torch.ones(count, dtype=torch.float64)
-    moved = weight.read().double() + edit.factor.dense()  # type: ignore[attr-defined]
-    magnitude = edit.magnitude.read().double().flatten()  # type: ignore[attr-defined]
-    share: torch.Tensor = magnitude / moved.norm(dim=axis)
-    return share
+def share(edit: Edit, weight: TensorRef) -> torch.Tensor | float:
+    """c of one edit: what its outputs are multiplied by beside what is added."""
+    if isinstance(edit, Dora):
+        return share_of(edit, weight)
+    return edit.vector.read().double().flatten() if isinstance(edit, Scale) else 1.0
 
 
 @lru_cache(maxsize=64)
@@ -96,7 +88,7 @@ def gain(blend: Blend) -> torch.Tensor:
     pairs = zip(blend.weights, blend.edits, strict=True)
     total = torch.ones(blend.weight.shape[1 - blend.axis], dtype=torch.float64)
     for weight, edit in pairs:
-        total += weight * (norm_share(edit, blend.weight) - 1.0)
+        total += weight * (share(edit, blend.weight) - 1.0)
     if bool((total.abs() < EXACT).any()):
         raise CannotMerge(
             "these weights cancel a row of the base itself, which no DoRA holds: pass --as lora",
@@ -106,7 +98,7 @@ def gain(blend: Blend) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Part:
     """c / gain of one member, a tensor still to be computed."""
 
     blend: Blend
@@ -121,7 +113,7 @@ class Share:
         return F64
 
     def read(self) -> torch.Tensor:
-        return norm_share(self.blend.edits[self.index], self.blend.weight) / gain(self.blend)
+        return share(self.blend.edits[self.index], self.blend.weight) / gain(self.blend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +128,8 @@ class Magnitude:
         return self.blend.weight.shape[1 - self.blend.axis], 1
 
     def dense(self, rows: Rows = None) -> torch.Tensor:
-        moved: torch.Tensor = self.blend.weight.read().double() + self.factor.dense()
-        column: torch.Tensor = (gain(self.blend) * moved.norm(dim=self.blend.axis))[:, None]
+        norms = norms_of(self.blend.weight, self.factor, self.blend.axis)
+        column: torch.Tensor = (gain(self.blend) * norms)[:, None]
         return column[slice(*rows)] if rows else column
 
     def thin(self) -> list[Term]:

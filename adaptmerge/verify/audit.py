@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adaptmerge.blocks import row_blocks
 from adaptmerge.factors import Factor, as_low_rank
 from adaptmerge.files.dtypes import BY_NAME
 from adaptmerge.fit import Budget
@@ -17,7 +18,7 @@ from adaptmerge.lazy import torch
 from adaptmerge.linalg import noise_floor, product_norm, thin_spectrum
 from adaptmerge.registry import method_named
 from adaptmerge.report import Report, SiteLine
-from adaptmerge.verify.promise import Distance, Promised, row_blocks
+from adaptmerge.verify.promise import Distance, Promised
 
 TOLERANCE = 1e-5  # of the delta, as for the deltas themselves
 PROBES = 8  # random vectors that look for what a truncation should have kept
@@ -204,7 +205,7 @@ def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[float, f
     for _ in range(2):
         below = torch.zeros(left.shape[1], whole.shape[1], dtype=torch.float64)
         turned, squared = torch.zeros_like(probes), 0.0
-        for rows in row_blocks(whole.shape):
+        for rows in row_blocks(whole):
             rest = whole.dense(rows) - up[slice(*rows)] @ down
             below += left[slice(*rows)].T @ rest
             squared += float((rest @ right).square().sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -11,6 +11,7 @@ from typing import Any
 
 from adaptmerge.align import layer_count
 from adaptmerge.base import Base
+from adaptmerge.blocks import row_blocks
 from adaptmerge.edits import Add, delta_on, factor_of, refitted, with_value
 from adaptmerge.errors import InputError, VerificationFailed
 from adaptmerge.factors import Factor, Rows, as_low_rank
@@ -26,8 +27,6 @@ from adaptmerge.resolve import WHOLE
 from adaptmerge.run import workers_default
 from adaptmerge.verify.stored import policies_in, promised_edit, promised_labels
 from adaptmerge.weights import SiteRule, Weights
-
-BLOCK = 1 << 19  # elements of a dense delta looked at at once: small enough for the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def _projected(whole: Factor, stored: Factor) -> tuple[torch.Tensor, torch.Tenso
     left = _orthonormal(pair.up.read().double())
     right = _orthonormal(pair.down.read().double().T)
     inside = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-    for start, stop in row_blocks(whole.shape):
+    for start, stop in row_blocks(whole):
         inside += left[start:stop].T @ (whole.dense((start, stop)) @ right)
     return left, inside @ right.T
 
@@ -306,13 +305,6 @@ def _joined(
     return Promised(line, edit, tuple(terms), weight)
 
 
-def row_blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Row ranges that cover a matrix, each of at most about BLOCK elements."""
-    step = max(1, BLOCK // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        yield start, min(shape[0], start + step)
-
-
 @dataclass(frozen=True, slots=True)
 class Distance:
     """|a - b|, |a| and |b| (Frobenius) of two deltas."""
@@ -332,7 +324,7 @@ class Distance:
 def distance(a: Factor, b: Factor) -> Distance:
     """How far two factors are apart, dense in float64, a block of rows at a time."""
     with one_thread_each(), ThreadPoolExecutor(max_workers=workers_default()) as pool:
-        blocks = pool.map(lambda rows: _squares(a.dense(rows), b.dense(rows)), row_blocks(a.shape))
+        blocks = pool.map(lambda rows: _squares(a.dense(rows), b.dense(rows)), row_blocks(a, b))
         apart, left, right = (math.sqrt(sum(part)) for part in zip(*blocks, strict=True))
     return Distance(apart, left, right)
 
