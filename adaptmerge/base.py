@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge import experts
+from adaptmerge.edits import VOCABULARY
 from adaptmerge.errors import InputError
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
@@ -106,7 +107,10 @@ class Base:
         return found
 
     def parameter(self, site: Site) -> TensorRef | None:
-        """The stored parameter at a site, as it lies in the checkpoint; None if there is none."""
+        """The stored parameter at a site, as it lies in the checkpoint; None if there is none.
+
+        A head that is tied to its embedding has the embedding's.
+        """
         module = self.locate(site.module)
         if module is None:
             return None
@@ -115,7 +119,15 @@ class Base:
         stored = self.tensors.get(f"{module}.{site.param}")
         if stored is None and site.param in experts.STACKED:
             return self._experts.stack(module, site.param, self.expert_count)
-        return self._experts.part(module) if stored is None and site.param == "weight" else stored
+        if stored is None and site.param == "weight":
+            return self._experts.part(module) or self._tied(module)
+        return stored
+
+    def _tied(self, module: str) -> TensorRef | None:
+        if not self.config.get("tie_word_embeddings") or not _is_vocabulary(module):
+            return None
+        names = (f"{name}.weight" for name in sorted(self.modules) if _is_vocabulary(name))
+        return next((self.tensors[name] for name in names if name in self.tensors), None)
 
     @property
     def _experts(self) -> experts.Checkpoint:
@@ -154,6 +166,10 @@ class Base:
 
 def _is_stack(name: str, ref: TensorRef) -> bool:
     return name.rpartition(".")[2] in experts.STACKED and len(ref.shape) == 3
+
+
+def _is_vocabulary(module: str) -> bool:
+    return module.rpartition(".")[2] in VOCABULARY
 
 
 def _one_longer(name: str, module: str) -> bool:

@@ -158,12 +158,7 @@ def shown(labels: Labels) -> str:
 
 def own_parameter(base: Base | None, site: Site) -> TensorRef | None:
     """The base's own value of a parameter; of a head that it ties to its embedding, the embedding's."""
-    stored = base.parameter(site) if base else None
-    if stored is not None or base is None or not base.config.get("tie_word_embeddings"):
-        return stored
-    tied = is_vocabulary(site.module) and site.param == "weight"
-    names = (f"{name}.weight" for name in sorted(base.modules) if tied and is_vocabulary(name))
-    return next((base.tensors[name] for name in names if name in base.tensors), None)
+    return base.parameter(site) if base else None
 
 
 def union(members: Sequence[Member], labels: Mapping[str, Labels | None]) -> Labels:

@@ -256,7 +256,7 @@ def _fit(group: Group, members: tuple[Member, ...], request: Request, notes: lis
         _judge_blind(group, members, promise, request, notes)
     if factor_of(edit) is None:
         return Step("value", edit, members)
-    if form not in (None, LORA):
+    if any(hasattr(ref.source, "store") for ref in refs_of(factor_of(edit))):
         return Step("value", edit, members, promise=_meant(members))
     return Step(
         _form(edit, members, request), edit, members, _cap(members, request), promise, weight
@@ -273,6 +273,8 @@ def _promise(members: Sequence[Member], weight: TensorRef | None) -> Factor | No
     if weight is None:
         return None
     edits = [(m.weight, m.edit) for m in members if isinstance(m.edit, WeightEdit)]
+    if not edits:
+        return None
     return Sum(tuple(Product((delta_on([edit], weight),), w) for w, edit in edits))
 
 

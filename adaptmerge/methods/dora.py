@@ -49,7 +49,9 @@ def dora_sum(meeting: Meeting) -> Edit:
     blend = Blend(weights, tuple(member.edit for member in meeting.members), meeting.weight)
     factor = Sum(_terms(blend))
     count = meeting.weight.shape[1 - blend.axis]
-    magnitude = Values(Magnitude(blend, factor), (count,), _dtype(meeting.members))
+    kernel = meeting.site.layer.kernel
+    shape = (1, count, *(1 for _ in kernel)) if kernel else (count,)
+    magnitude = Values(Magnitude(blend, factor), shape, _dtype(meeting.members))
     return Dora(meeting.site, factor, computed(magnitude))
 
 

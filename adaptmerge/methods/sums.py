@@ -13,6 +13,7 @@ from typing import Any
 from adaptmerge.edits import Scale, refitted, with_value
 from adaptmerge.errors import CannotMerge
 from adaptmerge.factors import Factor, Leaf, Product, Sum, values
+from adaptmerge.families.beft import Beft
 from adaptmerge.files.refs import TensorRef, constant, join
 from adaptmerge.graph import Edit
 from adaptmerge.methods.dora import dora_sum
@@ -25,8 +26,21 @@ EXACT = 1e-12  # weights that differ from a sum of 1 by no more than this sum to
 
 def weighted_sum(meeting: Meeting) -> Edit:
     """Sum of w * delta, as an expression of the members' own factors."""
-    terms = tuple(Product((_delta(member),), member.weight) for member in meeting.members)
+    deltas = [_delta(member) for member in meeting.members]
+    if all(isinstance(delta, Beft) for delta in deltas):
+        return _one_vector(meeting, [delta.vector for delta in deltas if isinstance(delta, Beft)])
+    terms = tuple(
+        Product((delta,), member.weight)
+        for delta, member in zip(deltas, meeting.members, strict=True)
+    )
     return refitted(meeting.members[0].edit, Sum(terms))
+
+
+def _one_vector(meeting: Meeting, vectors: Sequence[TensorRef]) -> Edit:
+    """The sum of vectors added to a bias, which is one again."""
+    weights = [member.weight for member in meeting.members]
+    total = columns(list(zip(weights, vectors, strict=True)))
+    return refitted(meeting.members[0].edit, Beft(values(total, vectors[0])))
 
 
 def _delta(member: Member) -> Factor:

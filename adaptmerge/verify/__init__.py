@@ -29,6 +29,7 @@ from adaptmerge.verify.audit import malformed
 from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.verify.promise import promises
 from adaptmerge.verify.stored import check_labels
+from adaptmerge.verify.weights import UNPROVEN as UNJUDGED
 from adaptmerge.verify.weights import check_weights
 
 __all__ = ["FAIL", "PASS", "SKIPPED", "UNDECIDABLE", "Check", "Questions", "Verdict", "verify"]
@@ -91,7 +92,17 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     if _failed(checks, "base"):
         return Verdict(output.name, checks, TRUSTED)
     more, trusted = _model_checks(report, references, results, inputs, base, questions)
+    blind = sum(check.numbers.get(UNJUDGED, 0) for check in checks)
+    more = [_with_doubt(check, blind) for check in more]
     return Verdict(output.name, [*checks, *more], trusted)
+
+
+def _with_doubt(check: Check, blind: int) -> Check:
+    """A word on sites whose nearest form is its own reference in the forward checks."""
+    if not blind or not check.name.startswith("forward"):
+        return check
+    what = f"{check.detail}; {blind} sites of a nearest form are judged by their weights alone"
+    return replace(check, detail=what)
 
 
 def _results(output: Path, report: Report, base: Base | None) -> dict[str, Input]:
@@ -218,7 +229,8 @@ def _model_checks(
 
     device = forward.device_named(questions.device)
     edits = [edit for result in results.values() for edit in result.adapter.edits]
-    tokens = sorted({token for edit in edits for token in getattr(edit, "rows", ())})
+    invoking = [token for edit in edits[:1] for token in getattr(edit, "tokens", ())]
+    tokens = invoking + sorted({token for edit in edits for token in getattr(edit, "rows", ())})
     bench = forward.Bench.of(base, device, questions.layerwise, tokens)
     dtype = BY_NAME[report.output["dtype"].upper()]
     checks: list[Check] = []

@@ -14,8 +14,9 @@ from adaptmerge.base import Base
 from adaptmerge.blocks import row_blocks
 from adaptmerge.edits import Add, delta_on, factor_of, refitted, with_value
 from adaptmerge.errors import InputError, VerificationFailed
-from adaptmerge.factors import Factor, Rows, as_low_rank
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.factors import Factor, Rows, as_low_rank, mapped, refs_of
+from adaptmerge.files.dtypes import F32
+from adaptmerge.files.refs import TensorRef, constant
 from adaptmerge.graph import Adapter, Edit, Labels, Site
 from adaptmerge.heads import owner_of
 from adaptmerge.lazy import torch
@@ -341,13 +342,24 @@ def settings(edit: Edit) -> dict[str, Any]:
     """What an edit says besides tensors and its place: token ids, sides, activations, roles."""
     named = ((field.name, getattr(edit, field.name)) for field in fields(edit))  # type: ignore[arg-type]
     made_of = ("site", "factor")
-    return {n: v for n, v in named if n not in made_of and not isinstance(v, TensorRef)}
+    return {n: mapped(v, _blank) for n, v in named if n not in made_of}
+
+
+def _blank(ref: TensorRef) -> TensorRef:
+    """A tensor's place, without the tensor."""
+    return constant(0.0, (), F32)
 
 
 def other_tensors(edit: Edit) -> dict[str, TensorRef]:
     """The tensors of an edit outside its factor, by field: magnitudes, vectors, stored values."""
     named = ((field.name, getattr(edit, field.name)) for field in fields(edit))  # type: ignore[arg-type]
-    return {name: value for name, value in named if isinstance(value, TensorRef)}
+    return {
+        name if len(refs) == 1 else f"{name}.{number}": ref
+        for name, value in named
+        if name not in ("site", "factor")
+        for refs in [list(refs_of(value))]
+        for number, ref in enumerate(refs)
+    }
 
 
 def expected_edit(promised: Promised, factor: Factor | None) -> Edit:

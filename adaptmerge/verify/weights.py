@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from adaptmerge.edits import delta_on, factor_of
@@ -32,6 +33,7 @@ from adaptmerge.verify.promise import (
 )
 
 TOLERANCE = 1e-5  # relative; float32 factors and their products stay well below
+UNPROVEN = "sites that outputs do not judge"
 SLACK = 0.01  # share by which a reported error may be off
 
 
@@ -44,10 +46,12 @@ def check_weights(
     problems = _twice(output) + _dtypes(report, promised, stored)
     worst: list[tuple[float, str]] = []
     effect = 0.0
+    unproven = 0
     losses: list[Loss] = []
     audit = auditor(report, losses)
     for item in promised:
         edit = stored.pop(line_key(item.line), None)
+        unproven += _is_own_reference(item, edit)
         found, size, off = _site(item, edit, expected, audit)
         problems += found
         effect += size**2
@@ -57,7 +61,14 @@ def check_weights(
     problems += unearned(report, losses)
     if not problems and effect == 0.0 and _any_delta(promised):
         problems.append("the output has no effect at all")
-    return _check(problems, worst, len(promised)), expected
+    check = _check(problems, worst, len(promised))
+    return replace(check, numbers={**check.numbers, UNPROVEN: unproven}), expected
+
+
+def _is_own_reference(item: Promised, edit: Edit | None) -> bool:
+    """Whether a lossy form is the nearest of its kind: then outputs cannot judge it, its delta can."""
+    stored = _stored(item, edit)
+    return item.line.truncation > 0.0 and stored is not None and as_low_rank(stored) is None
 
 
 def _does_nothing(edit: Edit) -> bool:

@@ -136,6 +136,15 @@ class Patterns:
         found = (v for key, v in self.values.items() if re.match(rf"(.*\.)?({key})$", module))
         return next(found, default)
 
+    def unused(self, modules: Iterable[str]) -> list[str]:
+        """The expressions that match none of the modules."""
+        paths = list(modules)
+        return [
+            key
+            for key in self.values
+            if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths)
+        ]
+
 
 def exactly(module: str) -> str:
     """The pattern that matches this module path and no other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from adaptmerge.factors import Leaf, Product
 from adaptmerge.files.refs import TensorRef
@@ -35,7 +35,18 @@ def read(reading: Reading) -> list[Edit]:
         what = "DoRA magnitudes are stored though use_dora is not set: read as DoRA"
         notes.append(Note(Kind.ASSUMED, what))
     notes += [*reading.ignored(), *unread_biases(config, edits)]
+    notes += unused_patterns(config, {edit.site.path for edit in edits})
     return edits
+
+
+def unused_patterns(config: PeftConfig, sites: Iterable[str]) -> list[Note]:
+    """A Note on patterns that match no module, as "^q_proj": PEFT matches whole paths or their ends."""
+    tables = {"rank_pattern": config.ranks, "alpha_pattern": config.alphas}
+    unused = [f"{n} {key!r}" for n, table in tables.items() for key in table.unused(sites)]
+    if not unused:
+        return []
+    what = f"matches no adapted module, so it does nothing: {', '.join(unused)}"
+    return [Note(Kind.INFO, what)]
 
 
 def unread_biases(config: PeftConfig, edits: Sequence[Edit]) -> list[Note]:

@@ -46,9 +46,14 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
     """
     from peft import PeftModel
 
-    before = {name: value.clone() for name, value in model.double().state_dict().items()}
+    _untie(model)
+    before = {name: value.double() for name, value in model.state_dict().items()}
     with _quietly(), _as_folder(path) as folder:
+        if _config(folder).get("layer_replication"):
+            return {}  # PEFT merges all copies of a layer into one
         wrapped = PeftModel.from_pretrained(model, str(folder)).double()
+        if wrapped.active_peft_config.is_prompt_learning:
+            return {}
         adapted, stacks = _adapted(wrapped), _stacks(wrapped)
         if not (adapted or stacks) or not hasattr(wrapped.base_model, "merge_and_unload"):
             return {}
@@ -64,6 +69,19 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
         stack = getattr(merged.get_submodule(name), param).detach() - before[f"{name}.{param}"]
         for expert, delta in enumerate(stack):
             found[str(Site(name, param, expert=expert))] = delta.T if turned else delta
+    return {name: delta for name, delta in found.items() if bool(delta.any())}
+
+
+def _untie(model: Any) -> None:
+    """Gives a head that shares its embedding's weight one of its own: PEFT would merge both into it."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return found
 
 

@@ -64,7 +64,7 @@ def refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
     alone = [
         str(e.site)
         for e in edits
-        if is_bias(e) and family_of(e) == LORA and e.site.module not in adapted
+        if is_bias(e) and family_of(e) in (LORA, "") and e.site.module not in adapted
     ]
     problems = [f"peft has no place for {bias} without a delta of its weight" for bias in alone[:1]]
     tuner = tuner_of(_family(edits))
