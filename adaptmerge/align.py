@@ -272,6 +272,8 @@ def _edit_against_base(
     factor, site = factor_of(edit), edit.site
     site = replace(site, module=original(site.module, replication))
     is_weight = site.param == "weight" or site.expert is not None
+    if factor is None and site.param == "weight":
+        return _scale_against_base(name, edit, base)
     if factor is None or not is_weight or not base.tensors:
         return []
     weight = base.parameter(site) if site.expert is None else base.weight(site)
@@ -287,6 +289,21 @@ def _edit_against_base(
     return [
         f"{name}: {edit.site} is for a weight of {list(factor.shape)}, but the base {base.path.name} "
         f"has {list(shape)}"
+    ]
+
+
+def _scale_against_base(name: str, edit: Edit, base: Base) -> list[str]:
+    """A vector of scales is as long as the side of the weight that it scales."""
+    vector, weight = getattr(edit, "vector", None), base.weight(edit.site)
+    if vector is None or weight is None or len(weight.shape) < 2:
+        return []
+    inner = getattr(edit, "side", "out") == "in"
+    fits = weight.shape[1] % vector.count == 0 if inner else weight.shape[0] == vector.count
+    if fits:
+        return []
+    return [
+        f"{name}: {edit.site} scales {vector.count} {'inputs' if inner else 'outputs'}, but the weight "
+        f"of the base {base.path.name} is {list(weight.shape)}"
     ]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from adaptmerge.factors import (
@@ -25,7 +24,7 @@ from adaptmerge.factors import (
     whole_term,
 )
 from adaptmerge.files.dtypes import F64, DType
-from adaptmerge.files.refs import TensorRef, computed
+from adaptmerge.files.refs import TensorRef, computed, remembered
 from adaptmerge.graph import Edit, Site
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import moved_norms
@@ -131,7 +130,7 @@ class Share:
         return share_of(self.edit, self.weight) - self.less
 
 
-@lru_cache(maxsize=256)
+@remembered
 def share_of(edit: Dora, weight: TensorRef) -> torch.Tensor:
     """m / |W + delta| of a DoRA on a base weight, float64."""
     norms = norms_of(weight, edit.factor, edit.axis)
@@ -161,7 +160,8 @@ class Scale:
 
     def on(self, weight: TensorRef) -> Factor:
         """diag(l - 1) W or W diag(l - 1)."""
-        moved = Diag(computed(Deviation(self.vector)))
+        times = weight.shape[1] // self.vector.count if self.side == "in" else 1
+        moved = Diag(computed(Deviation(self.vector, times)))
         if len(weight.shape) == 1:
             return Product((moved, Leaf(weight.reshape(weight.count, 1))))
         return Product((moved, Leaf(weight)) if self.side == "out" else (Leaf(weight), moved))
@@ -170,25 +170,28 @@ class Scale:
         vector = self.vector.read().to(weight).flatten()
         if weight.ndim == 1:
             return weight * vector
-        return weight * (vector[:, None] if self.side == "out" else vector[None, :])
+        if self.side == "out":
+            return weight * vector[:, None]
+        return weight * vector.repeat_interleave(weight.shape[1] // len(vector))[None, :]
 
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """A vector of scales less 1, still to be computed."""
+    """A vector of scales less 1, each `times` over for the places of a kernel; still to be computed."""
 
     vector: TensorRef
+    times: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.vector.count,)
+        return (self.vector.count * self.times,)
 
     @property
     def dtype(self) -> DType:
         return F64
 
     def read(self) -> torch.Tensor:
-        return self.vector.read().double().flatten() - 1.0
+        return self.vector.read().double().flatten().repeat_interleave(self.times) - 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,11 +243,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """A tensor still to be computed: the entries of a factor under another shape, stored as `store`."""
+    """A tensor still to be computed: the entries of a factor under another shape, stored as `store`.
+
+    neutral: the entry that does nothing, from which errors are measured.
+    """
 
     factor: Factor
     shape: tuple[int, ...]
     store: DType | None = None
+    neutral: float = 0.0
 
     @property
     def dtype(self) -> DType:
@@ -257,9 +261,9 @@ class Values:
         return self.factor.dense().reshape(self.shape)
 
 
-def values(factor: Factor, like: TensorRef) -> TensorRef:
+def values(factor: Factor, like: TensorRef, neutral: float = 0.0) -> TensorRef:
     """The entries of a factor as a tensor of the shape and dtype of another."""
-    return computed(Values(factor, like.shape, like.dtype))
+    return computed(Values(factor, like.shape, like.dtype, neutral))
 
 
 class Expanded:
@@ -334,13 +338,10 @@ def chain(parts: tuple[Factor, ...]) -> torch.Tensor:
         if isinstance(part, Diag):
             value = value * working(part.ref.read()).flatten()
         else:
-            value = _times(value, working(_value(part)))
+            right = working(_value(part))
+            wide = torch.promote_types(value.dtype, right.dtype)
+            value = value.to(wide) @ right.to(wide)
     return value
-
-
-def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    wide = torch.promote_types(left.dtype, right.dtype)
-    return left.to(wide) @ right.to(wide)
 
 
 def _value(factor: Factor) -> torch.Tensor:

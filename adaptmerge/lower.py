@@ -30,8 +30,17 @@ def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:
     problems += [f"{target} has no place for {p} deltas" for p in sorted(params)]
     mixed = sorted({edit.kind for edit in listed} & stores.exclusive)
     if len(mixed) > 1:
-        problems.append(f"{target} cannot hold {' and '.join(mixed)} edits in one file")
+        problems.append(_exclusion(listed, mixed, target))
     return problems
+
+
+def _exclusion(edits: Sequence[Edit], mixed: Sequence[str], target: str) -> str:
+    plain = [edit for edit in edits if edit.kind == "add"]
+    beside = [str(edit.site) for edit in plain if edit.site.param == "bias"]
+    if beside and len(beside) == len(plain):
+        others = " and ".join(kind for kind in mixed if kind != "add")
+        return f"{target} has no place for a delta of {beside[0]} beside {others} edits: pass --as lora"
+    return f"{target} cannot hold {' and '.join(mixed)} edits in one file"
 
 
 def _is_own(edit: Edit, stores: Stores) -> bool:

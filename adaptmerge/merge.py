@@ -17,6 +17,7 @@ from adaptmerge.base import Base, open_base
 from adaptmerge.errors import AdaptmergeError, CannotStore, UsageError
 from adaptmerge.experts import LAYOUTS
 from adaptmerge.files import dtypes
+from adaptmerge.files.refs import forget
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
 from adaptmerge.fit import Budget
@@ -89,6 +90,7 @@ def silent(done: int, total: int) -> None:
 
 def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepared:
     """The plan of a merge. Raises every error that headers can tell."""
+    forget()
     _check(specs, options)
     if is_checkpoint_schedule(options.weights):
         specs = in_natural_order(specs)

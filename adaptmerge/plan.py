@@ -75,6 +75,7 @@ class Plan:
     inputs: tuple[str, ...]
     allowed: frozenset[str] = frozenset()
     notes: tuple[Note, ...] = ()
+    asked: DType | None = None
 
 
 def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) -> Plan:
@@ -110,6 +111,7 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
         tuple(inputs),
         request.allowed,
         tuple(_told_once(notes)),
+        request.dtype,
     )
 
 
@@ -142,7 +144,8 @@ def _weigh(groups: Sequence[Group], weights: Weights) -> list[Weighed]:
 
 def _common_dtype(groups: Sequence[Group], stores: Stores) -> DType:
     edits = [edit for group in groups for _, edit in group.members]
-    found = default_dtype([ref.dtype for edit in edits for ref in refs_of(factor_of(edit))])
+    sides = [ref.dtype for edit in edits for ref in refs_of(factor_of(edit))]
+    found = default_dtype(sides or [ref.dtype for edit in edits for ref in refs_of(edit)])
     return found if found.name in stores.dtypes else F32
 
 
@@ -286,7 +289,10 @@ def _judge_blind(
     notes: list[Note],
 ) -> None:
     """What is approximate or unknown about edits that depend on a base that is not at hand."""
-    if promise is not None or group.kind not in BLIND:
+    if group.kind not in BLIND:
+        return
+    if promise is not None:
+        _judge_spectrum(group, request)
         return
     if not request.budget.unlimited:
         raise CannotMerge(
@@ -300,15 +306,27 @@ def _judge_blind(
             "deltas and magnitudes apart",
             where=str(group.site),
         )
+    if len(members) == 1 and members[0].weight == 1.0:
+        return
     what = "deltas and magnitudes were summed apart, without the base: an approximation of the sum"
     notes.append(Note(Kind.APPROXIMATED, what, site=str(group.site)))
+
+
+def _judge_spectrum(group: Group, request: Request) -> None:
+    """Raises CannotMerge for budgets on singular values of a delta that lies inside a norm."""
+    if request.budget.spectral:
+        raise CannotMerge(
+            f"--energy and --max-error cannot be held for {group.kind} edits, whose norms do not follow "
+            "their deltas': pass --rank, or --as lora",
+            where=str(group.site),
+        )
 
 
 def _form(edit: Edit, members: Sequence[Member], request: Request) -> str:
     """Whether a delta is settled as two sides or whole; a full rank by budget only, two sides hold more."""
     factor = factor_of(edit)
     assert factor is not None
-    if edit.site.param in ("bias",) or not request.budget.unlimited or request.method.rank:
+    if 1 in factor.shape or not request.budget.unlimited or request.method.rank:
         return "fit"
     if rank_bound(factor) < min(factor.shape) or not any(map(_is_full, members)):
         return "fit"
@@ -335,8 +353,10 @@ def _is_full(member: Member) -> bool:
 def _cap(members: Sequence[Member], request: Request) -> Budget:
     if request.method.rank is None:
         return request.budget
-    ranks = [rank_bound(f) for m in members if (f := factor_of(m.edit)) is not None]
-    return request.budget.capped(request.method.rank(ranks)) if ranks else request.budget
+    known = [f for m in members if (f := factor_of(m.edit)) is not None]
+    bounds = [rank_bound(f) for f in known]
+    ranks = [rank for rank, f in zip(bounds, known, strict=True) if rank < min(f.shape)]
+    return request.budget.capped(request.method.rank(ranks or bounds)) if known else request.budget
 
 
 def _told_once(notes: Sequence[Note]) -> list[Note]:

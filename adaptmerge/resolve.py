@@ -146,7 +146,10 @@ def _joins(members: Sequence[Member], request: Request) -> bool:
 def _deltas(site: Site, members: Sequence[Member], request: Request) -> tuple[Member, ...]:
     """Each adapter's edits, in their order, as what they add. Raises CannotMerge without the base."""
     if "add" not in request.method.rules:
-        raise CannotMerge(f"{request.method.name} has no rule for what these edits add to the base")
+        kinds = " and ".join(sorted({member.edit.kind for member in members}))
+        raise CannotMerge(
+            f"{request.method.name} has no rule for {kinds} edits: see 'adaptmerge methods'"
+        )
     weight = request.weight(site)
     by_adapter: dict[str, list[Member]] = {}
     for member in members:
@@ -156,6 +159,10 @@ def _deltas(site: Site, members: Sequence[Member], request: Request) -> tuple[Me
     result = []
     for name, found in by_adapter.items():
         edits = [member.edit for member in found]
+        if len({member.weight for member in found}) > 1:
+            raise CannotMerge(
+                f"the edits of {name} act one on the other: give them one weight here"
+            )
         factor = edits[0].delta() if weight is None else delta_on(edits, weight)  # type: ignore[attr-defined,arg-type]
         made = Add(_on_base(edits[0].site, request), factor)
         result.append(Member(name, found[0].weight, made, tuple(edits)))

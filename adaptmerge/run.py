@@ -37,6 +37,8 @@ from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import gram, one_thread_each, side_by_side
 from adaptmerge.plan import Plan, Step
+from adaptmerge.registry import default_dtype
+from adaptmerge.resolve import WHOLE
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -204,13 +206,31 @@ def _settled(
     pending = [ref for ref in refs_of(edit) if hasattr(ref.source, "store")]
     for ref in pending:
         exact = ref.source.read()
-        stored = exact.to((ref.source.store or plan.dtype).torch)  # type: ignore[attr-defined]
+        stored = exact.to(_stored_dtype(plan, step, ref).torch)
         edit = mapped(edit, lambda r, old=ref, new=stored: _held(new) if r == old else r)  # type: ignore[misc]
         if factor is None:
             lost = float((stored.double() - exact).norm())
-            size = math.hypot(stats.norm, float(exact.norm()))
+            moved = exact - getattr(ref.source, "neutral", 0.0)
+            size = math.hypot(stats.norm, float(moved.norm()))
             stats = replace(stats, norm=size, rounding=math.hypot(stats.rounding, lost))
     return edit, stats
+
+
+def _stored_dtype(plan: Plan, step: Step, ref: TensorRef) -> DType:
+    """What a computed tensor is stored as: as asked, else wide enough for all members; what is stored
+    whole keeps its own."""
+    own: DType | None = ref.source.store  # type: ignore[attr-defined]
+    if step.edit.kind in WHOLE and own is not None:
+        return own
+    if plan.asked is not None:
+        return plan.asked
+    beside = [
+        r.dtype
+        for member in step.members
+        for r in refs_of(member.edit)
+        if own is not None and r.shape[1:] == ref.shape[1:]
+    ]
+    return default_dtype(beside) if beside else plan.dtype
 
 
 def _held(value: torch.Tensor) -> TensorRef:
@@ -286,8 +306,8 @@ def _column(
 def _input_stats(step: Step) -> SiteStats:
     """Ranks, inner products and the norm of the weighted sum, from the inputs alone."""
     factors = [f for m in step.members if (f := factor_of(m.edit)) is not None]
-    factors = factors if step.promise is None else []
     bounds = tuple(rank_bound(factor) for factor in factors)
+    factors = factors if step.promise is None else []
     weights = tuple(member.weight for member in step.members)
     inner = _gram(factors)
     counted = torch.tensor(weights[: len(inner)], dtype=torch.float64)

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.dtypes import F32, DType
 from adaptmerge.lazy import torch
 
 Shape = tuple[int, ...]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,6 +362,22 @@ def _as_tensor(raw: torch.Tensor, dtype: DType, shape: Shape) -> torch.Tensor:
     if dtype.torch_name is None or not hasattr(torch, dtype.torch_name):
         return raw
     return raw.view(dtype.torch).reshape(shape)
+
+
+_REMEMBERED: list[Any] = []
+
+
+def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Results kept by arguments until `forget()`: refs name files, which may change between runs."""
+    kept = lru_cache(maxsize=256)(function)
+    _REMEMBERED.append(kept)
+    return kept
+
+
+def forget() -> None:
+    """Everything that was computed from files is computed again when it is asked for."""
+    for kept in _REMEMBERED:
+        kept.cache_clear()
 
 
 _HELD = threading.local()

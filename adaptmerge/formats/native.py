@@ -17,7 +17,7 @@ from typing import Any
 from adaptmerge import edits as edit_classes
 from adaptmerge import factors as factor_classes
 from adaptmerge import families
-from adaptmerge.edits import Effect
+from adaptmerge.edits import Deviation, Effect, Share
 from adaptmerge.errors import InputError
 from adaptmerge.factors import Values
 from adaptmerge.files import refs as ref_classes
@@ -34,7 +34,7 @@ TENSORS = "tensors.safetensors"
 LARGEST = 1 << 32  # entries of a tensor that is computed, not stored
 WITHIN = (TensorRef, Stored, Pickled, Constant, Listed, Joined)  # written as {"tensor": NAME}
 
-UNSETTLED = (Values, Effect)  # what a run computes before anything is written
+UNSETTLED = (Values, Effect, Share, Deviation)  # what a run computes before anything is written
 
 
 @cache

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from adaptmerge.edits import Dora, Scale, norms_of, share_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.factors import Diag, Factor, Leaf, Product, Rows, Sum, Term, Values, whole_term
 from adaptmerge.files.dtypes import F64, DType
-from adaptmerge.files.refs import TensorRef, computed, constant
+from adaptmerge.files.refs import TensorRef, computed, constant, remembered
 from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
 from adaptmerge.registry import Meeting, Member
@@ -84,7 +83,7 @@ def share(edit: Edit, weight: TensorRef) -> torch.Tensor | float:
     return edit.vector.read().double().flatten() if isinstance(edit, Scale) else 1.0
 
 
-@lru_cache(maxsize=64)
+@remembered
 def gain(blend: Blend) -> torch.Tensor:
     """1 + sum of w (c - 1), (out,). Raises CannotMerge where the weights cancel a whole row."""
     pairs = zip(blend.weights, blend.edits, strict=True)

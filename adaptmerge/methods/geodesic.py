@@ -118,7 +118,7 @@ def mean_boft(meeting: Meeting) -> Edit:
     return replace(
         first,
         blocks=computed(_mean(meeting, first, edits, first.blocks)),
-        scales=values(scales, first.scales),
+        scales=values(scales, first.scales, neutral=1.0),
     )
 
 

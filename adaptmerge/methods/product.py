@@ -50,7 +50,7 @@ def powers(meeting: Meeting) -> Edit:
     factor = Powers(vectors, tuple(member.weight for member in meeting.members))
     first = edits[0]
     assert isinstance(first, Scale)
-    return replace(first, vector=values(factor, first.vector))
+    return replace(first, vector=values(factor, first.vector, neutral=1.0))
 
 
 METHOD = Method(

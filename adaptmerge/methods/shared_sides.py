@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from adaptmerge.edits import factor_of, refitted
 from adaptmerge.errors import CannotMerge
 from adaptmerge.factors import Rows, Term, values, whole_term
 from adaptmerge.families.vera import Vera
 from adaptmerge.files.compare import same_values
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.files.refs import TensorRef, remembered
 from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
 from adaptmerge.registry import Meeting
@@ -75,6 +74,6 @@ def nearest_vera(meeting: Meeting) -> Edit:
     return refitted(meeting.members[0].edit, kept)
 
 
-@lru_cache(maxsize=256)
+@remembered
 def _same(a: TensorRef, b: TensorRef) -> bool:
     return a == b or (a.shape == b.shape and same_values(a, b))

@@ -103,7 +103,7 @@ def _scale(member: Member) -> Scale:
 
 def _scaled(meeting: Meeting, vector: Factor) -> Edit:
     first = _scale(meeting.members[0])
-    return replace(first, vector=values(vector, first.vector))
+    return replace(first, vector=values(vector, first.vector, neutral=1.0))
 
 
 def scale_values(meeting: Meeting) -> Edit:

@@ -20,6 +20,7 @@ from adaptmerge.base import Base, open_base
 from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed
 from adaptmerge.experts import layout_of
 from adaptmerge.files.dtypes import BY_NAME
+from adaptmerge.files.refs import forget
 from adaptmerge.graph import Adapter, Kind
 from adaptmerge.heads import owner_of
 from adaptmerge.inputs import Input, InputSpec, open_input
@@ -52,6 +53,7 @@ class Questions:
 
 def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     """The verdict on an output with a report. Raises InputError when it cannot be examined at all."""
+    forget()
     if not output.exists():
         raise InputError(
             "does not exist: give the folder or file that was written", where=str(output)

@@ -87,7 +87,7 @@ def loss_of(report: Report, item: Promised, stored: Factor | None, apart: Distan
     """What a site lost, and what of it its dtype explains."""
     pair = None if stored is None else as_low_rank(stored)
     cap = _cap(report, item)
-    rank = 0 if pair is None else pair.rank
+    rank = pair.rank if pair is not None else item.line.rank or 0
     sizes = [abs(weight) * _size(factor) for weight, factor in item.terms]
     floor = noise_floor(item.terms[0][1].shape, torch.float32, sizes)
     ranks = sum(item.line.ranks_in.values()) or 1
@@ -110,7 +110,9 @@ def _cap(report: Report, item: Promised) -> int | None:
     caps = [_budget(report).rank]
     own = method_named(report.method).rank
     if own is not None and item.line.action == "fit":
-        caps.append(own(list(item.line.ranks_in.values())))
+        full = min(item.terms[0][1].shape)
+        ranks = [rank for rank in item.line.ranks_in.values() if rank < full]
+        caps.append(own(ranks or list(item.line.ranks_in.values()) or [1]))
     return min((cap for cap in caps if cap is not None), default=None)
 
 

@@ -15,7 +15,7 @@ from adaptmerge.files.refs import TensorRef
 from adaptmerge.graph import Adapter, Edit, Site
 from adaptmerge.lazy import torch
 from adaptmerge.resolve import WHOLE
-from adaptmerge.verify.promise import distance, other_tensors
+from adaptmerge.verify.promise import distance, other_tensors, settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,9 @@ def _compare(a: Edit | None, b: Edit | None) -> tuple[float, float, float]:
         found = distance(fa, fb)
         sums = [found.left**2, found.right**2, found.apart**2]
     theirs: Mapping[str, Any] = other_tensors(b)
+    if settings(a) != settings(b) or other_tensors(a).keys() != theirs.keys():
+        sizes = _size(a), _size(b)
+        return *sizes, math.hypot(*sizes)
     for name, ref in other_tensors(a).items():
         left, right = ref.read().double().flatten(), theirs[name].read().double().flatten()
         parts = (

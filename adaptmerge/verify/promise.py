@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import Any
 
 from adaptmerge.align import layer_count
@@ -16,7 +15,7 @@ from adaptmerge.edits import Add, delta_on, factor_of, refitted, with_value
 from adaptmerge.errors import InputError, VerificationFailed
 from adaptmerge.factors import Factor, Rows, as_low_rank, mapped, refs_of
 from adaptmerge.files.dtypes import F32
-from adaptmerge.files.refs import TensorRef, constant
+from adaptmerge.files.refs import TensorRef, constant, remembered
 from adaptmerge.graph import Adapter, Edit, Labels, Site
 from adaptmerge.heads import owner_of
 from adaptmerge.lazy import torch
@@ -83,7 +82,7 @@ class Projected:
         raise NotImplementedError("a promise is only ever dense")
 
 
-@lru_cache(maxsize=2)
+@remembered
 def _projected(whole: Factor, stored: Factor) -> tuple[torch.Tensor, torch.Tensor]:
     """The thin sides of P whole Q, P and Q projecting on the spaces of the stored sides."""
     pair = as_low_rank(stored)
@@ -294,7 +293,7 @@ def _joined(
     report: Report, line: SiteLine, members: Sequence[Member], base: Base | None
 ) -> Promised:
     """A sum that is no plain delta: by what it adds to the base, or without one by its parts."""
-    weight = base.weight(members[0].edit.site) if base else None
+    weight = base.weight(members[0].edit.site) if base and report.base is not None else None
     if weight is None and report.base is not None:
         raise _needs_base(line, "it was made for a base, on which its inputs depend")
     site = members[0].edit.site

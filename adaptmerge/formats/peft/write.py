@@ -217,7 +217,7 @@ def _adapting(tuner: Tuner, adapter: Adapter) -> list[Edit]:
 def _kept(tuner: Tuner, adapter: Adapter) -> dict[str, Any]:
     """What the original config said, as far as it is still true."""
     hints = adapter.hints.get("peft", {})
-    if hints.get("peft_type", tuner.peft_type) != tuner.peft_type:
+    if hints.get("peft_type") != tuner.peft_type:
         return {name: hints.get(name) for name in ("task_type", "auto_mapping")}
     return {"fan_in_fan_out": False, **{k: v for k, v in hints.items() if k not in STALE}}
 

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from adaptmerge.edits import Scale
+from adaptmerge.files.refs import TensorRef
 from adaptmerge.formats.peft.tuner import Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
+from adaptmerge.graph import Edit, Layer, Site
 from adaptmerge.names import is_suffix
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
-    """ia3_l is (out, 1) and scales weight and bias, or (1, in) and scales the input side."""
+    """ia3_l is (out, 1) and scales weight and bias, or (1, in) and scales the input side; of a
+    convolution it is (1, n, 1, 1) for both, and only the config says which."""
     vector = parts["ia3_l"]
-    if vector.shape[0] == 1 and vector.count > 1:
-        return [Scale(Site(module), vector.reshape(vector.count), "in")]
-    column = vector.reshape(vector.count)
-    return [Scale(Site(module), column), Scale(Site(module, "bias"), column)]
+    layer = Layer("conv", vector.shape[2:]) if len(vector.shape) > 2 else Layer()
+    flat = vector.reshape(vector.count)
+    if _scales_inputs(reading, module, vector):
+        return [Scale(Site(module, layer=layer), flat, "in")]
+    return [Scale(Site(module, layer=layer), flat), Scale(Site(module, "bias"), flat)]
+
+
+def _scales_inputs(reading: Reading, module: str, vector: TensorRef) -> bool:
+    if len(vector.shape) == 2:
+        return vector.shape[0] == 1 and vector.count > 1
+    listed = reading.setting("feedforward_modules") or []
+    if isinstance(listed, str):
+        return re.fullmatch(listed, module) is not None
+    return any(is_suffix(name, module) for name in listed)
 
 
 def tensors(edit: Scale) -> Parts:
@@ -25,6 +38,9 @@ def tensors(edit: Scale) -> Parts:
     if edit.site.param != "weight":
         return {}
     count = edit.vector.count
+    kernel = edit.site.layer.kernel
+    if kernel:
+        return {"ia3_l": edit.vector.reshape(1, count, *(1 for _ in kernel))}
     return {"ia3_l": edit.vector.reshape(*((count, 1) if edit.side == "out" else (1, count)))}
 
 
