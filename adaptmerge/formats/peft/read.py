@@ -71,6 +71,8 @@ def _guarded(reading: Reading, module: str, parts: Parts, read: object) -> list[
     except ValueError as problem:
         problems.append(f"{where}{problem}")
         return []
+    if not parts:
+        return list(edits)
     used = {ref.name for edit in edits for ref in refs_of(edit)}
     problems += [
         f"tensor {ref.name!r} belongs to nothing this format knows"
