@@ -12,9 +12,10 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
-from adaptmerge.formats.peft import write
 from adaptmerge.formats.peft.beside import labels_of, model_config, token_names
 from adaptmerge.formats.peft.config import (
     CONFIG,
@@ -31,8 +32,8 @@ from adaptmerge.formats.peft.read import edits_of
 from adaptmerge.formats.peft.releases import RELEASES
 from adaptmerge.formats.peft.target_parameters import covers
 from adaptmerge.formats.peft.tuner import Reading, tuner_of
-from adaptmerge.graph import Adapter, BaseReference, Bundle, Note, bundle_of
-from adaptmerge.registry import Format, ReadOptions
+from adaptmerge.graph import Adapter, BaseReference, Bundle, Edit, Note, bundle_of
+from adaptmerge.registry import Format, Output, ReadOptions, Stores, WriteOptions
 
 
 def detect(listing: Listing) -> bool:
@@ -111,15 +112,33 @@ def _weights(listing: Listing) -> str:
     return name
 
 
+def _write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
+    from adaptmerge.formats.peft import write  # reading needs none of it
+
+    return write.write(bundle, output, options)
+
+
+def _stores(options: WriteOptions) -> Stores:
+    from adaptmerge.formats.peft import write
+
+    return write.stores(options)
+
+
+def _refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
+    from adaptmerge.formats.peft import write
+
+    return write.refuses(edits, options)
+
+
 FORMAT = Format(
     name="peft",
     title="Hugging Face PEFT, all families (docs/families.md)",
     url="https://huggingface.co/docs/peft/developer_guides/checkpoint",
     detect=detect,
     read=read,
-    write=write.write,
-    stores=write.stores,
-    refuses=write.refuses,
+    write=_write,
+    stores=_stores,
+    refuses=_refuses,
     suffixes=(".safetensors",),
     takes_alpha=True,
     files=(CONFIG, *READABLE),
