@@ -262,7 +262,7 @@ def _fit(group: Group, members: tuple[Member, ...], request: Request, notes: lis
     if any(hasattr(ref.source, "store") for ref in refs_of(factor_of(edit))):
         return Step("value", edit, members, promise=_meant(members))
     return Step(
-        _form(edit, members, request), edit, members, _cap(members, request), promise, weight
+        _action(edit, members, request), edit, members, _cap(members, request), promise, weight
     )
 
 
@@ -322,7 +322,7 @@ def _judge_spectrum(group: Group, request: Request) -> None:
         )
 
 
-def _form(edit: Edit, members: Sequence[Member], request: Request) -> str:
+def _action(edit: Edit, members: Sequence[Member], request: Request) -> str:
     """Whether a delta is settled as two sides or whole; a full rank by budget only, two sides hold more."""
     factor = factor_of(edit)
     assert factor is not None

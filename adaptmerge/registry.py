@@ -150,6 +150,9 @@ class Member:
         return tuple(edit.kind for edit in self.made_of or (self.edit,))
 
 
+EXACT = 1e-12  # weights that differ from a sum of 1 by no more than this sum to 1
+
+
 @dataclass(frozen=True, slots=True)
 class Meeting:
     """What meets at one site: the members, and the base's weight there (canonical) when it is known.
@@ -170,6 +173,12 @@ class Meeting:
     def total(self) -> float:
         """The sum of the weights."""
         return sum(member.weight for member in self.members)
+
+    @property
+    def rest(self) -> float:
+        """What the weights leave of 1: the share of the base's own value; 0 where they sum to 1."""
+        rest = 1.0 - self.total
+        return rest if abs(rest) > EXACT else 0.0
 
 
 Rule = Callable[[Meeting], Edit]

@@ -13,9 +13,7 @@ from adaptmerge.files.dtypes import widest
 from adaptmerge.files.refs import TensorRef, constant, join
 from adaptmerge.graph import Edit, Site
 from adaptmerge.heads import own_parameter
-from adaptmerge.registry import Member
-
-EXACT = 1e-12  # weights that differ from a sum of 1 by no more than this sum to 1
+from adaptmerge.registry import EXACT, Member
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,11 @@ from adaptmerge.heads import (
     union,
 )
 from adaptmerge.methods.sums import weighted_values
-from adaptmerge.registry import Meeting, Member
+from adaptmerge.registry import EXACT, Meeting, Member
 from adaptmerge.request import Request
 from adaptmerge.resolve import Weighed
 from adaptmerge.stacks import check_stackable, is_earlier, last_layer, stack, value_of
-from adaptmerge.tokens import EXACT, union_of_rows
+from adaptmerge.tokens import union_of_rows
 
 OTHERWISE = "or one of average, concat, separate and drop"
 PLURALS = {"bias": "biases", "head": "heads", "unlisted": "parameters"}

@@ -23,7 +23,7 @@ from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
 from adaptmerge.registry import Meeting, Member
 
-EXACT = 1e-12
+CANCELLED = 1e-12  # a gain below this leaves nothing of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def gain(blend: Blend) -> torch.Tensor:
     total = torch.ones(blend.weight.shape[1 - blend.axis], dtype=torch.float64)
     for weight, edit in pairs:
         total += weight * (share(edit, blend.weight) - 1.0)
-    if bool((total.abs() < EXACT).any()):
+    if bool((total.abs() < CANCELLED).any()):
         raise CannotMerge(
             "these weights cancel a row of the base itself, which no DoRA holds: pass --as lora",
             where=str(blend.edits[0].site),
@@ -140,7 +140,7 @@ class Magnitude:
 def _approximate(meeting: Meeting) -> Edit:
     """Deltas and magnitudes summed apart, for weights that sum to 1: right only for equal magnitudes."""
     members = meeting.members
-    if abs(meeting.total - 1.0) > EXACT:
+    if meeting.rest:
         raise CannotMerge(
             f"without the base, DoRA magnitudes can only be averaged: the weights sum to "
             f"{meeting.total:g}, not 1; pass --base DIR",

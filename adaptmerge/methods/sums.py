@@ -21,8 +21,6 @@ from adaptmerge.methods.geodesic import mean_boft, mean_hra, mean_oft
 from adaptmerge.methods.shared_sides import nearest_vera
 from adaptmerge.registry import Meeting, Member, Rule
 
-EXACT = 1e-12  # weights that differ from a sum of 1 by no more than this sum to 1
-
 
 def weighted_sum(meeting: Meeting) -> Edit:
     """Sum of w * delta, as an expression of the members' own factors."""
@@ -52,19 +50,18 @@ def _delta(member: Member) -> Factor:
 
 def from_the_base(meeting: Meeting) -> Edit:
     """b + sum of w (value - b) with the base's own value b, for vectors that replace it."""
-    rest = 1.0 - meeting.total
     stored: list[tuple[float, TensorRef]] = [
         (m.weight, m.edit.value)  # type: ignore[attr-defined]
         for m in meeting.members
     ]
-    if abs(rest) > EXACT and meeting.weight is None:
+    if meeting.rest and meeting.weight is None:
         raise CannotMerge(
             f"values that replace the base's, with weights that sum to {meeting.total:g}, need the "
             "base's own: pass --base DIR, or weights that sum to 1 over all inputs",
             where=str(meeting.site),
         )
-    if abs(rest) > EXACT and meeting.weight is not None:
-        stored.append((rest, meeting.weight))
+    if meeting.rest and meeting.weight is not None:
+        stored.append((meeting.rest, meeting.weight))
     first = meeting.members[0].edit
     return with_value(first, values(columns(stored), stored[0][1]))
 
@@ -119,7 +116,7 @@ def averaged(field: str, *alike: str) -> Rule:
         refs = [(m.weight, getattr(m.edit, field)) for m in meeting.members]
         _same_fields(meeting, alike)
         _same_shapes(meeting, [ref for _, ref in refs])
-        if abs(meeting.total - 1.0) > EXACT:
+        if meeting.rest:
             raise CannotMerge(
                 f"an average of {first.kind} edits needs weights that sum to 1, found "
                 f"{meeting.total:g}: they add to no base",

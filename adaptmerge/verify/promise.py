@@ -1,4 +1,8 @@
-"""What a report promises, recomputed in float64 from the inputs' own tensors, without the merge code."""
+"""What a report promises, recomputed densely in float64 from the inputs' own tensors.
+
+Sums of deltas are summed here, without the methods. What has no delta (scales, rotations, prompts, and
+the two parts of a DoRA) is what the method's rule says, evaluated by its definition.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from adaptmerge.heads import owner_of
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
 from adaptmerge.names import other_versions
-from adaptmerge.registry import Meeting, Member, method_named
+from adaptmerge.registry import EXACT, Meeting, Member, method_named
 from adaptmerge.report import Report, SiteLine
 from adaptmerge.resolve import WHOLE
 from adaptmerge.run import workers_default
@@ -260,7 +264,7 @@ def _rest(line: SiteLine, members: Sequence[Member], base: Base | None) -> tuple
     """The base's own share of a stored parameter, where the weights leave one."""
     first = members[0].edit
     rest = 1.0 - sum(member.weight for member in members)
-    if line.kind != "replace" or abs(rest) <= 1e-12:
+    if line.kind != "replace" or abs(rest) <= EXACT:
         return ()
     stored = base.parameter(first.site) if base else None
     if stored is None:

@@ -25,13 +25,12 @@ from adaptmerge.heads import (
     union,
 )
 from adaptmerge.lazy import torch
-from adaptmerge.registry import Member
+from adaptmerge.registry import EXACT, Member
 from adaptmerge.report import Report, SiteLine
 from adaptmerge.run import Held
 from adaptmerge.verify.checks import FAIL, PASS, Check
 from adaptmerge.whole import all_same
 
-EXACT = 1e-12
 ALLOWED = {
     ERROR: {"pass"},
     AVERAGE: {"pass", "value"},
