@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptmerge import experts
 from adaptmerge.edits import VOCABULARY
@@ -16,7 +17,7 @@ from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.refs import Stored, TensorRef
 from adaptmerge.graph import Site
-from adaptmerge.names import other_versions, suffixes
+from adaptmerge.names import layer_index, other_versions, suffixes
 
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -27,7 +28,17 @@ WEIGHT_FILES = (
 # Models and modules whose weights lie (in, out) in their checkpoints (transformers' Conv1D).
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 SAMPLE = 1024  # bytes read at each end of a tensor for the fingerprint
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in a checkpoint: the tensor's name, which of the matrices that it stacks, and
+    whether it is stored as (in, out)."""
+
+    name: str
+    expert: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,22 @@ class Base:
             return self._experts.part(module) or self._tied(module)
         return stored
 
+    def place(self, site: Site) -> Place | None:
+        """Where the parameter at a site is stored by itself, or as one matrix of a stack; None if neither.
+
+        A head that is tied to its embedding has a place that holds nothing yet.
+        """
+        module = self.locate(site.module)
+        if module is None:
+            return None
+        name, turned = f"{module}.{site.param}", self.is_transposed(site)
+        if site.expert is not None:
+            stack = self.tensors.get(name)
+            found = stack is not None and len(stack.shape) == 3 and site.expert < stack.shape[0]
+            return Place(name, site.expert, turned) if found else None
+        tied = site.param == "weight" and self._tied(module) is not None
+        return Place(name, None, turned) if name in self.tensors or tied else None
+
     def _tied(self, module: str) -> TensorRef | None:
         if not self.config.get("tie_word_embeddings") or not _is_vocabulary(module):
             return None
@@ -164,6 +191,26 @@ class Base:
         return f"sampled-1:{digest.hexdigest()}"
 
 
+def replicated(base: Base, ranges: Sequence[tuple[int, int]]) -> Base:
+    """The base with copies of its layers in ranges one after the other, as files see it: the tensors of a
+    copy are those of the layer that it copies."""
+    if not ranges:
+        return base
+    copies = [index for start, stop in ranges for index in range(start, stop)]
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in base.tensors.items():
+        own = layer_index(name)
+        found = [place for place, index in enumerate(copies) if index == own]
+        at = [name] if own is None else [_numbered(name, place) for place in found]
+        tensors.update(dict.fromkeys(at, ref))
+    key = next((key for key in LAYER_COUNTS if key in base.config), LAYER_COUNTS[0])
+    return replace(base, tensors=tensors, config={**base.config, key: len(copies)})
+
+
+def _numbered(name: str, layer: int) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", str(layer), name, count=1)
+
+
 def _is_stack(name: str, ref: TensorRef) -> bool:
     return name.rpartition(".")[2] in experts.STACKED and len(ref.shape) == 3
 
@@ -187,13 +234,20 @@ def _ends(ref: TensorRef) -> bytes:
 
 
 def open_base(source: str) -> Base:
-    """The base model at a folder or hub id. Raises InputError when it is not a model checkpoint."""
+    """The base model at a folder or hub id, or in one file of weights beside its config.
+
+    Raises InputError when it is not a model checkpoint.
+    """
     path, _ = hub.resolve(source)
     listing = Listing.of(path, source)
-    if listing.single or not listing.has("config.json"):
+    weights = listing.single
+    if weights:
+        path = path.parent
+        listing = Listing.of(path, source)
+    if not listing.has("config.json"):
         raise InputError(
             "is not a model folder: expected config.json and model weights in it", where=source
         )
-    weights = next((name for name in WEIGHT_FILES if listing.has(name)), None)
+    weights = weights or next((name for name in WEIGHT_FILES if listing.has(name)), None)
     tensors = listing.tensors(weights).refs if weights else {}
     return Base(path, listing.json("config.json"), tensors)

@@ -367,7 +367,7 @@ def _report(
         method=plan.method.name,
         format=prepared.target.name,
         options=_said(prepared),
-        inputs=[_described_input(i, h) for i, h in zip(prepared.inputs, hashes, strict=True)],
+        inputs=[described_input(i, h) for i, h in zip(prepared.inputs, hashes, strict=True)],
         base=None
         if prepared.base is None
         else {"name": prepared.base.path.name, "fingerprint": prepared.base.fingerprint},
@@ -412,7 +412,8 @@ def _said(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _described_input(item: Input, hashes: Mapping[str, str]) -> dict[str, Any]:
+def described_input(item: Input, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What a report says of an input."""
     return {
         "name": item.name,
         "source": _portable(item.spec.source),

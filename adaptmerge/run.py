@@ -114,10 +114,10 @@ def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[
     """Every step settled, in plan order. Raises InputError naming all tensors that are not finite."""
     problems: list[str] = []
     settled: list[Settled] = []
-    with one_thread_each(), _short_turns(), ThreadPoolExecutor(max_workers=workers) as pool:
+    with one_thread_each(), short_turns(), ThreadPoolExecutor(max_workers=workers) as pool:
         allotted = _allotted(plan, pool, workers)
         jobs = list(zip(plan.steps, allotted, strict=True))
-        results = _ordered(pool, workers, lambda job: _compute(plan, *job), jobs)
+        results = ordered(pool, workers, lambda job: _compute(plan, *job), jobs)
         for step, (computed, found) in zip(plan.steps, results, strict=True):
             problems += found
             if not problems:
@@ -130,7 +130,7 @@ def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[
 
 
 @contextmanager
-def _short_turns() -> Iterator[None]:
+def short_turns() -> Iterator[None]:
     """Threads ask for the interpreter often: jobs need it briefly, between long stretches without."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(TURN)
@@ -140,7 +140,7 @@ def _short_turns() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def _ordered(
+def ordered(
     pool: ThreadPoolExecutor, workers: int, work: Callable[[Job], Result], jobs: Iterable[Job]
 ) -> Iterator[Result]:
     """Results in the order of the jobs, with a bounded number under way."""
@@ -162,7 +162,7 @@ def _allotted(plan: Plan, pool: ThreadPoolExecutor, workers: int) -> list[int | 
     if not plan.budget.surveyed:
         return [None] * len(plan.steps)
     surveyed = {
-        str(i): found for i, found in enumerate(_ordered(pool, workers, _survey, plan.steps))
+        str(i): found for i, found in enumerate(ordered(pool, workers, _survey, plan.steps))
     }
     ranks = allot(surveyed, plan.budget)
     return [

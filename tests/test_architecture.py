@@ -28,15 +28,17 @@ LAYERS = (
     ("align", "lower", "weights", "inputs", "request", "heads", "stacks", "tied")
     + ("tokens", "whole", "resolve", "plan"),
     ("run",),
-    ("fuse", "runtime"),
+    ("runtime",),
     ("report", "summary"),
-    ("verify", "carry", "outputs"),
-    ("merge",),
+    ("carry", "outputs"),
+    ("merge", "extract"),
+    ("fuse",),
+    ("verify",),
     ("recipe", "recipe_schema"),
     ("__init__",),  # the public API
     ("cli",),
 )
-APART = {"formats", "methods", "schemes", "rounding", "fuse", "runtime"}
+APART = {"formats", "methods", "schemes", "rounding"}
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 FORMAT_NAMES = {"peft", "gguf", "adapterhub", "native"}

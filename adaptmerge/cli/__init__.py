@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from adaptmerge import __version__
-from adaptmerge.cli import combine, convert, diff, explain, inspect, recipe, tables, verify
+from adaptmerge.cli import combine, convert, diff, explain, fuse, inspect, recipe, tables, verify
 from adaptmerge.cli.terminal import print_problems, report_error
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.names import did_you_mean
@@ -69,6 +69,7 @@ def main() -> None:
 
 for command in (
     combine.combine,
+    fuse.fuse,
     recipe.run,
     convert.convert,
     inspect.inspect,

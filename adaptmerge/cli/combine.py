@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from adaptmerge.cli.options import allowed, budget_of, budget_options, writing_options
+from adaptmerge.cli.options import (
+    allowed,
+    budget_of,
+    budget_options,
+    heads_option,
+    merging_options,
+    writing_options,
+)
 
 EPILOG = """\b
 An input is [NAME=]SOURCE[:WEIGHT][?alpha=32]; SOURCE is a folder, a .safetensors or
@@ -25,23 +32,8 @@ Examples:
 @click.command(epilog=EPILOG)
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("-o", "--output", default="merged", show_default=True, help="Folder, or one file.")
-@click.option("--method", default="linear", show_default=True, help="See adaptmerge methods.")
-@click.option("--weights", help="0.7,0.3 | ema:0.9 | last:5; default 1/N each.")
-@click.option("--sum", "total", is_flag=True, help="Weight 1 for each instead of 1/N.")
-@click.option(
-    "--site",
-    "rules",
-    multiple=True,
-    metavar="RULE",
-    help="PATTERN[@KIND]:NAME=W,... for matching sites; repeatable, later wins.",
-)
-@click.option(
-    "--heads",
-    multiple=True,
-    metavar="POLICY",
-    help="Heads that differ: error, NAME (that input's, with its tokens), average, concat, separate or "
-    "drop; MODULE=POLICY for one head; repeatable.",
-)
+@merging_options
+@heads_option
 @budget_options
 @writing_options
 def combine(

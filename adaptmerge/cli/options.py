@@ -25,6 +25,31 @@ device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
 )
 
+heads_option = click.option(
+    "--heads",
+    multiple=True,
+    metavar="POLICY",
+    help="Heads that differ: error, NAME (that input's, with its tokens), average, concat, separate or "
+    "drop; MODULE=POLICY for one head; repeatable.",
+)
+
+merging_options = _apply(
+    [
+        click.option(
+            "--method", default="linear", show_default=True, help="See adaptmerge methods."
+        ),
+        click.option("--weights", help="0.7,0.3 | ema:0.9 | last:5; default 1/N each."),
+        click.option("--sum", "total", is_flag=True, help="Weight 1 for each instead of 1/N."),
+        click.option(
+            "--site",
+            "rules",
+            multiple=True,
+            metavar="RULE",
+            help="PATTERN[@KIND]:NAME=W,... for matching sites; repeatable, later wins.",
+        ),
+    ]
+)
+
 budget_options = _apply(
     [
         click.option("--rank", type=int, help="At most this rank per site."),

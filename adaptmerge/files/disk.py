@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from adaptmerge.errors import OutputError
@@ -36,6 +37,38 @@ def writing(where: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as problem:
         raise failure(problem, where) from problem
+
+
+class Flusher:
+    """Sets the disk to work, in a thread, whenever enough was written to a file; waits at the end."""
+
+    EVERY = 16 << 20
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._since = descriptor, 0
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: list[Future[None]] = []
+
+    def written(self, count: int) -> None:
+        """Count bytes that were written."""
+        self._since += count
+        if self._since >= self.EVERY:
+            self._since = 0
+            self._pending.append(self._thread.submit(os.fsync, self._descriptor))
+
+    def finish(self) -> None:
+        """Wait. Raises OSError when a flush failed."""
+        self._thread.shutdown()
+        for flush in self._pending:
+            flush.result()
+
+    def __enter__(self) -> Flusher:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.finish()
 
 
 def tensor_bytes(value: torch.Tensor) -> memoryview:

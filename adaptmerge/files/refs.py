@@ -367,9 +367,9 @@ def _as_tensor(raw: torch.Tensor, dtype: DType, shape: Shape) -> torch.Tensor:
 _REMEMBERED: list[Any] = []
 
 
-def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Results kept by arguments until `forget()`: refs name files, which may change between runs."""
-    kept = lru_cache(maxsize=256)(function)
+def remembered(function: Callable[..., Result], most: int = 256) -> Callable[..., Result]:
+    """The last results, kept by arguments until `forget()`: refs name files, which may change."""
+    kept = lru_cache(maxsize=most)(function)
     _REMEMBERED.append(kept)
     return kept
 

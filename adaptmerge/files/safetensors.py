@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import RawIOBase
 from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from adaptmerge.errors import InputError
 from adaptmerge.files import header, refs, sniff
-from adaptmerge.files.disk import tensor_bytes, writing
+from adaptmerge.files.disk import Flusher, tensor_bytes, writing
 from adaptmerge.files.paths import inside
 from adaptmerge.files.refs import Reshape, Stored, TensorRef
 from adaptmerge.files.strict_json import capped, parse, quoted
@@ -170,19 +171,48 @@ def write_safetensors(
     """
     where = os.fspath(path)
     first, order = header.build(tensors, metadata, where)
+    return write_pieces(where, _pieces(first, (tensors[name] for name in order)), progress)
+
+
+def write_pieces(
+    path: str | os.PathLike[str],
+    pieces: Iterator[bytes | memoryview],
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """Write the pieces one after the other and return the sha256 of the file in hexadecimal.
+
+    A piece may be overwritten once the next but one is asked for. Raises OutputError when the disk fails;
+    no part of a file stays.
+    """
+    where = os.fspath(path)
     with (
         writing(where),
-        Path(where).open("wb") as file,
+        # unbuffered, so that the disk can be set to work while more is computed
+        Path(where).open("wb", buffering=0) as file,
         _removed_on_failure(where),
         _Digest() as digest,
+        Flusher(file.fileno()) as flusher,
     ):
-        for piece in _pieces(first, (tensors[name] for name in order)):
+        for piece in pieces:
             digest.update(piece)
-            file.write(piece)
+            _write_all(file, memoryview(piece))
+            flusher.written(len(piece))
             if progress is not None:
                 progress(len(piece))
-        file.flush()
         return digest.finish()
+
+
+def _write_all(file: RawIOBase, piece: memoryview) -> None:
+    done = 0
+    while done < len(piece):
+        done += file.write(piece[done:]) or 0
+
+
+def raw_header(path: str | os.PathLike[str]) -> bytes:
+    """The first bytes of a safetensors file, up to its data, as they are."""
+    with Path(path).open("rb") as file:
+        length = file.read(8)
+        return length + file.read(int.from_bytes(length, "little"))
 
 
 class _Digest:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from adaptmerge.files import dtypes, header, refs
-from adaptmerge.files.disk import tensor_bytes, writing
+from adaptmerge.files.disk import Flusher, tensor_bytes, writing
 from adaptmerge.files.refs import Reshape, Stored, TensorRef
 from adaptmerge.lazy import torch
 
 _ALIGNMENT = 8
-_FLUSH = (
-    16 << 20
-)  # bytes after which the disk is set to work, so that a commit has little to wait for
 
 
 class Scratch:
@@ -27,13 +23,13 @@ class Scratch:
         Raises OutputError when that is impossible.
         """
         self.path = str(Path(path).absolute())
-        self.reserve = self._end = self._flushed = reserve
-        self._flusher = ThreadPoolExecutor(max_workers=1)
-        self._pending: list[Future[None]] = []
+        self.reserve = self._end = reserve
         with writing(self.path):
             # unbuffered, so that a tensor can be read as soon as put() returns
             self._file = Path(self.path).open("wb", buffering=0)  # noqa: SIM115
             self._file.seek(reserve)
+        # so that a commit has little to wait for
+        self._flusher = Flusher(self._file.fileno())
 
     def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
         """Append the tensor's bytes and return a ref to them. Raises OutputError on a full disk."""
@@ -88,16 +84,12 @@ class Scratch:
         while done < len(data):
             done += self._file.write(data[done:])
         self._end += done
-        if self._end - self._flushed >= _FLUSH:
-            self._flushed = self._end
-            self._pending.append(self._flusher.submit(os.fsync, self._file.fileno()))
+        self._flusher.written(done)
 
     def close(self) -> None:
         """Close the file; it stays where it is."""
-        self._flusher.shutdown()
         with writing(self.path):
-            for flush in self._pending:
-                flush.result()
+            self._flusher.finish()
             self._file.close()
 
     def __enter__(self) -> Scratch:

@@ -14,6 +14,8 @@ from adaptmerge.files.disk import failure, writing
 from adaptmerge.files.paths import inside, plain
 
 _MARK = ".adaptmerge-"
+_RESUMED = "plan-"  # before the key of work that a later run may take up
+_LOCK = "lock"
 
 
 class Staging:
@@ -21,10 +23,19 @@ class Staging:
 
     The target is a folder, or a file when `single`; then every staged file lands beside it. Without
     a commit, or when one fails, everything temporary is removed and nothing else was touched.
+
+    With a `key`, what was staged stays when the block is left by an error or the process is killed, and
+    the next staging with the same target and key finds it; one with another key removes it.
     """
 
     def __init__(
-        self, target: Path, *, force: bool, inputs: Sequence[Path], single: bool = False
+        self,
+        target: Path,
+        *,
+        force: bool,
+        inputs: Sequence[Path],
+        single: bool = False,
+        key: str | None = None,
     ) -> None:
         """Check the target, touching only what killed runs left behind.
 
@@ -39,8 +50,11 @@ class Staging:
         self._check_kind()
         self._anchor = self._writable_anchor()
         self._root: Path | None = None
+        self._key, self._lock = key, None if key is None else Lock()
         with writing(self._where):
             self._remove_leftovers()
+            if key is not None:
+                self._take_up(key)
 
     def path(self, name: str) -> Path:
         """Where to write the file that will be called `name` (below the target, or beside it)."""
@@ -74,12 +88,35 @@ class Staging:
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
             self._root = None
+        self._release()
+
+    def keep(self) -> None:
+        """Leave what was staged for a run with the same key."""
+        assert self._key is not None
+        self._root = None
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _take_up(self, key: str) -> None:
+        """The folder of that key, which is nobody else's while this staging lives."""
+        self._root = self._anchor / f"{self._prefix}{_RESUMED}{key}"
+        self._root.mkdir(exist_ok=True)
+        assert self._lock is not None
+        if not self._lock.acquire(self._root / _LOCK):
+            self._root = None
+            raise OutputError("another run writes this output: wait for it", where=self._where)
 
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.discard()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._key is not None and kind is not None and self._root is not None:
+            self.keep()
+        else:
+            self.discard()
 
     @property
     def _where(self) -> str:
@@ -143,9 +180,19 @@ class Staging:
     def _remove_leftovers(self) -> None:
         for entry in os.scandir(self._anchor):
             owner = entry.name.removeprefix(self._prefix).partition("-")[0]
-            ours = entry.name.startswith(self._prefix) and owner.isdecimal()
-            if ours and entry.is_dir(follow_symlinks=False) and not _alive(int(owner)):
+            ours = entry.name.startswith(self._prefix) and entry.is_dir(follow_symlinks=False)
+            dead = owner.isdecimal() and not _alive(int(owner))
+            if ours and (dead or (owner == _RESUMED[:-1] and self._is_left(entry))):
                 shutil.rmtree(entry.path, ignore_errors=True)
+
+    def _is_left(self, entry: os.DirEntry[str]) -> bool:
+        """Whether a folder is what a run with another key left, and no run works in it."""
+        if self._key is not None and entry.name == f"{self._prefix}{_RESUMED}{self._key}":
+            return False
+        lock = Lock()
+        free = lock.acquire(Path(entry.path) / _LOCK)
+        lock.release()
+        return free
 
     def _temporary(self, part: str, name: str) -> Path:
         with writing(self._where):
@@ -197,6 +244,32 @@ class Staging:
             if path.is_file():
                 undo.before_replacing(path, out.parent / f"gone-{number}")
                 path.unlink()
+
+
+class Lock:
+    """A lock on a file, which the system releases when the process ends, however it does."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def acquire(self, path: Path) -> bool:
+        """Whether nobody else has it. Where the system knows no locks everybody has."""
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            import fcntl
+
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            return True
+        except OSError:
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class _Undo:

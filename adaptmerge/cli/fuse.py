@@ -1,0 +1,153 @@
+"""adaptmerge fuse: adapters into the weights of a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptmerge.cli.options import allowed, heads_option, json_option, merging_options
+from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, table
+
+if TYPE_CHECKING:
+    from adaptmerge.fuse import FuseReport
+    from adaptmerge.fuse.plan import FusePlan
+
+EPILOG = """\b
+An adapter is [NAME=]SOURCE[:WEIGHT], as for combine; BASE a folder of a transformers
+model, one file of its weights, or a hub id.
+
+\b
+Examples:
+  adaptmerge fuse ./llama ./adapter -o fused
+  adaptmerge fuse ./llama sql=./a:0.7 chat=./b:0.3 --dtype bf16 -o fused
+  adaptmerge fuse ./llama ./qlora --trained-on nf4,double -o fused
+  adaptmerge fuse ./fused ./adapter:-1 -o original-again
+  adaptmerge verify fused --base ./llama
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True)
+@click.option("-o", "--output", default="fused", show_default=True, help="Folder.")
+@merging_options
+@heads_option
+@click.option("--dtype", help="bf16, fp16 or fp32 for all weights; default: each its own.")
+@click.option(
+    "--rounding",
+    default="auto",
+    show_default=True,
+    help="nearest, stochastic, adaptive (keeps what nearest loses) or auto: adaptive where nearest would "
+    "lose over 1 %.",
+)
+@click.option(
+    "--trained-on",
+    metavar="WHAT",
+    help="original, nf4, nf4,double, fp4, fp4,double or int8: what the base was while training.",
+)
+@click.option("--keep-tied", is_flag=True, help="Refuse to store a tied head apart.")
+@click.option(
+    "--max-loss", default=0.25, show_default=True, help="Largest error in an adapter's input space."
+)
+@click.option("--seed", default=0, show_default=True, help="Of stochastic rounding.")
+@click.option(
+    "--allow",
+    metavar="WHAT,...",
+    default="",
+    help="Go on in spite of: base, nonfinite, approximate, labels, loss.",
+)
+@click.option("--strict", is_flag=True, help="Treat every assumption and loss as an error.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--jobs", type=click.IntRange(1), help="Pieces worked on at once.")
+@click.option(
+    "--executor", default="local", show_default=True, help="local, or ray: a cluster's workers."
+)
+@click.option("--dry-run", is_flag=True, help="Print how weights will be rounded; write nothing.")
+@json_option
+def fuse(
+    base: str,
+    adapters: tuple[str, ...],
+    output: str,
+    rules: tuple[str, ...],
+    allow: str,
+    dry_run: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Fuse adapters into a base model's weights, streamed, rounding so that they survive."""
+    from adaptmerge import fuse as library
+    from adaptmerge.inputs import parse_input
+    from adaptmerge.weights import parse_rule
+
+    options = library.FuseOptions(
+        rules=tuple(parse_rule(rule) for rule in rules), allow=allowed(allow), **given
+    )
+    specs = [parse_input(text) for text in adapters]
+    if dry_run:
+        _show_plan(library.plan_fusion(base, specs, options), as_json=as_json)
+        return
+    with progress("fusing") as advance:
+        report = library.fuse(base, specs, Path(output), options, advance)
+    if as_json:
+        print_json({"path": output, **report.as_json()})
+        return
+    show_notes(report.notes)
+    _show(output, report)
+
+
+def _show(output: str, report: FuseReport) -> None:
+    weights = report.options["weights"]
+    rows = []
+    for item in report.inputs:
+        loss = report.adapters.get(item["name"])
+        known = (None,) * 4 if loss is None else (loss.norm, loss.relative, loss.gain, loss.sub)
+        rows.append((item["name"], item["format"], weights[item["name"]], *known))
+    heads = ("adapter", "format", "weight", "norm", "|dW|/|W|", "gain", "sub")
+    table(heads, rows, right=(2, 3, 4, 5, 6))
+    kinds = [site.rounding for site in report.sites]
+    rounded = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    click.echo(
+        filled(
+            f"wrote {output}: {len(report.changed)} tensors changed in {len(report.files)} files; "
+            f"rounding {rounded or 'none'}, |error|/|W| {report.noise:.2e}"
+        )
+    )
+
+
+def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
+    from adaptmerge.fuse import predict
+
+    lines = predict(plan)
+    rows = [
+        {
+            "site": str(line.matrix.site),
+            "tensor": line.tensor,
+            "shape": line.matrix.shape,
+            "dtype": str(line.matrix.dtype),
+            "weights": {part.adapter: part.weight for part in line.matrix.parts},
+            "predicted": list(line.choice.predicted),
+            "rounding": line.choice.rounding,
+        }
+        for line in lines
+    ]
+    if as_json:
+        print_json({"plan": rows, "notes": [str(n) for n in plan.notes], "bytes": plan.nbytes})
+        return
+    show_notes(plan.notes)
+    shown = [
+        (
+            row["site"],
+            row["dtype"],
+            " ".join(f"{w:.4g}" for w in line.matrix.parts and row["weights"].values()),  # type: ignore[attr-defined]
+            " ".join("-" if g is None else f"{g:.3f}" for g in line.choice.predicted),
+            row["rounding"],
+        )
+        for row, line in zip(rows, lines, strict=True)
+    ]
+    table(("site", "dtype", "weights", "gain of nearest", "rounding"), shown, right=(3,))
+    click.echo(
+        f"{len(plan.targets.tensors)} tensors in {len(plan.shards)} files, "
+        f"{plan.nbytes / 1e6:,.1f} MB; nothing was written"
+    )

@@ -1,0 +1,275 @@
+"""Fusing adapters into the weights of a base model, shard by shard; what rounding did to each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adaptmerge import __version__
+from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError
+from adaptmerge.files.staging import Staging
+from adaptmerge.fuse import folder
+from adaptmerge.fuse.executors import EXECUTORS, Job
+from adaptmerge.fuse.journal import Journal, unpacked
+from adaptmerge.fuse.layout import Shard
+from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
+from adaptmerge.fuse.report import (
+    AdapterLoss,
+    FuseReport,
+    is_fused,
+    load_fuse_report,
+    losses,
+    noise,
+    site_of,
+)
+from adaptmerge.fuse.run import Line, Settings, survey
+from adaptmerge.graph import Kind, Note
+from adaptmerge.inputs import InputSpec
+from adaptmerge.merge import described_input
+from adaptmerge.report import FILE
+from adaptmerge.run import workers_default
+
+__all__ = [
+    "FuseOptions",
+    "FusePlan",
+    "FuseReport",
+    "fuse",
+    "is_fused",
+    "load_fuse_report",
+    "plan_fusion",
+    "predict",
+]
+
+DEFAULTS = FuseOptions()
+KEPT = 0.9  # of an adapter's delta must arrive
+SPARE = 64 << 20  # bytes of disk beside the tensors
+JOURNAL = "finished"
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """A progress callback that says nothing."""
+
+
+def predict(plan: FusePlan) -> list[Line]:
+    """For every matrix how it will be rounded, and what nearest rounding would keep; nothing is written."""
+    from adaptmerge.fuse.matrix import Measured
+
+    blank = Measured(0.0, 0.0, 0.0, (), (), ())
+    return [
+        Line(name, matrix, choice, blank)
+        for shard in plan.shards
+        for name, matrix, choice in zip(
+            _names(shard), shard.matrices, survey(shard, _settings(plan.options)), strict=True
+        )
+    ]
+
+
+def fuse(
+    base: str,
+    specs: Sequence[InputSpec],
+    output: Path,
+    options: FuseOptions = DEFAULTS,
+    progress: Progress = silent,
+) -> FuseReport:
+    """Fuses adapters into a base model's weights as a new folder, and returns the report.
+
+    Raises AdaptmergeError; then there is no output. Interrupted work is taken up by the next run with the
+    same inputs and options.
+    """
+    plan = plan_fusion(base, specs, options)
+    _strict(plan.notes, options)
+    digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
+    key = plan.key(digests)[:16]
+    paths = [*(item.path for item in plan.inputs), plan.base.path]
+    staging = Staging(output, force=options.force, inputs=paths, key=key)
+    with staging:
+        try:
+            _check_disk(plan, staging)
+            found, files = _write_shards(plan, staging, options, progress)
+            report = _report(plan, found, files, digests)
+            _check_loss(report.adapters, options)
+            _strict(report.notes, options)
+        except OutputError:
+            raise
+        except AdaptmergeError:
+            staging.discard()
+            raise
+        folder.write_folder(plan, staging)
+        staging.path(folder.CARD).write_text(folder.card(plan, report), encoding="utf-8")
+        staging.path(FILE).write_text(report.as_text(), encoding="utf-8")
+        staging.commit(folder.CONFIG, obsolete=_obsolete(output, plan))
+    return report
+
+
+def _settings(options: FuseOptions) -> Settings:
+    return Settings(
+        options.rounding,
+        options.seed,
+        options.jobs or workers_default(),
+        "nonfinite" in options.allow,
+    )
+
+
+def _names(shard: Shard) -> list[str]:
+    return [tensor.name for tensor in shard.tensors for _ in tensor.matrices]
+
+
+def _write_shards(
+    plan: FusePlan, staging: Staging, options: FuseOptions, progress: Progress
+) -> tuple[list[Line], dict[str, str]]:
+    """Every shard written, or found finished; its lines in order, and the sha256 of each file."""
+    journal = Journal(staging.scratch(JOURNAL))
+    staging.scratch(f"{JOURNAL}/.").mkdir(parents=True, exist_ok=True)
+    records: dict[str, Mapping[str, Any]] = {}
+    jobs = []
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        progress(done := done + count, plan.nbytes)
+
+    for shard in plan.shards:
+        path = staging.path(shard.name)
+        record = journal.finished(shard.name, path)
+        if record is None:
+            jobs.append(Job(shard, path, _settings(options)))
+        else:
+            records[shard.name] = record
+            advance(shard.nbytes)
+    for job, record in EXECUTORS[options.executor](jobs, advance):
+        journal.record(job.shard.name, record)
+        records[job.shard.name] = record
+    lines, files = [], {}
+    for shard in plan.shards:
+        digest, choices, measured = unpacked(records[shard.name])
+        files[shard.name] = digest
+        made = zip(_names(shard), shard.matrices, choices, measured, strict=True)
+        lines += [Line(*one) for one in made]
+    return lines, files
+
+
+def _check_disk(plan: FusePlan, staging: Staging) -> None:
+    """Raises OutputError when the output has no room on its disk."""
+    at = staging.path(plan.shards[0].name).parent
+    there = sum(path.stat().st_size for path in at.rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(at).free + there, plan.nbytes + SPARE
+    if free < needed:
+        raise OutputError(
+            f"needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some space or "
+            "choose another -o",
+            where=str(staging.given),
+        )
+
+
+def _check_loss(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> None:
+    """Raises CannotMerge for adapters that rounding has taken away."""
+    problems = [
+        f"{name}: rounding leaves {_percent(loss.gain)} of what it adds (gain), with an error of "
+        f"{_percent(loss.sub)} of it in its inputs' space (sub)"
+        for name, loss in adapters.items()
+        if _is_lost(loss, options.max_loss)
+    ]
+    if problems and "loss" not in options.allow:
+        advice = (
+            "use --rounding adaptive, a wider --dtype, or pass --allow loss to keep what is left"
+        )
+        raise CannotMerge([*problems[:-1], f"{problems[-1]}: {advice}"])
+
+
+def _is_lost(loss: AdapterLoss, most: float) -> bool:
+    small = loss.gain is not None and loss.gain < KEPT
+    return small or (loss.sub is not None and loss.sub > most)
+
+
+def _percent(value: float | None) -> str:
+    return "nothing known" if value is None else f"{100 * value:.3g} %"
+
+
+def _strict(notes: Sequence[Note], options: FuseOptions) -> None:
+    fatal = [str(note) for note in notes if note.kind in Kind.FATAL_UNDER_STRICT]
+    if options.strict and fatal:
+        raise AdaptmergeError(fatal, where="--strict")
+
+
+def _obsolete(output: Path, plan: FusePlan) -> list[str]:
+    """Files of weights that an output before had: beside the new ones they would be read instead."""
+    if not output.is_dir():
+        return []
+    kept = {shard.name for shard in plan.shards}
+    return [
+        p.name for p in output.iterdir() if p.name.endswith(folder.WEIGHTS) and p.name not in kept
+    ]
+
+
+def _report(
+    plan: FusePlan,
+    lines: Sequence[Line],
+    files: Mapping[str, str],
+    digests: Mapping[str, Mapping[str, str]],
+) -> FuseReport:
+    adapters = losses(lines)
+    named, differ = folder.licences(plan)
+    notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
+    notes += _backward(plan, lines)
+    base = {
+        "name": plan.base.path.name,
+        "fingerprint": plan.base.fingerprint,
+        "licences": named,
+        "trained_on": plan.trained_on,
+        "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
+    }
+    options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
+    options |= {
+        "weights": dict(plan.weights.base),
+        "rules": [asdict(rule) for rule in plan.weights.rules],
+        "heads": plan.heads.as_json(),
+        "allow": sorted(plan.options.allow),
+    }
+    for unsaid in ("jobs", "force", "strict", "executor", "total"):
+        del options[unsaid]
+    return FuseReport(
+        options=options,
+        inputs=[described_input(item, digests[item.name]) for item in plan.inputs],
+        base=base,
+        versions={"adaptmerge": __version__, "torch": version("torch")},
+        adapters=adapters,
+        noise=noise([line.measured for line in lines]),
+        sites=[site_of(line) for line in lines],
+        files=dict(files),
+        changed=sorted(plan.targets.tensors),
+        config=folder.changed_config(plan),
+        notes=sorted(set(notes)),
+        method=plan.options.method,
+    )
+
+
+def _lost_notes(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> list[Note]:
+    return [
+        Note(
+            Kind.APPROXIMATED,
+            f"rounding leaves {_percent(loss.gain)} of what it adds, as allowed",
+            input=name,
+        )
+        for name, loss in adapters.items()
+        if _is_lost(loss, options.max_loss)
+    ]
+
+
+def _backward(plan: FusePlan, lines: Sequence[Line]) -> list[Note]:
+    """What cannot be got back where an adapter is taken out of weights that were rounded with it."""
+    out = [name for name, weight in plan.weights.base.items() if weight < 0]
+    if not out:
+        return []
+    lost = sum((site.grid * site.weight_norm) ** 2 for site in map(site_of, lines)) ** 0.5
+    size = sum(loss.norm**2 for name, loss in losses(lines).items() if name in out) ** 0.5
+    share = f", {100 * lost / size:.3g} % of what is taken out" if size else ""
+    what = (
+        f"taken out of weights that were rounded when it was fused: what that rounding changed, about "
+        f"{lost:.3g} in all{share}, cannot be got back"
+    )
+    return [Note(Kind.APPROXIMATED, what, input=", ".join(out))]

@@ -1,0 +1,148 @@
+"""The files of a fused checkpoint: which tensors they hold, in which order, and what each is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptmerge.base import Base
+from adaptmerge.files import header
+from adaptmerge.files.dtypes import DType
+from adaptmerge.files.refs import Pickled, Stored, TensorRef, constant
+from adaptmerge.files.safetensors import raw_header
+from adaptmerge.fuse.matrix import Matrix
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A run of stored values that go into the output as they are, or cast to its dtype."""
+
+    ref: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A matrix that is computed; `transposed`: it is stored as (in, out)."""
+
+    matrix: Matrix
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the output: its parts follow each other in row-major order."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    parts: tuple[Copy | Fused, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(math.prod(self.shape))
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        return [part.matrix for part in self.parts if isinstance(part, Fused)]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the output: its name, its first bytes, its tensors in the order of their data."""
+
+    name: str
+    header: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        return [matrix for tensor in self.tensors for matrix in tensor.matrices]
+
+
+def files_of(base: Base) -> dict[str, list[str]]:
+    """The names of the tensors in each file of a checkpoint, files by path, in the order of their data."""
+    found: dict[str, list[str]] = {}
+    for name, ref in base.tensors.items():
+        assert isinstance(ref.source, Stored | Pickled)
+        found.setdefault(ref.source.path, []).append(name)
+    for names in found.values():
+        names.sort(key=lambda name: getattr(base.tensors[name].source, "offset", 0))
+    return dict(sorted(found.items()))
+
+
+def shards_of(
+    base: Base, tensors: Mapping[str, Tensor], added: Mapping[str, str], asked: DType | None
+) -> list[Shard]:
+    """The files of the output. tensors: those that change or are new. added: new names, each with that of
+    a tensor whose file it goes into."""
+    shards = []
+    for path, names in files_of(base).items():
+        here = list(names)
+        for new, beside in added.items():
+            if beside in names:
+                here.insert(here.index(beside) + 1, new)
+        found = tuple(
+            tensors.get(name) or _copied(name, base.tensors[name], asked) for name in here
+        )
+        shards.append(Shard(output_name(Path(path).name), _header(base, path, found), found))
+    return shards
+
+
+def output_name(name: str) -> str:
+    """The name of the file that a file of the base becomes: pickles become safetensors."""
+    if name.endswith(".safetensors"):
+        return name
+    stem = name.rpartition(".")[0]
+    return f"{stem.replace('pytorch_model', 'model')}.safetensors"
+
+
+def _copied(name: str, ref: TensorRef, asked: DType | None) -> Tensor:
+    return Tensor(name, output_dtype(ref, asked), ref.shape, (Copy(ref),))
+
+
+def output_dtype(ref: TensorRef, asked: DType | None) -> DType:
+    """What a stored tensor is written in: as it is; floats of 16 bits and more as asked."""
+    wide = ref.dtype.is_float and ref.dtype.bits >= 16
+    return asked if asked is not None and wide else ref.dtype
+
+
+def _header(base: Base, path: str, tensors: Sequence[Tensor]) -> bytes:
+    """The source file's own first bytes where nothing in them changes."""
+    blanks = {t.name: constant(0.0, t.shape, t.dtype) for t in tensors}
+    if not path.endswith(".safetensors"):
+        return header.build(blanks, {"format": "pt"}, path, list(blanks))[0]
+    stored = {n: r for n, r in base.tensors.items() if getattr(r.source, "path", "") == path}
+    same = stored.keys() == blanks.keys() and all(
+        (ref.shape, ref.dtype) == (blanks[name].shape, blanks[name].dtype)
+        for name, ref in stored.items()
+    )
+    first = raw_header(path)
+    own = {ref.name for ref in stored.values()}
+    if same and own == set(stored):
+        return first
+    return header.build(blanks, _metadata(first), path, list(blanks))[0]
+
+
+def _metadata(first: bytes) -> dict[str, str]:
+    import json
+
+    found: dict[str, str] = json.loads(first[8:]).get(header.METADATA) or {}
+    return found
+
+
+def index_of(shards: Sequence[Shard], metadata: Mapping[str, object]) -> dict[str, object]:
+    """The content of an index that says which file has which tensor."""
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    names = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    return {
+        "metadata": {**metadata, "total_size": total},
+        "weight_map": dict(sorted(names.items())),
+    }

@@ -1,0 +1,310 @@
+"""Every decision of a fusion that headers can tell, as printable and hashable data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adaptmerge import __version__
+from adaptmerge.align import align
+from adaptmerge.base import Base, open_base, replicated
+from adaptmerge.edits import WeightEdit
+from adaptmerge.errors import CannotMerge, InputError, UsageError
+from adaptmerge.files import dtypes
+from adaptmerge.files.listing import Listing
+from adaptmerge.files.refs import forget
+from adaptmerge.fuse.layout import Shard, files_of, shards_of
+from adaptmerge.fuse.settle import AUTO
+from adaptmerge.fuse.targets import Targets, Wishes, targets_of
+from adaptmerge.graph import Adapter, Edit, Kind, Note
+from adaptmerge.heads import Given, Policies, check_policies, policies
+from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
+from adaptmerge.plan import Plan, make_plan
+from adaptmerge.registry import Format, Stores, WriteOptions, method_named
+from adaptmerge.request import Request
+from adaptmerge.rounding import ROUNDINGS
+from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
+
+ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
+ORIGINAL = "original"
+TRAINED_ON = (ORIGINAL, "nf4", "nf4,double", "fp4", "fp4,double", "int8")
+EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
+
+
+@dataclass(frozen=True, slots=True)
+class FuseOptions:
+    """What a user may ask of a fusion; see the command line's help for each."""
+
+    method: str = "linear"
+    weights: str | None = None
+    total: bool = False
+    rules: tuple[SiteRule, ...] = ()
+    heads: Given = None
+    dtype: str | None = None
+    rounding: str = AUTO
+    trained_on: str | None = None
+    keep_tied: bool = False
+    max_loss: float = 0.25
+    seed: int = 0
+    allow: frozenset[str] = frozenset()
+    strict: bool = False
+    force: bool = False
+    jobs: int | None = None
+    executor: str = "local"
+
+
+@dataclass(frozen=True)
+class FusePlan:
+    """The files of the output with every tensor's making, and what goes beside them."""
+
+    base: Base  # with its layers copied, where the adapters are for copies
+    inputs: Sequence[Input]
+    weights: Weights
+    shards: Sequence[Shard]
+    targets: Targets
+    heads: Policies
+    plan: Plan
+    options: FuseOptions
+    notes: tuple[Note, ...] = ()
+    trained_on: str | None = None
+    _hash: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensor files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def key(self, digests: Mapping[str, Mapping[str, str]]) -> str:
+        """A hash of all that decides the bytes of the output: what resumes must be of the same plan.
+
+        digests: the sha256 of every file of each adapter.
+        """
+        stamps = [(Path(path).name, Path(path).stat().st_size) for path in files_of(self.base)]
+        options = replace(self.options, jobs=None, force=False, strict=False, executor="local")
+        said = (
+            self.base.fingerprint,
+            stamps,
+            sorted((name, sorted(found.items())) for name, found in digests.items()),
+            repr(options),
+            [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in self.shards],
+            repr(self.weights),
+            __version__,
+            version("torch"),
+        )
+        return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("a base is no adapter")
+
+
+TARGET = Format(
+    name="a base checkpoint",
+    title="",
+    url="",
+    detect=lambda _: False,
+    read=_never,
+    stores=lambda _: Stores(
+        kinds=frozenset({"add", "replace", "rows"}),
+        layers=frozenset({"linear", "embedding", "conv", "experts", "parameter", "norm"}),
+        one_family=False,
+        low_rank=False,
+        scale="site",
+        params=None,
+        dtypes=EVERYTHING,
+    ),
+)
+
+
+def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptions) -> FusePlan:
+    """The plan of a fusion. Raises every error that headers can tell."""
+    forget()
+    _check(specs, options)
+    if is_checkpoint_schedule(options.weights):
+        specs = in_natural_order(specs)
+    stored = open_base(base_source)
+    _refuse_quantised(stored)
+    inputs = open_inputs(specs, stored)
+    base, adapters = _on_copies(stored, {item.name: item.adapter for item in inputs})
+    notes = [*_fingerprints(adapters, stored, options)]
+    trained_on = _trained_on(adapters, options, notes)
+    weights = _weights(inputs, options)
+    heads = policies(options.heads, list(adapters))
+    check_policies(heads, adapters)
+    groups, said = align(adapters, base, options.allow, base.expert_layout)
+    _refuse_activations([edit for group in groups for _, edit in group.members])
+    request = Request(
+        method=method_named(options.method),
+        weights=weights,
+        target=TARGET,
+        stores=TARGET.stores(WriteOptions()),  # type: ignore[misc]
+        heads=heads,
+        adapters=adapters,
+        base=base,
+        allowed=options.allow,
+    )
+    plan = make_plan(groups, request, list(adapters))
+    asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
+    linears = _linears(base) if trained_on else frozenset[str]()
+    targets = targets_of(plan, base, Wishes(asked, trained_on, linears, options.keep_tied))
+    shards = shards_of(base, targets.tensors, targets.added, asked)
+    notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
+    notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
+    notes += _unfused(weights, plan)
+    return FusePlan(
+        base, inputs, weights, shards, targets, heads, plan, options, tuple(notes), trained_on
+    )
+
+
+def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
+    if not specs:
+        raise UsageError("no adapter was given: name at least one after the base")
+    if options.total and (options.weights or any(spec.weight is not None for spec in specs)):
+        raise UsageError("--sum means weight 1 for each: leave it out, or the weights")
+    choices: dict[str, tuple[str | None, Sequence[str]]] = {
+        "--rounding": (options.rounding, (AUTO, *ROUNDINGS)),
+        "--trained-on": (options.trained_on, TRAINED_ON),
+        "--dtype": (options.dtype, tuple(dtypes.SPELLINGS)),
+        "--executor": (options.executor, ("local", "ray")),
+    }
+    for name, (given, known) in choices.items():
+        if given is not None and given not in known:
+            raise UsageError(f"{name} {given}: expected {', '.join(known)}")
+    unknown = sorted(options.allow - set(ALLOWABLE))
+    if unknown:
+        raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
+
+
+def _refuse_quantised(base: Base) -> None:
+    found = base.config.get("quantization_config")
+    if isinstance(found, Mapping):
+        how = found.get("quant_method") or "unknown"
+        raise InputError(
+            f"is quantised ({how}), and only full-precision bases can be fused into so far: give the "
+            "original base, with --trained-on for an adapter that was trained on a quantised one",
+            where=str(base.path),
+        )
+    if not base.tensors:
+        raise InputError("holds no weights to fuse into", where=str(base.path))
+
+
+def _on_copies(base: Base, adapters: Mapping[str, Adapter]) -> tuple[Base, dict[str, Adapter]]:
+    """The base with the copies of layers that the adapters are for, where all are for the same."""
+    ranges = {adapter.base.replication for adapter in adapters.values()}
+    if len(ranges) != 1 or ranges == {()}:
+        return base, dict(adapters)
+    flat = {n: replace(a, base=replace(a.base, replication=())) for n, a in adapters.items()}
+    return replicated(base, ranges.pop()), flat
+
+
+def _fingerprints(adapters: Mapping[str, Adapter], base: Base, options: FuseOptions) -> list[Note]:
+    """Raises CannotMerge for adapters that say they were made for other weights."""
+    other = [
+        name
+        for name, adapter in adapters.items()
+        if adapter.base.fingerprint not in (None, base.fingerprint)
+    ]
+    what = f"{', '.join(other)}: made for a base with another fingerprint than {base.path.name}"
+    if other and "base" not in options.allow:
+        raise CannotMerge(
+            f"{what}: give that base, or pass --allow base if it has the same weights"
+        )
+    return [Note(Kind.ASSUMED, f"{what}, which was allowed")] if other else []
+
+
+def _trained_on(
+    adapters: Mapping[str, Adapter], options: FuseOptions, notes: list[Note]
+) -> str | None:
+    """The quantisation that the adapters were trained on: as said, else as recorded."""
+    recorded = {a.base.trained_on for a in adapters.values() if a.base.trained_on}
+    if options.trained_on is None and len(recorded) == 1:
+        found = recorded.pop()
+        notes.append(Note(Kind.INFO, f"trained on a base quantised as {found}, as recorded"))
+        return None if found == ORIGINAL else found
+    if options.trained_on is not None:
+        return None if options.trained_on == ORIGINAL else options.trained_on
+    marked = {n: a.base.name for n, a in adapters.items() if looks_quantised(a.base.name)}
+    notes += [
+        Note(
+            Kind.ASSUMED,
+            f"its base is called {base}, so it looks trained on a quantised base, but is fused into the "
+            "original weights, for which it was not trained: pass --trained-on nf4,double (or nf4, int8), "
+            "or --trained-on original if it was",
+            input=name,
+        )
+        for name, base in marked.items()
+    ]
+    return None
+
+
+def looks_quantised(name: str | None) -> bool:
+    """Whether the name of a base says that it is quantised."""
+    words = ("bnb", "4bit", "8bit", "nf4", "int8", "int4", "4-bit", "8-bit", "qlora")
+    return any(word in (name or "").lower() for word in words)
+
+
+def _weights(inputs: Sequence[Input], options: FuseOptions) -> Weights:
+    names = [item.name for item in inputs]
+    given = [item.spec.weight for item in inputs]
+    return Weights(base_weights(names, given, options.weights, options.total), options.rules)
+
+
+def _default_weights(inputs: Sequence[Input], options: FuseOptions) -> list[Note]:
+    given = options.weights or options.total or any(i.spec.weight is not None for i in inputs)
+    if given or len(inputs) < 2:
+        return []
+    what = f"no weights were given: each of {len(inputs)} inputs counts 1/{len(inputs)}"
+    return [Note(Kind.INFO, what)]
+
+
+def _refuse_activations(edits: Sequence[Edit]) -> None:
+    """Raises CannotMerge for edits that no weight can hold."""
+    kinds = sorted(
+        {
+            edit.kind
+            for edit in edits
+            if not isinstance(edit, WeightEdit) or not hasattr(edit, "apply")
+        }
+    )
+    if kinds:
+        raise CannotMerge(
+            f"{' and '.join(kinds)} edits change what flows through the model, no weights: they cannot be "
+            "fused and stay an adapter"
+        )
+
+
+def _linears(base: Base) -> frozenset[str]:
+    """The modules of the checkpoint whose weights bitsandbytes would quantise."""
+    from adaptmerge.runtime.linears import quantised_modules
+
+    found = (base.locate(module) for module in quantised_modules(base.path))
+    return frozenset(module for module in found if module is not None)
+
+
+def _unfused(weights: Weights, plan: Plan) -> list[Note]:
+    """A word where adapters are taken out that stored something whole."""
+    whole = {
+        member.adapter
+        for step in plan.steps
+        if getattr(step.edit, "value", None) is not None
+        for member in step.members
+        if member.weight < 0
+    }
+    if whole:
+        raise CannotMerge(
+            f"{', '.join(sorted(whole))}: stores parameters whole, so what was there before cannot be "
+            "computed back: pass --heads drop"
+        )
+    return []
+
+
+def base_listing(base: Base) -> Listing:
+    """The files of the base's folder."""
+    return Listing.of(base.path, str(base.path))
+
+
+__all__: Sequence[str] = ("FuseOptions", "FusePlan", "plan_fusion")

@@ -1,0 +1,189 @@
+"""Writing the files of a fused checkpoint: pieces of tensors are computed in parallel and written in order.
+
+A piece is some rows of one matrix, or a run of bytes to copy; its bytes do not depend on the workers. Only
+the caller's thread writes, and few pieces are under way, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from adaptmerge.errors import InputError
+from adaptmerge.files.disk import tensor_bytes
+from adaptmerge.files.dtypes import DType
+from adaptmerge.files.refs import Reshape, Slice, Stored, TensorRef, read_span
+from adaptmerge.files.safetensors import write_pieces
+from adaptmerge.fuse.layout import Copy, Fused, Shard
+from adaptmerge.fuse.matrix import Matrix, Measured
+from adaptmerge.fuse.settle import Choice, choose, settle_rows
+from adaptmerge.lazy import torch
+from adaptmerge.linalg import one_thread_each
+from adaptmerge.run import ordered, short_turns
+
+SPAN = 8 << 20  # bytes that are copied at once
+
+
+class Settings(NamedTuple):
+    """How a shard is written, whatever is in it."""
+
+    rounding: str
+    seed: int
+    workers: int
+    allow_nonfinite: bool = False
+
+
+class Line(NamedTuple):
+    """What became of one matrix of a tensor: how it was rounded, what nearest rounding would have kept, and
+    what rounding did."""
+
+    tensor: str
+    matrix: Matrix
+    choice: Choice
+    measured: Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A written shard: the sha256 of its file, and a line for every matrix that was computed."""
+
+    sha256: str
+    lines: tuple[Line, ...]
+
+
+class Piece(NamedTuple):
+    """Some rows of the matrix of that number, or bytes of a stored tensor; cast to a dtype."""
+
+    number: int | None
+    rows: tuple[int, int]
+    dtype: DType
+    ref: TensorRef | None = None
+    part: Fused | None = None
+
+
+Progress = Callable[[int], None]
+
+
+def survey(shard: Shard, settings: Settings) -> list[Choice]:
+    """How every matrix of a shard is rounded, from a look at some of its rows."""
+    with one_thread_each(), ThreadPoolExecutor(settings.workers) as pool:
+        matrices = shard.matrices
+        return list(
+            ordered(pool, settings.workers, lambda m: choose(m, settings.rounding), matrices)
+        )
+
+
+def write_shard(shard: Shard, path: Path, settings: Settings, progress: Progress) -> Written:
+    """Writes one file and says what is in it. Raises InputError naming tensors that are not finite."""
+    choices = survey(shard, settings)
+    sums: dict[int, Measured] = {}
+    with one_thread_each(), short_turns(), ThreadPoolExecutor(settings.workers) as pool:
+
+        def pieces() -> Iterator[bytes | memoryview]:
+            yield shard.header
+            done = ordered(
+                pool,
+                settings.workers,
+                lambda piece: _compute(piece, choices, settings),
+                _pieces(shard),
+            )
+            for piece, (data, measured) in done:
+                if piece.number is not None and measured is not None:
+                    before = sums.get(piece.number)
+                    sums[piece.number] = measured if before is None else before.plus(measured)
+                yield data
+
+        digest = write_pieces(path, pieces(), progress)
+    names = [t.name for t in shard.tensors for _ in t.matrices]
+    lines = [Line(names[i], matrix, choices[i], sums[i]) for i, matrix in enumerate(shard.matrices)]
+    if not settings.allow_nonfinite:
+        _check_finite(lines)
+    return Written(digest, tuple(lines))
+
+
+def _pieces(shard: Shard) -> Iterator[Piece]:
+    number = 0
+    for tensor in shard.tensors:
+        for part in tensor.parts:
+            if isinstance(part, Copy):
+                yield from _runs(part.ref, tensor.dtype)
+                continue
+            whole = [(0, part.matrix.shape[0])]
+            ranges = whole if part.transposed else part.matrix.row_ranges()
+            for rows in ranges:
+                yield Piece(number, rows, tensor.dtype, None, part)
+            number += 1
+
+
+def _runs(ref: TensorRef, dtype: DType) -> Iterator[Piece]:
+    """A stored tensor in runs of rows of bounded size; as one where it cannot be cut."""
+    flat = _flat(ref) if dtype == ref.dtype else None
+    if flat is not None:
+        for start in range(0, flat.nbytes, SPAN):
+            length = min(SPAN, flat.nbytes - start)
+            raw = replace(flat, offset=flat.offset + start, shape=(length,))
+            yield Piece(None, (0, length), dtype, TensorRef(raw, (length,), ref.dtype))
+        return
+    rows = ref.shape[0] if ref.shape else 1
+    step = max(1, SPAN // max(1, ref.nbytes // max(1, rows)))
+    if not ref.shape:
+        yield Piece(None, (0, 1), dtype, ref)
+    for start in range(0, rows if ref.shape else 0, step):
+        stop = min(rows, start + step)
+        yield Piece(None, (start, stop), dtype, ref.slice(0, start, stop))
+
+
+def _flat(ref: TensorRef) -> Stored | None:
+    """The run of bytes that a ref is, if it is one."""
+    source, steps = ref.source, list(ref.steps)
+    if not isinstance(source, Stored):
+        return None
+    if steps and isinstance(steps[0], Slice) and steps[0].axis == 0:
+        first = steps.pop(0)
+        assert isinstance(first, Slice)
+        source = source.rows(first.start, first.stop)
+    return source if all(isinstance(step, Reshape) for step in steps) else None
+
+
+def _compute(
+    piece: Piece, choices: Sequence[Choice], settings: Settings
+) -> tuple[Piece, tuple[memoryview, Measured | None]]:
+    """The bytes of a piece and, of rows that were computed, what rounding did to them."""
+    if piece.ref is not None:
+        return piece, (_copied(piece), None)
+    assert piece.part is not None
+    assert piece.number is not None
+    choice = choices[piece.number]
+    found = settle_rows(piece.part.matrix, piece.rows, choice.rounding, settings.seed)
+    value = found.value.T if piece.part.transposed else found.value
+    return piece, (tensor_bytes(value), found.measured)
+
+
+def _copied(piece: Piece) -> memoryview:
+    ref = piece.ref
+    assert ref is not None
+    if isinstance(ref.source, Stored) and not ref.steps and piece.dtype == ref.dtype:
+        return tensor_bytes(read_span(ref.source.path, ref.source.offset, ref.shape[0]))
+    return tensor_bytes(ref.read().to(piece.dtype.torch))
+
+
+def _check_finite(lines: Sequence[Line]) -> None:
+    """Raises InputError with all tensors that went into something that is not finite."""
+    problems = []
+    for line in lines:
+        sums = (line.measured.error, line.measured.weight, line.measured.delta)
+        if all(map(math.isfinite, sums)):
+            continue
+        bad = [
+            f"tensor {ref.name!r} of {line.matrix.site} holds NaN or infinity"
+            for ref in dict.fromkeys([line.matrix.weight, *line.matrix.refs])
+            if ref.dtype.is_float and not bool(torch.isfinite(ref.read().float()).all())
+        ]
+        problems += bad or [f"{line.matrix.site}: the sum is beyond the range of its dtype"]
+    if problems:
+        advice = "pass --allow nonfinite to fuse it all the same"
+        raise InputError([*problems[:-1], f"{problems[-1]}; {advice}"])

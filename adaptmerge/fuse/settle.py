@@ -1,0 +1,136 @@
+"""Settling a matrix: which rounding, and the stored rows with what rounding did to them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from adaptmerge.files.dtypes import BY_NAME
+from adaptmerge.fuse.matrix import (
+    Delta,
+    Matrix,
+    Measured,
+    delta_of,
+    measure,
+    target_rows,
+    working_dtype,
+)
+from adaptmerge.lazy import torch
+from adaptmerge.rounding import (
+    ADAPTIVE,
+    NEAREST,
+    STOCHASTIC,
+    FloatGrid,
+    Rounded,
+    round_adaptive,
+    round_nearest,
+    round_stochastic,
+)
+
+AUTO = "auto"
+ENOUGH = 0.99  # a gain from which on nearest rounding is as good
+SAMPLE = 32  # rows that a prediction looks at
+WIDE = 32  # bits from which on rounding loses nothing that matters
+GRID_ERROR = 0.2125  # |error| / |w| of rounding to nearest, in units of eps, for Gaussian weights
+
+
+class Choice(NamedTuple):
+    """How a matrix is rounded, and how much of each part nearest rounding would keep."""
+
+    rounding: str
+    predicted: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Stored rows of a matrix (rows, in), and what rounding did to them."""
+
+    value: torch.Tensor
+    measured: Measured
+
+
+def choose(matrix: Matrix, asked: str) -> Choice:
+    """How a matrix is rounded: as asked where there is something to keep; `auto` looks at some rows."""
+    if not matrix.parts or 1 in matrix.shape:
+        return Choice(NEAREST, ())
+    if asked == NEAREST or matrix.dtype.bits >= WIDE:
+        return Choice(NEAREST, ())
+    if asked == STOCHASTIC:
+        return Choice(STOCHASTIC, ())
+    found = tuple(_predicted(matrix))
+    lost = any(gain is not None and abs(gain - 1) > 1 - ENOUGH for gain in found)
+    return Choice(ADAPTIVE if lost or asked == ADAPTIVE else NEAREST, found)
+
+
+def _predicted(matrix: Matrix) -> list[float | None]:
+    """The gains of nearest rounding, from a few rows evenly spread."""
+    count = matrix.shape[0]
+    if matrix.whole or count <= SAMPLE:
+        return settle_rows(matrix, (0, count), NEAREST, 0).measured.gains
+    step = count // SAMPLE
+    found = [
+        settle_rows(matrix, (start, start + 1), NEAREST, 0).measured
+        for start in range(0, step * SAMPLE, step)
+    ]
+    total = found[0]
+    for one in found[1:]:
+        total = total.plus(one)
+    return total.gains
+
+
+def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int) -> Rows:
+    """Rows of a matrix, rounded once to its dtype, and what that did to each part."""
+    target, dense, weight = target_rows(matrix, rows)
+    delta = delta_of(matrix)
+    grid = FloatGrid(BY_NAME[matrix.dtype.name].torch, working_dtype(matrix))
+    keep = bool(matrix.parts) and not (delta.is_thin and delta.feed.basis.shape[1])
+    if rounding == ADAPTIVE:
+        own = _own(delta, rows, dense, target) if keep else None
+        found = round_adaptive(target, grid, delta.feed, own, keep=keep)
+    elif rounding == STOCHASTIC:
+        found = round_stochastic(
+            target, grid, delta.feed.basis, _seed(seed, matrix, rows), keep=keep
+        )
+    else:
+        found = round_nearest(target, grid, delta.feed.basis, keep=keep)
+    measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
+    return Rows(_with_tokens(matrix, rows, found), measured)
+
+
+def _own(
+    delta: Delta, rows: tuple[int, int], dense: Sequence[torch.Tensor | None], like: torch.Tensor
+) -> torch.Tensor:
+    """The direction of each row's whole delta, less what lies in the common basis."""
+    total = torch.zeros_like(like)
+    for side, full in zip(delta.thin, dense, strict=True):
+        if full is not None:
+            total += full
+        if side is not None:
+            total.addmm_(side.up[slice(*rows)], side.down)
+    basis = delta.feed.basis
+    total -= (total @ basis) @ basis.T
+    size = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+    return torch.where(size > 0, total / size, torch.zeros_like(total))
+
+
+def _with_tokens(matrix: Matrix, rows: tuple[int, int], found: Rounded) -> torch.Tensor:
+    """The stored rows, with rows of tokens put in place of those computed."""
+    value = found.codes
+    for numbers, ref in matrix.tokens:
+        here = [(i, n - rows[0]) for i, n in enumerate(numbers) if rows[0] <= n < rows[1]]
+        if here:
+            stored = ref.read().to(value.dtype)
+            value[[at for _, at in here]] = stored[[i for i, _ in here]]
+    return value
+
+
+def _seed(seed: int, matrix: Matrix, rows: tuple[int, int]) -> int:
+    text = f"{seed} {matrix.site} {rows[0]}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+
+def grid_error(matrix: Matrix) -> float:
+    """|error| / |w| that the dtype of a matrix has by itself, for Gaussian weights."""
+    return GRID_ERROR * matrix.dtype.eps

@@ -1,0 +1,267 @@
+"""Where the edits of a merge land in a checkpoint: from the steps of a plan to tensors of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from adaptmerge.base import Base, Place
+from adaptmerge.edits import factor_of
+from adaptmerge.errors import CannotMerge
+from adaptmerge.files.compare import same_values
+from adaptmerge.files.dtypes import DType
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.fuse.layout import Copy, Fused, Tensor, output_dtype
+from adaptmerge.fuse.matrix import Matrix, Part
+from adaptmerge.graph import Kind, Note, Site
+from adaptmerge.heads import is_vocabulary
+from adaptmerge.plan import Plan, Step
+from adaptmerge.registry import Method
+
+HEADS = ("lm_head", "embed_out", "output_embeddings")  # heads that a config can untie
+MERGED = "merged"  # what a method adds that is no sum over adapters
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What happens to one parameter, or one matrix of a stack: a new value, then what is added to it, then
+    rows put in its place."""
+
+    site: Site
+    value: TensorRef | None = None
+    parts: tuple[Part, ...] = ()
+    tokens: tuple[tuple[tuple[int, ...], TensorRef], ...] = ()
+
+    @property
+    def only_tokens(self) -> bool:
+        return self.value is None and not self.parts and bool(self.tokens)
+
+
+@dataclass
+class Targets:
+    """The tensors that change, new ones with the tensor that they are stored beside, the entries of the
+    config that follow from them, and Notes."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How weights are to be written: their dtype if not their own, the quantisation that linear layers go
+    through first, and whether tied matrices must stay one."""
+
+    dtype: DType | None = None
+    trained_on: str | None = None
+    linears: frozenset[str] = frozenset()
+    keep_tied: bool = False
+
+
+def targets_of(plan: Plan, base: Base, wishes: Wishes) -> Targets:
+    """The tensors that a plan changes. Raises CannotMerge with all sites that have no place."""
+    found = Targets()
+    changes = _changes(plan, base)
+    _settle_tied(changes, base, wishes, found)
+    by_name: dict[str, dict[int | None, tuple[Place, Change]]] = {}
+    for place, change in changes.items():
+        by_name.setdefault(place.name, {})[place.expert] = (place, change)
+    for name in sorted(_quantised(base, wishes) - by_name.keys()):
+        module, _, param = name.rpartition(".")
+        site = Site(module, param)
+        by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
+    for name, here in by_name.items():
+        found.tensors[name] = _tensor(name, here, base, wishes, found)
+    return found
+
+
+def _changes(plan: Plan, base: Base) -> dict[Place, Change]:
+    changes: dict[Place, Change] = {}
+    problems = []
+    for step in plan.steps:
+        place = base.place(step.site) or _new_place(step, base)
+        if place is None:
+            problems.append(
+                f"{step.site}: the base {base.path.name} stores no such parameter: is the adapter for "
+                "another model?"
+            )
+            continue
+        before = changes.get(place, Change(step.site))
+        changes[place] = _with(before, step, plan.method)
+    if problems:
+        raise CannotMerge(problems)
+    return changes
+
+
+def _new_place(step: Step, base: Base) -> Place | None:
+    """A parameter that is stored whole may be new to the base: a head."""
+    if getattr(step.edit, "value", None) is None or step.site.expert is not None:
+        return None
+    module = base.locate(step.site.module) or step.site.module
+    return Place(f"{module}.{step.site.param}")
+
+
+def _with(change: Change, step: Step, method: Method) -> Change:
+    """The change with one more step of the plan."""
+    edit = step.edit
+    value = getattr(edit, "value", None)
+    rows = getattr(edit, "rows", None)
+    factor = factor_of(edit)
+    if factor is not None:
+        summed = method.promise is None and all(factor_of(m.edit) for m in step.members)
+        parts = (
+            tuple(Part(m.adapter, m.weight, factor_of(m.edit)) for m in step.members)  # type: ignore[arg-type]
+            if summed
+            else (Part(MERGED, 1.0, factor),)
+        )
+        return replace(change, parts=change.parts + parts)
+    if rows is not None:
+        return replace(change, tokens=(*change.tokens, (tuple(rows), edit.values)))  # type: ignore[attr-defined]
+    if value is None:
+        raise CannotMerge(
+            f"{edit.kind} edits change what flows through the model, no weights: they stay an adapter",
+            where=str(step.site),
+        )
+    return replace(change, value=value)
+
+
+def _settle_tied(changes: dict[Place, Change], base: Base, wishes: Wishes, found: Targets) -> None:
+    """Heads that share the embedding's matrix: one matrix still, or two from now on."""
+    if not base.config.get("tie_word_embeddings"):
+        return
+    for head, embedding in _tied_pairs(base):
+        inner, outer = changes.get(Place(embedding)), changes.get(Place(head))
+        if inner is None and outer is None:
+            continue
+        rows = inner.tokens if inner is not None else ()
+        outer = outer or Change(Site(head.rpartition(".")[0]))
+        if rows and not outer.tokens:
+            outer = replace(outer, tokens=rows)
+        if inner is not None and _alike(inner, outer):
+            changes.pop(Place(head), None)
+            if head in base.tensors:
+                changes[Place(head)] = outer
+            continue
+        _untie(head, embedding, wishes, found)
+        changes[Place(head)] = outer
+
+
+def _tied_pairs(base: Base) -> list[tuple[str, str]]:
+    """(head, embedding) tensors that are one matrix."""
+    heads = [m for m in sorted(base.modules) if m.rpartition(".")[2] in HEADS]
+    stored = [name for name in base.tensors if is_vocabulary(name.removesuffix(".weight"))]
+    inner = [n for n in stored if n.removesuffix(".weight").rpartition(".")[2] not in HEADS]
+    return [(f"{head}.weight", inner[0]) for head in heads if inner]
+
+
+def _alike(inner: Change, outer: Change) -> bool:
+    """Whether an embedding and its head are changed to the same values."""
+    if inner.tokens != outer.tokens:
+        return False
+    if inner.value is None or outer.value is None:
+        return inner.only_tokens and outer.only_tokens
+    return not (inner.parts or outer.parts) and same_values(inner.value, outer.value)
+
+
+def _untie(head: str, embedding: str, wishes: Wishes, found: Targets) -> None:
+    module = head.rpartition(".")[0]
+    if wishes.keep_tied:
+        raise CannotMerge(
+            f"only one of {module} and {embedding.rpartition('.')[0]} changes, which are one matrix in the "
+            "base: leave out --keep-tied to store them apart",
+            where=module,
+        )
+    found.config["tie_word_embeddings"] = False
+    found.notes.append(
+        Note(Kind.INFO, "is stored apart from the embedding from now on (untied)", site=module)
+    )
+
+
+def _quantised(base: Base, wishes: Wishes) -> set[str]:
+    """The weights that quantisation changes, by name."""
+    if wishes.trained_on is None:
+        return set()
+    return {f"{module}.weight" for module in wishes.linears} & base.tensors.keys()
+
+
+def _tensor(
+    name: str,
+    here: Mapping[int | None, tuple[Place, Change]],
+    base: Base,
+    wishes: Wishes,
+    found: Targets,
+) -> Tensor:
+    stored = base.tensors.get(name)
+    if None not in here:
+        assert stored is not None
+        return _stack(name, stored, here, base, wishes)
+    place, change = here[None]
+    source = stored if stored is not None else base.parameter(change.site)
+    if stored is None:
+        found.added[name] = _beside(name, source, base)
+    if change.value is not None:
+        _note_resize(name, source, change.value, found)
+    start = change.value if change.value is not None else source
+    assert start is not None
+    dtype = output_dtype(source if source is not None else start, wishes.dtype)
+    quantised = wishes.trained_on if name in _quantised(base, wishes) else None
+    computed = change.parts or change.tokens or quantised or start.dtype != dtype
+    if not computed and not hasattr(start.source, "store"):
+        return Tensor(name, dtype, start.shape, (Copy(start),))
+    matrix = _matrix(start, place, change, dtype, quantised)
+    return Tensor(name, dtype, start.shape, (Fused(matrix, place.transposed),))
+
+
+def _matrix(
+    start: TensorRef, place: Place, change: Change, dtype: DType, trained_on: str | None = None
+) -> Matrix:
+    """The change of one stored parameter as that of a matrix (out, in)."""
+    if place.transposed:
+        start = start.T
+    elif len(start.shape) != 2:
+        rows = start.shape[0] if start.shape else 1
+        start = start.reshape(rows, start.count // max(1, rows))
+    return Matrix(change.site, start, dtype, change.parts, change.tokens, trained_on)
+
+
+def _stack(
+    name: str,
+    stored: TensorRef,
+    here: Mapping[int | None, tuple[Place, Change]],
+    base: Base,
+    wishes: Wishes,
+) -> Tensor:
+    """A parameter that stacks matrices, of which some change."""
+    dtype = output_dtype(stored, wishes.dtype)
+    parts: list[Copy | Fused] = []
+    for expert in range(stored.shape[0]):
+        one = stored.slice(0, expert, expert + 1).reshape(*stored.shape[1:])
+        if expert not in here:
+            parts.append(Copy(one))
+            continue
+        place, change = here[expert]
+        parts.append(Fused(_matrix(one, place, change, dtype), place.transposed))
+    return Tensor(name, dtype, stored.shape, tuple(parts))
+
+
+def _beside(name: str, source: TensorRef | None, base: Base) -> str:
+    """The stored tensor that a new one goes beside: the one that it was tied to, else the last."""
+    return (
+        source.name
+        if source is not None and source.name in base.tensors
+        else list(base.tensors)[-1]
+    )
+
+
+def _note_resize(name: str, source: TensorRef | None, value: TensorRef, found: Targets) -> None:
+    module = name.rpartition(".")[0]
+    if source is None or source.shape == value.shape:
+        return
+    what = f"is of shape {list(value.shape)} now, was {list(source.shape)}"
+    found.notes.append(Note(Kind.INFO, what, site=module))
+    if is_vocabulary(module):
+        found.config["vocab_size"] = value.shape[0]
+
+
+__all__: Sequence[str] = ("Change", "Targets", "Wishes", "targets_of")

@@ -1,0 +1,220 @@
+"""Rounding a weight to the grid that it is stored on, so that what was added to it survives.
+
+A stored weight lies exactly on its grid, and a delta below half a step rounds back to nothing. Adaptive
+rounding is error feedback (sigma-delta modulation): with an orthonormal basis V (in, R) of the deltas'
+row space and the loss |e|^2 + strength |V^T e|^2 per row, the columns are rounded in order, each together
+with what the errors so far call for:
+
+    t_j = w_j - x . g_j,   q_j = round(t_j),   x += (q_j - w_j) v_j,   g_j = M_j^-1 v_j,
+    M_j = I / strength + sum over i >= j of v_i v_i^T
+
+which gives the codes of GPTQ with H = I + strength V V^T (Frantar et al. 2023) in O(out in R), without
+any (in, in) matrix. Columns are rounded in blocks, M frozen at the start of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from adaptmerge.lazy import torch
+
+NEAREST, STOCHASTIC, ADAPTIVE = "nearest", "stochastic", "adaptive"
+ROUNDINGS = (NEAREST, STOCHASTIC, ADAPTIVE)
+STRENGTH = 1e4  # of the error in the deltas' directions; above 1e6 noise elsewhere grows
+BLOCKS = ((64, 512), (8, 64), (1, 0))  # columns rounded together, until so many are left
+FLAT = 1e-6  # singular values below this share of the largest span no direction
+
+
+class Grid(Protocol):
+    """The values that a stored tensor can have."""
+
+    def codes(self, values: torch.Tensor, columns: slice) -> torch.Tensor:
+        """What is stored for the nearest values on the grid, for some columns of a matrix."""
+
+    def values(self, codes: torch.Tensor, columns: slice) -> torch.Tensor:
+        """The values of what is stored, in working precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class FloatGrid:
+    """The values of a floating-point type; codes are the values in that type. Finite values beyond its
+    range become its largest."""
+
+    dtype: torch.dtype
+    work: torch.dtype
+
+    def codes(self, values: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        if self.dtype.itemsize == 1:
+            most = torch.finfo(self.dtype).max
+            values = values.clamp(-most, most)
+        return values.to(self.dtype)
+
+    def values(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        return codes.to(self.work)
+
+
+class Step(NamedTuple):
+    """Columns start..stop that are rounded together, and their gains (R, stop - start)."""
+
+    start: int
+    stop: int
+    gains: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """An orthonormal basis (in, R) of the directions whose errors are fed back, and the steps."""
+
+    basis: torch.Tensor
+    steps: Sequence[Step]
+
+
+def row_space(downs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """An orthonormal basis (in, R), float64, of what the rows of matrices (r, in) span together."""
+    tall = torch.cat([down.double() for down in downs]).T
+    left, core = torch.linalg.qr(tall)
+    u, sigma, _ = torch.linalg.svd(core)
+    rank = int((sigma > FLAT * sigma[0]).sum()) if sigma.numel() and sigma[0] > 0 else 0
+    basis: torch.Tensor = left @ u[:, :rank]
+    return basis
+
+
+def feedback(basis: torch.Tensor, work: torch.dtype, strength: float = STRENGTH) -> Feedback:
+    """The feedback for an orthonormal basis (in, R), its gains computed in float64."""
+    basis = basis.double()
+    rest = torch.eye(basis.shape[1], dtype=torch.float64) / strength
+    steps = []
+    for start, stop in reversed(list(column_blocks(basis.shape[0]))):
+        block = basis[start:stop]
+        rest = rest + block.T @ block
+        steps.append(Step(start, stop, torch.linalg.solve(rest, block.T).to(work)))
+    return Feedback(basis.to(work), steps[::-1])
+
+
+def column_blocks(columns: int) -> Sequence[tuple[int, int]]:
+    """The ranges of columns that are rounded together: wide ones first, single ones at the end."""
+    blocks, start = [], 0
+    for width, left in BLOCKS:
+        while columns - start > left:
+            stop = min(start + width, max(columns - left, start + 1))
+            blocks.append((start, stop))
+            start = stop
+    return blocks
+
+
+class Rounded(NamedTuple):
+    """What is stored, and the error: `inside` is error @ basis (rows, R), `squared` its squared norm,
+    `error` all of it where it was asked for."""
+
+    codes: torch.Tensor
+    inside: torch.Tensor | None
+    squared: float
+    error: torch.Tensor | None = None
+
+
+def round_nearest(
+    target: torch.Tensor, grid: Grid, basis: torch.Tensor | None, *, keep: bool = False
+) -> Rounded:
+    """Each entry of (rows, in) to the nearest value on the grid."""
+    columns = slice(0, target.shape[1])
+    codes = grid.codes(target, columns)
+    return _measured(codes, grid.values(codes, columns), target, basis, keep=keep)
+
+
+def round_stochastic(
+    target: torch.Tensor,
+    grid: FloatGrid,
+    basis: torch.Tensor | None,
+    seed: int,
+    *,
+    keep: bool = False,
+) -> Rounded:
+    """Each entry up or down with the probabilities that make its expectation exact."""
+    codes = grid.codes(target)
+    near = grid.values(codes)
+    missing = target - near
+    far_codes = _neighbour(codes, missing)
+    far = grid.values(far_codes)
+    share = missing.abs() / (far - near).abs().clamp(min=torch.finfo(grid.work).tiny)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(target.shape, generator=generator, dtype=torch.float32)
+    codes = torch.where((drawn < share) & torch.isfinite(far), far_codes, codes)
+    return _measured(codes, grid.values(codes), target, basis, keep=keep)
+
+
+def _neighbour(codes: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """The next value of a floating-point type in a direction, by its sign-magnitude bits."""
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[codes.element_size()]
+    bits = codes.view(width)
+    outward = (direction > 0) == (bits >= 0)
+    least = torch.where(direction > 0, 1, torch.iinfo(width).min + 1).to(width)
+    magnitude = bits & torch.iinfo(width).max
+    moved = torch.where(magnitude == 0, least, bits + torch.where(outward, 1, -1).to(width))
+    return torch.where(direction == 0, bits, moved).view(codes.dtype)
+
+
+def _measured(
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    target: torch.Tensor,
+    basis: torch.Tensor | None,
+    *,
+    keep: bool,
+) -> Rounded:
+    error = values.sub_(target) if values.data_ptr() != codes.data_ptr() else values - target
+    inside = None if basis is None else error @ basis
+    return Rounded(codes, inside, float(error.norm()) ** 2, error if keep else None)
+
+
+def round_adaptive(
+    target: torch.Tensor,
+    grid: Grid,
+    feed: Feedback,
+    own: torch.Tensor | None = None,
+    *,
+    keep: bool = False,
+) -> Rounded:
+    """(rows, in) with the errors of earlier columns made up for by later ones.
+
+    own: one further direction (rows, in) of each row, unit or zero, orthogonal to the basis.
+    """
+    state = target.new_zeros(target.shape[0], feed.basis.shape[1])
+    along = None if own is None else _Own(own)
+    codes, errors, squared = None, torch.empty_like(target) if keep else None, 0.0
+    for start, stop, gains in feed.steps:
+        columns = slice(start, stop)
+        meant = target[:, columns]
+        wanted = torch.addmm(meant, state, gains, alpha=-1) if state.shape[1] else meant
+        if along is not None:
+            wanted = wanted - along.correction(columns)
+        stored = grid.codes(wanted, columns)
+        error = grid.values(stored, columns) - meant
+        state.addmm_(error, feed.basis[columns])
+        if along is not None:
+            along.take(error, columns)
+        codes = stored.new_empty(target.shape) if codes is None else codes
+        codes[:, columns] = stored
+        squared += float(error.norm()) ** 2
+        if errors is not None:
+            errors[:, columns] = error
+    assert codes is not None
+    return Rounded(codes, state, squared, errors)
+
+
+class _Own:
+    """The feedback of one direction per row."""
+
+    def __init__(self, direction: torch.Tensor) -> None:
+        self._direction = direction
+        self._left = direction.square().sum(1, keepdim=True)
+        self._state = torch.zeros_like(self._left)
+
+    def correction(self, columns: slice) -> torch.Tensor:
+        return self._state / (self._left + 1 / STRENGTH) * self._direction[:, columns]
+
+    def take(self, error: torch.Tensor, columns: slice) -> None:
+        part = self._direction[:, columns]
+        self._state += (error * part).sum(1, keepdim=True)
+        self._left = (self._left - part.square().sum(1, keepdim=True)).clamp(min=0)
