@@ -23,7 +23,7 @@ from adaptmerge.lazy import torch
 NEAREST, STOCHASTIC, ADAPTIVE = "nearest", "stochastic", "adaptive"
 ROUNDINGS = (NEAREST, STOCHASTIC, ADAPTIVE)
 STRENGTH = 1e4  # of the error in the deltas' directions; above 1e6 noise elsewhere grows
-BLOCKS = ((64, 512), (8, 64), (1, 0))  # columns rounded together, until so many are left
+BLOCKS = ((64, 256), (8, 32), (1, 0))  # columns rounded together, until so many are left
 FLAT = 1e-6  # singular values below this share of the largest span no direction
 
 
@@ -33,8 +33,8 @@ class Grid(Protocol):
     def codes(self, values: torch.Tensor, columns: slice) -> torch.Tensor:
         """What is stored for the nearest values on the grid, for some columns of a matrix."""
 
-    def values(self, codes: torch.Tensor, columns: slice) -> torch.Tensor:
-        """The values of what is stored, in working precision."""
+    def values(self, codes: torch.Tensor, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        """The values of what is stored, in working precision, written into `out`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,12 @@ class FloatGrid:
             values = values.clamp(-most, most)
         return values.to(self.dtype)
 
-    def values(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-        return codes.to(self.work)
+    def values(self, codes: torch.Tensor, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(codes)
+
+    def near(self, values: torch.Tensor) -> torch.Tensor:
+        """The nearest values of the type, in working precision."""
+        return self.codes(values).to(self.work)
 
 
 class Step(NamedTuple):
@@ -120,7 +124,8 @@ def round_nearest(
     """Each entry of (rows, in) to the nearest value on the grid."""
     columns = slice(0, target.shape[1])
     codes = grid.codes(target, columns)
-    return _measured(codes, grid.values(codes, columns), target, basis, keep=keep)
+    values = grid.values(codes, columns, torch.empty_like(target))
+    return _measured(codes, values, target, basis, keep=keep)
 
 
 def round_stochastic(
@@ -133,15 +138,15 @@ def round_stochastic(
 ) -> Rounded:
     """Each entry up or down with the probabilities that make its expectation exact."""
     codes = grid.codes(target)
-    near = grid.values(codes)
+    near = codes.to(grid.work)
     missing = target - near
     far_codes = _neighbour(codes, missing)
-    far = grid.values(far_codes)
+    far = far_codes.to(grid.work)
     share = missing.abs() / (far - near).abs().clamp(min=torch.finfo(grid.work).tiny)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(target.shape, generator=generator, dtype=torch.float32)
     codes = torch.where((drawn < share) & torch.isfinite(far), far_codes, codes)
-    return _measured(codes, grid.values(codes), target, basis, keep=keep)
+    return _measured(codes, codes.to(grid.work), target, basis, keep=keep)
 
 
 def _neighbour(codes: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
@@ -186,11 +191,11 @@ def round_adaptive(
     for start, stop, gains in feed.steps:
         columns = slice(start, stop)
         meant = target[:, columns]
-        wanted = torch.addmm(meant, state, gains, alpha=-1) if state.shape[1] else meant
+        wanted = torch.addmm(meant, state, gains, alpha=-1)
         if along is not None:
-            wanted = wanted - along.correction(columns)
+            wanted -= along.correction(columns)
         stored = grid.codes(wanted, columns)
-        error = grid.values(stored, columns) - meant
+        error = grid.values(stored, columns, wanted).sub_(meant)
         state.addmm_(error, feed.basis[columns])
         if along is not None:
             along.take(error, columns)

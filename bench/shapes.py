@@ -38,15 +38,21 @@ def sites(layers: int, shapes: Shapes = SHAPES) -> Iterator[tuple[str, tuple[int
 
 
 def make_adapter(
-    folder: Path, *, layers: int, rank: int = 16, seed: int = 0, shapes: Shapes = SHAPES
+    folder: Path,
+    *,
+    layers: int,
+    rank: int = 16,
+    seed: int = 0,
+    shapes: Shapes = SHAPES,
+    scale: float = 0.02,
 ) -> Path:
     """A bf16 LoRA adapter of that rank on all linears, written as PEFT writes it."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for module, (out, width) in sites(layers, shapes):
         key = f"base_model.model.{module}"
-        down = torch.randn(rank, width, generator=generator) * 0.02
-        up = torch.randn(out, rank, generator=generator) * 0.02
+        down = torch.randn(rank, width, generator=generator) * scale
+        up = torch.randn(out, rank, generator=generator) * scale
         tensors[f"{key}.lora_A.weight"] = down.to(torch.bfloat16)
         tensors[f"{key}.lora_B.weight"] = up.to(torch.bfloat16)
     folder.mkdir(parents=True)

@@ -19,6 +19,8 @@ Examples:
   adaptmerge verify merged
   adaptmerge verify merged --base ./llama --junit verify.xml
   adaptmerge verify merged --input sql=/elsewhere/sql --base ./llama --layerwise
+  adaptmerge verify fused --base ./llama
+  adaptmerge verify ./merged-by-peft --base ./llama --adapter ./adapter
 """
 
 
@@ -32,6 +34,14 @@ Examples:
     metavar="NAME=PATH",
     help="Where an input lies now; repeatable.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[:WEIGHT]",
+    help="What should be fused into OUTPUT, a model without a report; repeatable.",
+)
+@click.option("--trained-on", metavar="WHAT", help="With --adapter: what the base was in training.")
 @device_option
 @click.option("--layerwise", is_flag=True, help="Stream the base; for models that do not fit.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Also write a JUnit XML file.")
@@ -40,6 +50,8 @@ def verify(
     output: Path,
     base: str | None,
     inputs: tuple[str, ...],
+    adapters: tuple[str, ...],
+    trained_on: str | None,
     device: str,
     layerwise: bool,
     junit: Path | None,
@@ -50,8 +62,19 @@ def verify(
     Exit code 3 unless every check that was made passed.
     """
     from adaptmerge import verify as library
+    from adaptmerge.fuse import FuseOptions
+    from adaptmerge.inputs import parse_input
 
-    questions = library.Questions(base, named_paths(inputs, "--input"), device, layerwise)
+    specs = tuple(map(parse_input, adapters))
+    alone = len(specs) > 1 and all(spec.weight is None for spec in specs)
+    questions = library.Questions(
+        base,
+        named_paths(inputs, "--input"),
+        specs,
+        FuseOptions(trained_on=trained_on, total=alone),
+        device,
+        layerwise,
+    )
     try:
         verdict = library.verify(output, questions)
     except AdaptmergeError as problem:

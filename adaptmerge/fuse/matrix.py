@@ -83,11 +83,11 @@ class Thin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is added to a matrix: for each part its thin and its dense side, and the common feedback."""
+    """What is added to a matrix: for each part its thin and its dense side, and the common basis (in, R)."""
 
     thin: Sequence[Thin | None]
     dense: Sequence[Sequence[tuple[float, Factor]]]
-    feed: Feedback
+    basis: torch.Tensor
 
     @property
     def is_thin(self) -> bool:
@@ -118,10 +118,16 @@ def _delta_of(matrix: Matrix) -> Delta:
     if basis.shape[1] > matrix.shape[1] // BASIS:
         basis = basis[:, :0]
     thin = [None if side is None else _thin(*side, basis) for side in sides]
-    return Delta(thin, dense, feedback(basis, work))
+    return Delta(thin, dense, basis.to(work))
+
+
+def _feedback_of(matrix: Matrix) -> Feedback:
+    """The feedback of errors in the common basis of a matrix."""
+    return feedback(delta_of(matrix).basis, working_dtype(matrix))
 
 
 delta_of = remembered(_delta_of, 8)
+feedback_of = remembered(_feedback_of, 8)
 
 
 def _thin(up: torch.Tensor, down: torch.Tensor, basis: torch.Tensor) -> Thin:

@@ -13,6 +13,7 @@ from adaptmerge.fuse.matrix import (
     Matrix,
     Measured,
     delta_of,
+    feedback_of,
     measure,
     target_rows,
     working_dtype,
@@ -31,7 +32,7 @@ from adaptmerge.rounding import (
 
 AUTO = "auto"
 ENOUGH = 0.99  # a gain from which on nearest rounding is as good
-SAMPLE = 32  # rows that a prediction looks at
+SAMPLE, RUNS = 16, 4  # rows that a prediction looks at, and in how many places
 WIDE = 32  # bits from which on rounding loses nothing that matters
 GRID_ERROR = 0.2125  # |error| / |w| of rounding to nearest, in units of eps, for Gaussian weights
 
@@ -67,12 +68,11 @@ def choose(matrix: Matrix, asked: str) -> Choice:
 def _predicted(matrix: Matrix) -> list[float | None]:
     """The gains of nearest rounding, from a few rows evenly spread."""
     count = matrix.shape[0]
-    if matrix.whole or count <= SAMPLE:
+    if matrix.whole or count <= SAMPLE * RUNS:
         return settle_rows(matrix, (0, count), NEAREST, 0).measured.gains
-    step = count // SAMPLE
+    starts = range(0, count - SAMPLE, (count - SAMPLE) // (RUNS - 1))
     found = [
-        settle_rows(matrix, (start, start + 1), NEAREST, 0).measured
-        for start in range(0, step * SAMPLE, step)
+        settle_rows(matrix, (start, start + SAMPLE), NEAREST, 0).measured for start in starts[:RUNS]
     ]
     total = found[0]
     for one in found[1:]:
@@ -85,16 +85,14 @@ def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int)
     target, dense, weight = target_rows(matrix, rows)
     delta = delta_of(matrix)
     grid = FloatGrid(BY_NAME[matrix.dtype.name].torch, working_dtype(matrix))
-    keep = bool(matrix.parts) and not (delta.is_thin and delta.feed.basis.shape[1])
+    keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
     if rounding == ADAPTIVE:
         own = _own(delta, rows, dense, target) if keep else None
-        found = round_adaptive(target, grid, delta.feed, own, keep=keep)
+        found = round_adaptive(target, grid, feedback_of(matrix), own, keep=keep)
     elif rounding == STOCHASTIC:
-        found = round_stochastic(
-            target, grid, delta.feed.basis, _seed(seed, matrix, rows), keep=keep
-        )
+        found = round_stochastic(target, grid, delta.basis, _seed(seed, matrix, rows), keep=keep)
     else:
-        found = round_nearest(target, grid, delta.feed.basis, keep=keep)
+        found = round_nearest(target, grid, delta.basis, keep=keep)
     measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
     return Rows(_with_tokens(matrix, rows, found), measured)
 
@@ -109,7 +107,7 @@ def _own(
             total += full
         if side is not None:
             total.addmm_(side.up[slice(*rows)], side.down)
-    basis = delta.feed.basis
+    basis = delta.basis
     total -= (total @ basis) @ basis.T
     size = torch.linalg.vector_norm(total, dim=1, keepdim=True)
     return torch.where(size > 0, total / size, torch.zeros_like(total))

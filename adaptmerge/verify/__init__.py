@@ -21,6 +21,7 @@ from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationF
 from adaptmerge.experts import layout_of
 from adaptmerge.files.dtypes import BY_NAME
 from adaptmerge.files.refs import forget
+from adaptmerge.fuse import FuseOptions, FuseReport, is_fused, load_fuse_report
 from adaptmerge.graph import Adapter, Kind
 from adaptmerge.heads import owner_of
 from adaptmerge.inputs import Input, InputSpec, open_input
@@ -43,10 +44,16 @@ UNPROVEN = "adaptmerge's own readers, where no library of the format's own was a
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """How to verify: the base to run, where inputs lie if not where the report says, and the device."""
+    """How to verify: the base to run, where inputs lie if not where the report says, and the device.
+
+    adapters: what should have been fused, for a model that has no report of its own; with the dtype it was
+    written in and what the base was trained as (`fuse`).
+    """
 
     base: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[InputSpec, ...] = ()
+    fuse: FuseOptions = FuseOptions()  # noqa: B008 - frozen
     device: str = "auto"
     layerwise: bool = False
 
@@ -58,6 +65,8 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
         raise InputError(
             "does not exist: give the folder or file that was written", where=str(output)
         )
+    if questions.adapters or is_fused(output):
+        return _of_fused(output, questions)
     report = load_report(output)
     problems = malformed(report)
     if problems:
@@ -99,6 +108,26 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     return Verdict(output.name, [*checks, *more], trusted)
 
 
+def _of_fused(output: Path, questions: Questions) -> Verdict:
+    """The verdict on a model that adapters were fused into."""
+    from adaptmerge.verify.fused_model import options_in, verify_fused
+
+    how: Any = {"device": questions.device, "layerwise": questions.layerwise}
+    if questions.adapters:
+        options = replace(questions.fuse, allow=questions.fuse.allow | {"loss"})
+        return verify_fused(output, questions.base, questions.adapters, options, None, **how)
+    report = load_fuse_report(output)
+    _check_questions(report, questions)
+    base = open_base(questions.base) if questions.base else None
+    inputs, checks = _inputs(output, report, questions, base)
+    if inputs is None:
+        return Verdict(output.name, checks, TRUSTED)
+    weights = report.options["weights"]
+    specs = [replace(item.spec, weight=weights[item.name]) for item in inputs]
+    found = verify_fused(output, questions.base, specs, options_in(report), report, **how)
+    return replace(found, checks=[*checks, *found.checks])
+
+
 def _with_doubt(check: Check, blind: int) -> Check:
     """A word on sites whose nearest form is its own reference in the forward checks."""
     if not blind or not check.name.startswith("forward"):
@@ -128,7 +157,7 @@ def _of_adapter(name: str, checks: Sequence[Check]) -> list[Check]:
     ]
 
 
-def _check_questions(report: Report, questions: Questions) -> None:
+def _check_questions(report: Report | FuseReport, questions: Questions) -> None:
     names = [item["name"] for item in report.inputs]
     unknown = [name for name in questions.inputs if name not in names]
     if unknown:
@@ -148,7 +177,7 @@ def _failed(checks: Sequence[Check], name: str) -> bool:
 
 
 def _inputs(
-    output: Path, report: Report, questions: Questions, base: Base | None
+    output: Path, report: Report | FuseReport, questions: Questions, base: Base | None
 ) -> tuple[list[Input] | None, list[Check]]:
     """The report's inputs, found and unchanged; None with a failed check when they are not."""
     opened, problems = [], []

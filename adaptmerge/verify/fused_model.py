@@ -1,0 +1,228 @@
+"""A fused model against base plus adapters: its files, its weights, and what the real model computes.
+
+The adapters attached to the base, unmerged, are the reference; all runs are in float32, the stored
+weights widened. Rounding the fused weights moves outputs, too: noise of the measured size in every fused
+weight says by how much.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adaptmerge.base import Base, open_base
+from adaptmerge.edits import Add, Replace
+from adaptmerge.errors import InputError, UsageError
+from adaptmerge.factors import Rows, Term, whole_term
+from adaptmerge.files.dtypes import F32, DType
+from adaptmerge.files.listing import sha256_of
+from adaptmerge.files.refs import computed
+from adaptmerge.fuse.layout import Fused
+from adaptmerge.fuse.matrix import Matrix, weight_rows
+from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
+from adaptmerge.fuse.report import FuseReport
+from adaptmerge.graph import Adapter, BaseReference, Edit
+from adaptmerge.inputs import InputSpec
+from adaptmerge.lazy import torch
+from adaptmerge.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict
+from adaptmerge.verify.forward import NO_EFFECT, Bench, Comparison, compare, device_named
+from adaptmerge.verify.fused import Looked, check_weights, look
+from adaptmerge.weights import SiteRule
+
+ARRIVED = 0.1  # by which the part of the effect that outputs show may differ from all of it
+ROOM = 3.0  # times the noise of rounding that outputs may differ by
+TRUSTED = (
+    "adaptmerge's own readers of the adapters (combine and verify them with their own library)"
+)
+
+
+def verify_fused(
+    output: Path,
+    base: str | None,
+    specs: Sequence[InputSpec],
+    options: FuseOptions,
+    report: FuseReport | None,
+    *,
+    device: str,
+    layerwise: bool,
+) -> Verdict:
+    """The verdict on a fused model. report: what it says of itself; None for one of another tool."""
+    if base is None:
+        raise UsageError("a fused model is compared with its base: pass --base DIR")
+    plan = plan_fusion(base, specs, options)
+    fused = open_base(str(output))
+    checks = [] if report is None else [*_files(output, report), *_base(plan, report)]
+    if any(check.status == FAIL and check.name == "base" for check in checks):
+        return Verdict(output.name, checks, TRUSTED)
+    found = look(plan, fused)
+    checks += [_config(plan, fused), check_weights(found, report)]
+    checks.append(_forward(plan, fused, found, device, layerwise=layerwise))
+    return Verdict(output.name, checks, TRUSTED)
+
+
+def options_in(report: FuseReport) -> FuseOptions:
+    """The options that a model was fused with, as its report says."""
+    said = dict(report.options)
+    rules = tuple(SiteRule(**_with_tuples(rule)) for rule in said.pop("rules"))
+    said.pop("weights")
+    said["allow"] = frozenset(said["allow"]) | {"base", "loss"}
+    return FuseOptions(**said, rules=rules)
+
+
+def _with_tuples(rule: dict[str, Any]) -> dict[str, Any]:
+    weights = {n: tuple(w) if isinstance(w, list) else w for n, w in rule["weights"].items()}
+    return {**rule, "weights": weights}
+
+
+def _files(output: Path, report: FuseReport) -> list[Check]:
+    """Whether the files of tensors are those that were written."""
+    problems = []
+    for name, digest in report.files.items():
+        path = output / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif sha256_of(path) != digest:
+            problems.append(f"{name} is not the file that was written (its sha256 differs)")
+    if problems:
+        return [Check("files", FAIL, "; ".join(problems[:3]), {"problems": problems})]
+    return [
+        Check("files", PASS, f"{len(report.files)} files of tensors are those that were written")
+    ]
+
+
+def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
+    recorded = report.base.get("fingerprint")
+    if recorded != plan.base.fingerprint:
+        detail = (
+            f"{plan.base.path.name} is not the base that was fused into (its fingerprint differs)"
+        )
+        return [Check("base", FAIL, detail)]
+    return [Check("base", PASS, f"{plan.base.path.name} fits by fingerprint")]
+
+
+def _config(plan: FusePlan, fused: Base) -> Check:
+    """Whether the config says what the tensors are: tied or not, how many layers, the vocabulary."""
+    wanted = {**plan.base.config, **plan.targets.config}
+    keys = ("tie_word_embeddings", "vocab_size", "num_hidden_layers", "n_layer", "model_type")
+    wrong = [
+        f"{key} is {fused.config.get(key)!r}, expected {wanted.get(key)!r}"
+        for key in keys
+        if key in wanted and fused.config.get(key, wanted[key]) != wanted[key]
+    ]
+    if wrong:
+        return Check("config", FAIL, "; ".join(wrong))
+    return Check("config", PASS, "fits the tensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Random entries of a given norm: what rounding may do to a matrix, as a factor."""
+
+    shape: tuple[int, int]
+    size: float
+    seed: int
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        value = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        value *= self.size / max(float(value.norm()), 1e-300)
+        return value[slice(*rows)] if rows else value
+
+    def thin(self) -> list[Term]:
+        return whole_term(self.dense())
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A base weight as training on a quantised base has it, as it lies in the checkpoint."""
+
+    matrix: Matrix
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.matrix.shape[::-1] if self.transposed else self.matrix.shape
+
+    @property
+    def dtype(self) -> DType:
+        return F32
+
+    def read(self) -> torch.Tensor:
+        value = weight_rows(self.matrix, (0, self.matrix.shape[0])).float()
+        return value.T if self.transposed else value
+
+
+def reference(plan: FusePlan) -> Adapter:
+    """The adapters of a plan as one that is attached to the base, with what the base was trained as."""
+    edits: list[Edit] = []
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            for part in tensor.parts:
+                if isinstance(part, Fused) and part.matrix.trained_on is not None:
+                    ref = computed(Quantised(part.matrix, part.transposed))
+                    edits.append(Replace(part.matrix.site, ref, role="base copy"))
+    edits += [step.edit for step in plan.plan.steps]
+    replication = plan.inputs[0].adapter.base.replication
+    return Adapter("reference", tuple(edits), BaseReference(replication=replication))
+
+
+def _noisy(adapter: Adapter, found: Looked) -> Adapter:
+    """The adapter with noise of the size of the rounding in every fused matrix."""
+    noise = []
+    for finding in found.findings:
+        matrix, size = finding.matrix, math.sqrt(finding.measured.error)
+        if size > 0 and 1 not in matrix.shape:
+            seed = int.from_bytes(hashlib.sha256(finding.tensor.encode()).digest()[:7], "big")
+            noise.append(Add(matrix.site, Noise(matrix.shape, size, seed)))
+    return adapter.with_edits((*adapter.edits, *noise))
+
+
+def _forward(plan: FusePlan, fused: Base, found: Looked, device: str, *, layerwise: bool) -> Check:
+    """The fused model's outputs against the base's with the adapters attached."""
+    name = device_named(device)
+    wanted = reference(plan)
+    tokens = sorted({t for edit in wanted.edits for t in getattr(edit, "rows", ())})
+    try:
+        bench = Bench.of(open_base(str(plan.base.path)), name, layerwise, tokens)
+        model = bench.model(wanted)
+        y_base, y_ref = bench.run(model), bench.run(model, wanted)
+        y_noisy = bench.run(model, _noisy(wanted, found))
+        del model
+        y = bench.run(replace(bench, base=fused).model())
+    except InputError as problem:
+        return Check("forward", FAIL, f"cannot be run: {'; '.join(problem.problems[:2])}")
+    y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
+    if y.shape != y_ref.shape:
+        return Check(
+            "forward", FAIL, f"outputs are of shape {list(y.shape)}, expected {list(y_ref.shape)}"
+        )
+    noise = compare(y_noisy, y_ref, y_base, F32).error
+    return _judge(compare(y, y_ref, y_base, F32), noise, _arrived(y, y_ref, y_base))
+
+
+def _arrived(y: torch.Tensor, y_ref: torch.Tensor, y_base: torch.Tensor) -> float:
+    """The part of the adapters' effect on outputs that the fused model shows: 1 is all of it."""
+    effect = (y_ref - y_base).double()
+    return float(((y - y_base).double() * effect).sum() / effect.square().sum())
+
+
+def _judge(found: Comparison, noise: float, arrived: float) -> Check:
+    allowed = max(found.tolerance, ROOM * noise)
+    numbers = {**found.numbers(), "rounding_noise": noise, "arrived": arrived, "tolerance": allowed}
+    if not found.effect > NO_EFFECT:
+        return Check("forward", FAIL, "the adapters have no effect on the outputs", numbers)
+    detail = f"error {found.error:.2e} of the effect, {100 * arrived:.3g} % of which is there"
+    if noise > found.tolerance:
+        detail += f"; rounding the weights explains {noise:.1e}"
+    if found.error > allowed:
+        return Check("forward", FAIL, f"{detail}; tolerance {allowed:.1e}", numbers)
+    if noise <= 1.0 and abs(arrived - 1) > ARRIVED:
+        return Check("forward", FAIL, detail, numbers)
+    if noise > 1.0:
+        what = f"rounding the weights moves the outputs by {noise:.2g} of the effect, which hides any error"
+        return Check("forward", UNDECIDABLE, what, numbers)
+    return Check("forward", PASS, detail, numbers)
