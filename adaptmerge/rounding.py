@@ -23,6 +23,7 @@ from adaptmerge.lazy import torch
 NEAREST, STOCHASTIC, ADAPTIVE = "nearest", "stochastic", "adaptive"
 ROUNDINGS = (NEAREST, STOCHASTIC, ADAPTIVE)
 STRENGTH = 1e4  # of the error in the deltas' directions; above 1e6 noise elsewhere grows
+OWN_STRENGTH = 1e2  # of the error along a row's own delta: more would cost the common directions
 BLOCKS = ((64, 256), (8, 32), (1, 0))  # columns rounded together, until so many are left
 FLAT = 1e-6  # singular values below this share of the largest span no direction
 
@@ -217,7 +218,7 @@ class _Own:
         self._state = torch.zeros_like(self._left)
 
     def correction(self, columns: slice) -> torch.Tensor:
-        return self._state / (self._left + 1 / STRENGTH) * self._direction[:, columns]
+        return self._state / (self._left + 1 / OWN_STRENGTH) * self._direction[:, columns]
 
     def take(self, error: torch.Tensor, columns: slice) -> None:
         part = self._direction[:, columns]

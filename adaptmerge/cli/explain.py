@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -11,7 +12,10 @@ from adaptmerge.cli.options import json_option
 from adaptmerge.cli.terminal import filled, print_json, table
 
 if TYPE_CHECKING:
+    from adaptmerge.fuse.report import FusedSite
     from adaptmerge.report import Report, SiteLine
+
+Line = TypeVar("Line", "SiteLine", "FusedSite")
 
 ACTIONS = {
     "pass": "kept as it was stored",
@@ -29,10 +33,18 @@ def explain(output: Path, site: str, as_json: bool) -> None:
     """Explain one SITE of OUTPUT (a module path, its end, or a glob) from the report."""
     from dataclasses import asdict
 
+    from adaptmerge.fuse.report import is_fused, load_fuse_report
     from adaptmerge.report import load_report
 
+    if is_fused(output):
+        fused = _matching(load_fuse_report(output).sites, site)
+        if as_json:
+            print_json({"sites": [asdict(one) for one in fused]})
+        for one in [] if as_json else fused:
+            _show_fused(one)
+        return
     report = load_report(output)
-    lines = _matching(report, site)
+    lines = _matching(report.sites, site)
     if as_json:
         print_json({"method": report.method, "sites": [asdict(line) for line in lines]})
         return
@@ -40,7 +52,25 @@ def explain(output: Path, site: str, as_json: bool) -> None:
         _show(report, line)
 
 
-def _matching(report: Report, site: str) -> list[SiteLine]:
+def _show_fused(line: FusedSite) -> None:
+    place = f"{line.tensor}, {'x'.join(map(str, line.shape))} {line.dtype}"
+    click.echo(filled(f"{line.site}: fused into {place}, rounded {line.rounding}"))
+    table(
+        ("adapter", "weight", "norm", "gain", "sub", "gain of nearest"),
+        [
+            (n, w, line.norms[n], line.gain[n], line.sub[n], line.predicted.get(n))
+            for n, w in line.weights.items()
+        ],
+        right=(1, 2, 3, 4, 5),
+    )
+    share = line.error / line.weight_norm if line.weight_norm else 0.0
+    click.echo(
+        filled(f"|W| {line.weight_norm:.4g}, |dW| {line.delta_norm:.4g}, |error|/|W| {share:.2e}")
+        + "\n"
+    )
+
+
+def _matching(sites: Sequence[Line], site: str) -> list[Line]:
     from fnmatch import fnmatchcase
 
     from adaptmerge.errors import UsageError
@@ -48,14 +78,14 @@ def _matching(report: Report, site: str) -> list[SiteLine]:
 
     found = [
         line
-        for line in report.sites
+        for line in sites
         if is_suffix(site, line.site.partition(" (")[0])
         or is_suffix(site, line.site)
         or fnmatchcase(line.site, site)
         or fnmatchcase(line.site, f"*.{site}")
     ]
     if not found:
-        names = [line.site for line in report.sites][:2000]
+        names = [line.site for line in sites][:2000]
         hint = did_you_mean(site, names)
         example = f"a site is {names[0]}" if names else "the output has no sites"
         raise UsageError(f"no site matches {site!r}: {hint if 'mean' in hint else example}")
@@ -75,7 +105,8 @@ def _set_by(report: Report, line: SiteLine, name: str) -> str:
 
 def _show(report: Report, line: SiteLine) -> None:
     place = f"{line.site} of {line.adapter}" if line.adapter else line.site
-    by = "" if line.action == "concat" else f" by {report.method}"
+    bare = line.action == "concat" or report.command == "extract"
+    by = "" if bare else f" by {report.method}"
     click.echo(f"{place}: {ACTIONS[line.action]}{by}")
     table(
         ("input", "weight", "rank", "weight set by"),

@@ -9,6 +9,7 @@ import click
 
 from adaptmerge.cli.options import allowed, heads_option, json_option, merging_options
 from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, table
+from adaptmerge.errors import AdaptmergeError
 
 if TYPE_CHECKING:
     from adaptmerge.fuse import FuseReport
@@ -88,8 +89,14 @@ def fuse(
     if dry_run:
         _show_plan(library.plan_fusion(base, specs, options), as_json=as_json)
         return
-    with progress("fusing") as advance:
-        report = library.fuse(base, specs, Path(output), options, advance)
+    try:
+        with progress("fusing") as advance:
+            report = library.fuse(base, specs, Path(output), options, advance)
+    except KeyboardInterrupt:
+        sentence = (
+            "interrupted: no output was written; the same command goes on with what is finished"
+        )
+        raise AdaptmergeError(sentence) from None
     if as_json:
         print_json({"path": output, **report.as_json()})
         return

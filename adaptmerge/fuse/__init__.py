@@ -31,6 +31,7 @@ from adaptmerge.graph import Kind, Note
 from adaptmerge.inputs import InputSpec
 from adaptmerge.merge import described_input
 from adaptmerge.report import FILE
+from adaptmerge.rounding import NEAREST
 from adaptmerge.run import workers_default
 
 __all__ = [
@@ -90,6 +91,7 @@ def fuse(
     with staging:
         try:
             _check_disk(plan, staging)
+            _check_prediction(plan)
             found, files = _write_shards(plan, staging, options, progress)
             report = _report(plan, found, files, digests)
             _check_loss(report.adapters, options)
@@ -166,11 +168,29 @@ def _check_disk(plan: FusePlan, staging: Staging) -> None:
         )
 
 
+def _check_prediction(plan: FusePlan) -> None:
+    """Raises CannotMerge before anything is written where nearest rounding is asked for and loses much."""
+    options = plan.options
+    if options.rounding != NEAREST or "loss" in options.allow:
+        return
+    kept: dict[str, list[float]] = {}
+    for line in predict(plan):
+        for part, gain in zip(line.matrix.parts, line.choice.predicted, strict=False):
+            if gain is not None:
+                kept.setdefault(part.adapter, []).append(gain)
+    means = {name: sum(gains) / len(gains) for name, gains in kept.items()}
+    _check_loss({n: AdapterLoss(0.0, gain, None, 0.0) for n, gain in means.items()}, options)
+
+
 def _check_loss(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> None:
     """Raises CannotMerge for adapters that rounding has taken away."""
     problems = [
-        f"{name}: rounding leaves {_percent(loss.gain)} of what it adds (gain), with an error of "
-        f"{_percent(loss.sub)} of it in its inputs' space (sub)"
+        f"{name}: rounding leaves {_percent(loss.gain)} of what it adds (gain)"
+        + (
+            f", with an error of {_percent(loss.sub)} of it in its inputs' space"
+            if loss.sub
+            else ""
+        )
         for name, loss in adapters.items()
         if _is_lost(loss, options.max_loss)
     ]
@@ -187,7 +207,7 @@ def _is_lost(loss: AdapterLoss, most: float) -> bool:
 
 
 def _percent(value: float | None) -> str:
-    return "nothing known" if value is None else f"{100 * value:.3g} %"
+    return "an unknown part" if value is None else f"{100 * value:.3g} %"
 
 
 def _strict(notes: Sequence[Note], options: FuseOptions) -> None:

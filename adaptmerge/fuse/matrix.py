@@ -37,7 +37,7 @@ class Part:
 class Matrix:
     """A weight (out, in), what is added to it and the rows that are put in its place.
 
-    tokens: (row numbers, values). trained_on: the quantisation that the weight goes through first.
+    tokens: (row numbers, values).
     """
 
     site: Site
@@ -45,7 +45,6 @@ class Matrix:
     dtype: DType
     parts: tuple[Part, ...] = ()
     tokens: tuple[tuple[tuple[int, ...], TensorRef], ...] = ()
-    trained_on: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +53,8 @@ class Matrix:
     @property
     def whole(self) -> bool:
         """Whether some rows of it cost as much as all."""
-        return self.trained_on is not None or any(at_once(part.factor) for part in self.parts)
+        costly = getattr(self.weight.source, "at_once", False)
+        return costly or any(at_once(part.factor) for part in self.parts)
 
     @property
     def refs(self) -> list[TensorRef]:
@@ -83,7 +83,7 @@ class Thin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is added to a matrix: for each part its thin and its dense side, and the common basis (in, R)."""
+    """What is added to a matrix: the thin and dense side of each part, and the common basis (in, R)."""
 
     thin: Sequence[Thin | None]
     dense: Sequence[Sequence[tuple[float, Factor]]]
@@ -152,12 +152,7 @@ def _split(
 
 def weight_rows(matrix: Matrix, rows: tuple[int, int]) -> torch.Tensor:
     """Rows of the weight that the adapters were trained on, in working precision."""
-    value = matrix.weight.slice(0, *rows).read().to(working_dtype(matrix))
-    if matrix.trained_on is None:
-        return value
-    from adaptmerge.schemes.bitsandbytes import round_trip
-
-    return round_trip(value, matrix.trained_on).to(value.dtype)
+    return matrix.weight.slice(0, *rows).read().to(working_dtype(matrix))
 
 
 def dense_rows(

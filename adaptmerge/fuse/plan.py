@@ -15,9 +15,9 @@ from adaptmerge.base import Base, open_base, replicated
 from adaptmerge.edits import WeightEdit
 from adaptmerge.errors import CannotMerge, InputError, UsageError
 from adaptmerge.files import dtypes
-from adaptmerge.files.listing import Listing
 from adaptmerge.files.refs import forget
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
+from adaptmerge.fuse.provenance import TRAINED_ON, as_trained, provenance
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
@@ -30,8 +30,6 @@ from adaptmerge.rounding import ROUNDINGS
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
 ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
-ORIGINAL = "original"
-TRAINED_ON = (ORIGINAL, "nf4", "nf4,double", "fp4", "fp4,double", "int8")
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 
 
@@ -83,7 +81,8 @@ class FusePlan:
 
         digests: the sha256 of every file of each adapter.
         """
-        stamps = [(Path(path).name, Path(path).stat().st_size) for path in files_of(self.base)]
+        stats = {path: Path(path).stat() for path in files_of(self.base)}
+        stamps = [(Path(p).name, found.st_size, found.st_mtime_ns) for p, found in stats.items()]
         options = replace(self.options, jobs=None, force=False, strict=False, executor="local")
         said = (
             self.base.fingerprint,
@@ -129,9 +128,11 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     stored = open_base(base_source)
     _refuse_quantised(stored)
     inputs = open_inputs(specs, stored)
-    base, adapters = _on_copies(stored, {item.name: item.adapter for item in inputs})
+    stored, adapters = _on_copies(stored, {item.name: item.adapter for item in inputs})
     notes = [*_fingerprints(adapters, stored, options)]
-    trained_on = _trained_on(adapters, options, notes)
+    trained_on, said = provenance(adapters, options.trained_on)
+    notes += said
+    base = as_trained(stored, trained_on, _linears(stored) if trained_on else ())
     weights = _weights(inputs, options)
     heads = policies(options.heads, list(adapters))
     check_policies(heads, adapters)
@@ -149,14 +150,13 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     )
     plan = make_plan(groups, request, list(adapters))
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
-    linears = _linears(base) if trained_on else frozenset[str]()
-    targets = targets_of(plan, base, Wishes(asked, trained_on, linears, options.keep_tied))
-    shards = shards_of(base, targets.tensors, targets.added, asked)
+    targets = targets_of(plan, stored, base, Wishes(asked, options.keep_tied))
+    shards = shards_of(stored, targets.tensors, targets.added, asked)
     notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
     return FusePlan(
-        base, inputs, weights, shards, targets, heads, plan, options, tuple(notes), trained_on
+        stored, inputs, weights, shards, targets, heads, plan, options, tuple(notes), trained_on
     )
 
 
@@ -216,37 +216,6 @@ def _fingerprints(adapters: Mapping[str, Adapter], base: Base, options: FuseOpti
     return [Note(Kind.ASSUMED, f"{what}, which was allowed")] if other else []
 
 
-def _trained_on(
-    adapters: Mapping[str, Adapter], options: FuseOptions, notes: list[Note]
-) -> str | None:
-    """The quantisation that the adapters were trained on: as said, else as recorded."""
-    recorded = {a.base.trained_on for a in adapters.values() if a.base.trained_on}
-    if options.trained_on is None and len(recorded) == 1:
-        found = recorded.pop()
-        notes.append(Note(Kind.INFO, f"trained on a base quantised as {found}, as recorded"))
-        return None if found == ORIGINAL else found
-    if options.trained_on is not None:
-        return None if options.trained_on == ORIGINAL else options.trained_on
-    marked = {n: a.base.name for n, a in adapters.items() if looks_quantised(a.base.name)}
-    notes += [
-        Note(
-            Kind.ASSUMED,
-            f"its base is called {base}, so it looks trained on a quantised base, but is fused into the "
-            "original weights, for which it was not trained: pass --trained-on nf4,double (or nf4, int8), "
-            "or --trained-on original if it was",
-            input=name,
-        )
-        for name, base in marked.items()
-    ]
-    return None
-
-
-def looks_quantised(name: str | None) -> bool:
-    """Whether the name of a base says that it is quantised."""
-    words = ("bnb", "4bit", "8bit", "nf4", "int8", "int4", "4-bit", "8-bit", "qlora")
-    return any(word in (name or "").lower() for word in words)
-
-
 def _weights(inputs: Sequence[Input], options: FuseOptions) -> Weights:
     names = [item.name for item in inputs]
     given = [item.spec.weight for item in inputs]
@@ -300,11 +269,3 @@ def _unfused(weights: Weights, plan: Plan) -> list[Note]:
             "computed back: pass --heads drop"
         )
     return []
-
-
-def base_listing(base: Base) -> Listing:
-    """The files of the base's folder."""
-    return Listing.of(base.path, str(base.path))
-
-
-__all__: Sequence[str] = ("FuseOptions", "FusePlan", "plan_fusion")

@@ -53,16 +53,14 @@ class Rows:
 
 
 def choose(matrix: Matrix, asked: str) -> Choice:
-    """How a matrix is rounded: as asked where there is something to keep; `auto` looks at some rows."""
+    """How a matrix is rounded: as asked; `auto` decides by what nearest rounding does to some rows."""
     if not matrix.parts or 1 in matrix.shape:
         return Choice(NEAREST, ())
-    if asked == NEAREST or matrix.dtype.bits >= WIDE:
-        return Choice(NEAREST, ())
-    if asked == STOCHASTIC:
-        return Choice(STOCHASTIC, ())
+    if asked == STOCHASTIC or matrix.dtype.bits >= WIDE:
+        return Choice(STOCHASTIC if asked == STOCHASTIC else NEAREST, ())
     found = tuple(_predicted(matrix))
     lost = any(gain is not None and abs(gain - 1) > 1 - ENOUGH for gain in found)
-    return Choice(ADAPTIVE if lost or asked == ADAPTIVE else NEAREST, found)
+    return Choice((ADAPTIVE if lost else NEAREST) if asked == AUTO else asked, found)
 
 
 def _predicted(matrix: Matrix) -> list[float | None]:

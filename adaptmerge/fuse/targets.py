@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from adaptmerge.base import Base, Place
@@ -10,7 +10,7 @@ from adaptmerge.edits import factor_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.compare import same_values
 from adaptmerge.files.dtypes import DType
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.files.refs import IN_FILES, TensorRef
 from adaptmerge.fuse.layout import Copy, Fused, Tensor, output_dtype
 from adaptmerge.fuse.matrix import Matrix, Part
 from adaptmerge.graph import Kind, Note, Site
@@ -50,29 +50,30 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """How weights are to be written: their dtype if not their own, the quantisation that linear layers go
-    through first, and whether tied matrices must stay one."""
+    """How weights are to be written: in which dtype if not their own, and whether tied ones stay one."""
 
     dtype: DType | None = None
-    trained_on: str | None = None
-    linears: frozenset[str] = frozenset()
     keep_tied: bool = False
 
 
-def targets_of(plan: Plan, base: Base, wishes: Wishes) -> Targets:
-    """The tensors that a plan changes. Raises CannotMerge with all sites that have no place."""
+def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets:
+    """The tensors of a base that a plan changes; `trained` is the base as the adapters were trained on it.
+
+    Raises CannotMerge with all sites that have no place.
+    """
     found = Targets()
     changes = _changes(plan, base)
     _settle_tied(changes, base, wishes, found)
     by_name: dict[str, dict[int | None, tuple[Place, Change]]] = {}
     for place, change in changes.items():
         by_name.setdefault(place.name, {})[place.expert] = (place, change)
-    for name in sorted(_quantised(base, wishes) - by_name.keys()):
+    quantised = {name for name, ref in base.tensors.items() if trained.tensors[name] != ref}
+    for name in sorted(quantised - by_name.keys()):
         module, _, param = name.rpartition(".")
         site = Site(module, param)
         by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
     for name, here in by_name.items():
-        found.tensors[name] = _tensor(name, here, base, wishes, found)
+        found.tensors[name] = _tensor(name, here, base, trained, wishes, found)
     return found
 
 
@@ -178,58 +179,48 @@ def _untie(head: str, embedding: str, wishes: Wishes, found: Targets) -> None:
     )
 
 
-def _quantised(base: Base, wishes: Wishes) -> set[str]:
-    """The weights that quantisation changes, by name."""
-    if wishes.trained_on is None:
-        return set()
-    return {f"{module}.weight" for module in wishes.linears} & base.tensors.keys()
-
-
 def _tensor(
     name: str,
     here: Mapping[int | None, tuple[Place, Change]],
     base: Base,
+    trained: Base,
     wishes: Wishes,
     found: Targets,
 ) -> Tensor:
     stored = base.tensors.get(name)
     if None not in here:
         assert stored is not None
-        return _stack(name, stored, here, base, wishes)
+        return _stack(name, stored, here, wishes)
     place, change = here[None]
     source = stored if stored is not None else base.parameter(change.site)
     if stored is None:
         found.added[name] = _beside(name, source, base)
     if change.value is not None:
         _note_resize(name, source, change.value, found)
-    start = change.value if change.value is not None else source
+    start = change.value if change.value is not None else trained.tensors.get(name, source)
     assert start is not None
     dtype = output_dtype(source if source is not None else start, wishes.dtype)
-    quantised = wishes.trained_on if name in _quantised(base, wishes) else None
-    computed = change.parts or change.tokens or quantised or start.dtype != dtype
-    if not computed and not hasattr(start.source, "store"):
+    computed = change.parts or change.tokens or start.dtype != dtype
+    if not computed and isinstance(start.source, IN_FILES):
         return Tensor(name, dtype, start.shape, (Copy(start),))
-    matrix = _matrix(start, place, change, dtype, quantised)
+    matrix = _matrix(start, place, change, dtype)
     return Tensor(name, dtype, start.shape, (Fused(matrix, place.transposed),))
 
 
-def _matrix(
-    start: TensorRef, place: Place, change: Change, dtype: DType, trained_on: str | None = None
-) -> Matrix:
+def _matrix(start: TensorRef, place: Place, change: Change, dtype: DType) -> Matrix:
     """The change of one stored parameter as that of a matrix (out, in)."""
     if place.transposed:
         start = start.T
     elif len(start.shape) != 2:
         rows = start.shape[0] if start.shape else 1
         start = start.reshape(rows, start.count // max(1, rows))
-    return Matrix(change.site, start, dtype, change.parts, change.tokens, trained_on)
+    return Matrix(change.site, start, dtype, change.parts, change.tokens)
 
 
 def _stack(
     name: str,
     stored: TensorRef,
     here: Mapping[int | None, tuple[Place, Change]],
-    base: Base,
     wishes: Wishes,
 ) -> Tensor:
     """A parameter that stacks matrices, of which some change."""
@@ -262,6 +253,3 @@ def _note_resize(name: str, source: TensorRef | None, value: TensorRef, found: T
     found.notes.append(Note(Kind.INFO, what, site=module))
     if is_vocabulary(module):
         found.config["vocab_size"] = value.shape[0]
-
-
-__all__: Sequence[str] = ("Change", "Targets", "Wishes", "targets_of")

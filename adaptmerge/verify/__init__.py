@@ -29,6 +29,7 @@ from adaptmerge.names import did_you_mean
 from adaptmerge.report import Report, load_report
 from adaptmerge.verify.audit import malformed
 from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
+from adaptmerge.verify.extracted import is_extraction, tuned_input
 from adaptmerge.verify.promise import promises
 from adaptmerge.verify.stored import check_labels
 from adaptmerge.verify.weights import UNPROVEN as UNJUDGED
@@ -73,7 +74,8 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
         raise InputError(f"its report is damaged: {problems[0]}", where=str(output))
     _check_questions(report, questions)
     base = open_base(questions.base) if questions.base else None
-    inputs, checks = _inputs(output, report, questions, base)
+    find = _tuned if is_extraction(report) else _inputs
+    inputs, checks = find(output, report, questions, base)
     results = _results(output, report, base)
     for name, result in results.items():
         found = [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]
@@ -197,6 +199,19 @@ def _inputs(
         return None, [Check("inputs", FAIL, "; ".join(problems), {"problems": problems})]
     said = "the input is the file" if len(opened) == 1 else f"{len(opened)} inputs are the files"
     return opened, [Check("inputs", PASS, f"{said} that went into the merge")]
+
+
+def _tuned(
+    output: Path, report: Report, questions: Questions, base: Base | None
+) -> tuple[list[Input] | None, list[Check]]:
+    """The tuned model of an extraction; None with a failed check when it is not there."""
+    (described,) = report.inputs
+    path = _find(output, described, questions)
+    if path is None:
+        detail = f"the tuned model is not at {described['source']}: say --input tuned=PATH"
+        return None, [Check("inputs", FAIL, detail)]
+    item, checks = tuned_input(report, described, path, base)
+    return None if item is None else [item], checks
 
 
 def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> str | None:

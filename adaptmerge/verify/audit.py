@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptmerge.blocks import row_blocks
+from adaptmerge.extract.tuned import Difference
 from adaptmerge.factors import Factor, as_low_rank
 from adaptmerge.files.dtypes import BY_NAME
 from adaptmerge.fit import Budget
@@ -18,10 +19,12 @@ from adaptmerge.lazy import torch
 from adaptmerge.linalg import noise_floor, product_norm, thin_spectrum
 from adaptmerge.registry import method_named
 from adaptmerge.report import Report, SiteLine
+from adaptmerge.verify.extracted import is_extraction
 from adaptmerge.verify.promise import Distance, Promised
 
 TOLERANCE = 1e-5  # of the delta, as for the deltas themselves
 PROBES = 8  # random vectors that look for what a truncation should have kept
+NEAR = 0.02  # share of a loss that directions found at random may be off by
 NUMBERS = ("norm", "truncation", "rounding", "error")
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "options": ("weights", "rules", "heads", "budget"),
@@ -100,6 +103,8 @@ def loss_of(report: Report, item: Promised, stored: Factor | None, apart: Distan
 
 def _size(factor: Factor) -> float:
     """|factor|_F through its thin terms in float64; for a noise floor the digits do not matter."""
+    if isinstance(factor, Difference):
+        return float(factor.matrix().norm())
     terms = factor.thin()
     up = torch.cat([term.up.double() * term.scale for term in terms], dim=1)
     return product_norm(up, torch.cat([term.down.double() for term in terms]))
@@ -193,6 +198,8 @@ def not_optimal(report: Report, item: Promised, whole: Factor, stored: Factor, l
     least = kept[cap - 1] if len(kept) >= cap else 0.0
     beside, largest = _rest(whole, up, down)
     angle = loss.room + torch.finfo(pair.up.dtype.torch).eps * len(kept) * loss.size
+    if is_extraction(report):
+        angle += NEAR * loss.apart
     return beside > 4 * angle or largest > least + angle
 
 

@@ -18,12 +18,11 @@ from adaptmerge.base import Base, open_base
 from adaptmerge.edits import Add, Replace
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.factors import Rows, Term, whole_term
-from adaptmerge.files.dtypes import F32, DType
+from adaptmerge.files.dtypes import F32
 from adaptmerge.files.listing import sha256_of
-from adaptmerge.files.refs import computed
 from adaptmerge.fuse.layout import Fused
-from adaptmerge.fuse.matrix import Matrix, weight_rows
 from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
+from adaptmerge.fuse.provenance import RoundTrip
 from adaptmerge.fuse.report import FuseReport
 from adaptmerge.graph import Adapter, BaseReference, Edit
 from adaptmerge.inputs import InputSpec
@@ -136,34 +135,15 @@ class Noise:
         return whole_term(self.dense())
 
 
-@dataclass(frozen=True, slots=True)
-class Quantised:
-    """A base weight as training on a quantised base has it, as it lies in the checkpoint."""
-
-    matrix: Matrix
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.matrix.shape[::-1] if self.transposed else self.matrix.shape
-
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        value = weight_rows(self.matrix, (0, self.matrix.shape[0])).float()
-        return value.T if self.transposed else value
-
-
 def reference(plan: FusePlan) -> Adapter:
     """The adapters of a plan as one that is attached to the base, with what the base was trained as."""
     edits: list[Edit] = []
     for shard in plan.shards:
         for tensor in shard.tensors:
             for part in tensor.parts:
-                if isinstance(part, Fused) and part.matrix.trained_on is not None:
-                    ref = computed(Quantised(part.matrix, part.transposed))
+                if isinstance(part, Fused) and isinstance(part.matrix.weight.source, RoundTrip):
+                    weight = part.matrix.weight
+                    ref = weight.T if part.transposed else weight
                     edits.append(Replace(part.matrix.site, ref, role="base copy"))
     edits += [step.edit for step in plan.plan.steps]
     replication = plan.inputs[0].adapter.base.replication

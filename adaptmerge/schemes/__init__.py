@@ -1,0 +1,1 @@
+"""How quantised checkpoints store weights: one file per scheme, tensors in, tensors out."""

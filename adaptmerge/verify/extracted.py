@@ -1,0 +1,42 @@
+"""What an extraction promises: the differences of the two checkpoints, read again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptmerge.base import Base, open_base
+from adaptmerge.errors import InputError
+from adaptmerge.extract import COMMAND, open_tuned
+from adaptmerge.extract.tuned import Wanted
+from adaptmerge.inputs import Input
+from adaptmerge.report import Report
+from adaptmerge.verify.checks import FAIL, PASS, Check
+
+
+def is_extraction(report: Report) -> bool:
+    """Whether an output is the difference of two checkpoints."""
+    return report.command == COMMAND
+
+
+def tuned_input(
+    report: Report, described: Mapping[str, Any], path: str, base: Base | None
+) -> tuple[Input | None, list[Check]]:
+    """The tuned checkpoint as an adapter of the base, if it is the one of the report.
+
+    Raises InputError without a base, which the deltas are measured from.
+    """
+    if base is None:
+        raise InputError(
+            "holds differences from a base model, without which they cannot be verified: pass --base DIR",
+            where=described["name"],
+        )
+    if open_base(path).fingerprint != described.get("fingerprint"):
+        detail = f"{path} is not the model that was extracted from (its fingerprint differs)"
+        return None, [Check("inputs", FAIL, detail)]
+    try:
+        wanted = Wanted(**report.options[COMMAND])
+    except (KeyError, TypeError):
+        raise InputError("its report is damaged: options has no extract", where=path) from None
+    item = open_tuned(path, base, wanted)
+    return item, [Check("inputs", PASS, "the tuned model is the one that was extracted from")]
