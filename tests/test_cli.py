@@ -27,6 +27,7 @@ SAYS_JSON = {
     "diff": ["prose", "code"],
     "explain": ["out", "q_proj"],
     "formats": [],
+    "fuse": ["base", "prose"],
     "inspect": ["prose", "--values"],
     "methods": [],
     "run": ["recipe.yaml"],
@@ -37,6 +38,7 @@ FAILS = {
     "convert": ["nowhere"],
     "diff": ["prose", "nowhere"],
     "explain": ["out", "nowhere"],
+    "fuse": ["base", "nowhere"],
     "inspect": ["broken.safetensors"],
     "run": ["nowhere.yaml"],
     "verify": ["nowhere"],
@@ -47,6 +49,7 @@ FAILS = {
 def here(tmp_path: Path, fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with small adapters in it."""
     make(tmp_path, fixtures)
+    (tmp_path / "base").symlink_to(fixtures / "tinyllama" / "base", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("inputs: [prose, code]\noutput: by-recipe\n")
     return tmp_path

@@ -149,6 +149,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
         allowed=options.allow,
     )
     plan = make_plan(groups, request, list(adapters))
+    _refuse_several(plan)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     targets = targets_of(plan, stored, base, Wishes(asked, options.keep_tied))
     shards = shards_of(stored, targets.tensors, targets.added, asked)
@@ -243,6 +244,16 @@ def _refuse_activations(edits: Sequence[Edit]) -> None:
         raise CannotMerge(
             f"{' and '.join(kinds)} edits change what flows through the model, no weights: they cannot be "
             "fused and stay an adapter"
+        )
+
+
+def _refuse_several(plan: Plan) -> None:
+    """Raises CannotMerge where heads are to be kept apart: a model has one of each."""
+    names = sorted({step.adapter for step in plan.steps if step.adapter})
+    if names:
+        raise CannotMerge(
+            f"--heads separate makes a head for each of {', '.join(names)}, and a fused model has one: keep "
+            "one by its input's name, or use concat or average"
         )
 
 

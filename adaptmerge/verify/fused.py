@@ -19,7 +19,7 @@ from adaptmerge.files.compare import same_values
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.fuse.layout import Copy, Fused, Tensor
-from adaptmerge.fuse.matrix import Matrix, Measured, delta_of, weight_rows
+from adaptmerge.fuse.matrix import PIECE, Matrix, Measured, delta_of, weight_rows
 from adaptmerge.fuse.plan import FusePlan
 from adaptmerge.fuse.report import FusedSite, FuseReport
 from adaptmerge.graph import Site
@@ -50,10 +50,12 @@ class Finding:
 
 @dataclass
 class Looked:
-    """All that was found in the tensors of a fused model."""
+    """All that was found in the tensors of a fused model; `cast`: how far those written in another dtype
+    are from the base's."""
 
     findings: list[Finding] = field(default_factory=list)
     copied: int = 0
+    cast: list[tuple[Site, tuple[int, int], float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -63,10 +65,11 @@ def look(plan: FusePlan, fused: Base) -> Looked:
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     with one_thread_each(), ThreadPoolExecutor(workers_default()) as pool:
         work = partial(_look_at, plan=plan, fused=fused)
-        for findings, copied, problems in ordered(pool, workers_default(), work, tensors):
-            found.findings += findings
-            found.copied += copied
-            found.problems += problems
+        for one in ordered(pool, workers_default(), work, tensors):
+            found.findings += one.findings
+            found.copied += one.copied
+            found.cast += one.cast
+            found.problems += one.problems
     known = {tensor.name for tensor in tensors}
     if not fused.tensors.keys() <= known:
         extra = sorted(name for name in fused.tensors.keys() - known if not _is_tied(name, fused))
@@ -80,25 +83,41 @@ def _is_tied(name: str, fused: Base) -> bool:
     return bool(fused.config.get("tie_word_embeddings")) and name.endswith("lm_head.weight")
 
 
-def _look_at(tensor: Tensor, plan: FusePlan, fused: Base) -> tuple[list[Finding], int, list[str]]:
+def _look_at(tensor: Tensor, plan: FusePlan, fused: Base) -> Looked:
     module, _, param = tensor.name.rpartition(".")
     stored = fused.tensors.get(tensor.name)
     if stored is None:
         stored = fused.parameter(Site(module, param))
     if stored is None:
-        return [], 0, [f"{tensor.name}: is missing"]
+        return Looked(problems=[f"{tensor.name}: is missing"])
     if stored.shape != tensor.shape:
         what = f"has shape {list(stored.shape)}, expected {list(tensor.shape)}"
-        return [], 0, [f"{tensor.name}: {what}"]
-    findings, copied, problems = list[Finding](), 0, list[str]()
+        return Looked(problems=[f"{tensor.name}: {what}"])
+    found = Looked()
     for part, ref in zip(tensor.parts, _parts(tensor, stored), strict=True):
-        if isinstance(part, Copy):
-            copied += 1
-            if not same_values(_cast(part.ref, ref.dtype), ref):
-                problems.append(f"{tensor.name}: {_why_not_copied(part.ref, ref, fused)}")
-        else:
-            findings.append(_finding(tensor.name, part, ref))
-    return findings, copied, problems
+        if not isinstance(part, Copy):
+            found.findings.append(_finding(tensor.name, part, ref))
+            continue
+        found.copied += part.ref.dtype == ref.dtype
+        if not same_values(_cast(part.ref, ref.dtype), ref):
+            found.problems.append(f"{tensor.name}: {_why_not_copied(part.ref, ref, fused)}")
+        elif part.ref.dtype != ref.dtype and len(ref.shape) == 2:
+            found.cast.append((Site(module, param), *_distance(part.ref, ref)))
+    return found
+
+
+def _distance(one: TensorRef, two: TensorRef) -> tuple[tuple[int, int], float]:
+    """The shape of two matrices, and how far they are apart."""
+    rows, columns = one.shape
+    step = max(1, PIECE // max(1, columns))
+    squared = 0.0
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        apart = (
+            one.slice(0, start, stop).read().double() - two.slice(0, start, stop).read().double()
+        )
+        squared += float(apart.square().sum())
+    return (rows, columns), math.sqrt(squared)
 
 
 def _parts(tensor: Tensor, stored: TensorRef) -> Iterator[TensorRef]:
@@ -233,7 +252,10 @@ def _sentence(found: Looked) -> str:
         MEASURED: "{} by their certificate",
     }
     parts = [text.format(counts[how]) for how, text in words.items() if counts[how]]
-    parts.append(f"{found.copied} tensors are the base's own bits")
+    if found.copied:
+        parts.append(f"{found.copied} tensors are the base's own bits")
+    if found.cast:
+        parts.append(f"{len(found.cast)} matrices are only cast")
     return ", ".join(parts)
 
 

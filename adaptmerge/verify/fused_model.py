@@ -151,13 +151,13 @@ def reference(plan: FusePlan) -> Adapter:
 
 
 def _noisy(adapter: Adapter, found: Looked) -> Adapter:
-    """The adapter with noise of the size of the rounding in every fused matrix."""
+    """The adapter with noise of the size of the rounding in every matrix."""
+    sizes = [(f.matrix.site, f.matrix.shape, math.sqrt(f.measured.error)) for f in found.findings]
     noise = []
-    for finding in found.findings:
-        matrix, size = finding.matrix, math.sqrt(finding.measured.error)
-        if size > 0 and 1 not in matrix.shape:
-            seed = int.from_bytes(hashlib.sha256(finding.tensor.encode()).digest()[:7], "big")
-            noise.append(Add(matrix.site, Noise(matrix.shape, size, seed)))
+    for site, shape, size in [*sizes, *found.cast]:
+        if size > 0 and 1 not in shape:
+            seed = int.from_bytes(hashlib.sha256(str(site).encode()).digest()[:7], "big")
+            noise.append(Add(site, Noise(shape, size, seed)))
     return adapter.with_edits((*adapter.edits, *noise))
 
 
