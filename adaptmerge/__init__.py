@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationFailed,
     )
+    from adaptmerge.extract import Extraction
     from adaptmerge.fit import Budget
     from adaptmerge.inputs import InputSpec, open_input, open_inputs, parse_input
     from adaptmerge.merge import Options, combine
@@ -45,6 +46,7 @@ _HOMES = {
         "UsageError",
         "VerificationFailed",
     ),
+    "extract": ("Extraction",),
     "fit": ("Budget",),
     "inputs": ("InputSpec", "open_input", "open_inputs", "parse_input"),
     "merge": ("Options", "combine"),
@@ -63,6 +65,7 @@ __all__ = [
     "Budget",
     "CannotMerge",
     "CannotStore",
+    "Extraction",
     "InputError",
     "InputSpec",
     "MissingExtra",

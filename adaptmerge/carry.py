@@ -28,6 +28,7 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TITLES = {"convert": "Converted", "extract": "Extracted"}
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 
 
@@ -72,7 +73,7 @@ def _copy(item: Input, name: str, output: Output, as_name: str) -> None:
 def card(inputs: Sequence[Input], report: Report) -> str:
     """A model card that names base, inputs, weights, method and error."""
     base = inputs[0].adapter.base.name
-    title = "Converted" if report.command == "convert" else "Merged"
+    title = TITLES.get(report.command, "Merged")
     oracle = format_named(report.format).oracle
     head = ["---", f"tags: [adapter, {title.lower()}]"]
     head += [f"library_name: {oracle.package}"] if oracle else []

@@ -135,7 +135,7 @@ def truncate(
     usable = sum(value > floor for value in sigma)
     rank = site_rank(sigma[:usable], budget) if allotted is None else min(usable, allotted)
     tail = math.sqrt(sum(value**2 for value in sigma[rank:])) if usable else 0.0
-    return replace(_stored(*svd.balanced(rank), dtype), truncation=tail)
+    return rounded(*svd.balanced(rank), dtype, tail)
 
 
 def site_rank(sigma: Sequence[float], budget: Budget) -> int:
@@ -144,10 +144,13 @@ def site_rank(sigma: Sequence[float], budget: Budget) -> int:
     return ranks[""]
 
 
-def allot(spectra: Mapping[str, Sequence[float]], budget: Budget) -> dict[str, int]:
+def allot(
+    spectra: Mapping[str, Sequence[float]], budget: Budget, beside: float = 0.0
+) -> dict[str, int]:
     """Ranks per site such that the fewest singular values keep the budget over all `spectra`.
 
-    Ties fall to the earlier site, so the answer does not depend on the order of workers.
+    Ties fall to the earlier site, so the answer does not depend on the order of workers. `beside` is the
+    squared norm of what is in no spectrum, and lost in any case.
     """
     cap = budget.rank
     if not budget.spectral:
@@ -157,9 +160,9 @@ def allot(spectra: Mapping[str, Sequence[float]], budget: Budget) -> dict[str, i
         for position, (site, sigma) in enumerate(spectra.items())
         for index, value in enumerate(sigma)
     ]
-    allowed = budget.allowed_loss * sum(value**2 for value, *_ in entries)
+    allowed = budget.allowed_loss * (beside + sum(value**2 for value, *_ in entries))
     ranks = dict.fromkeys(spectra, 0)
-    lost = 0.0
+    lost = beside
     kept = sorted(entries)
     while kept and lost + kept[-1][0] ** 2 <= allowed:
         lost += kept.pop()[0] ** 2
@@ -225,6 +228,11 @@ def _without_zeros(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, 
         return up, down
     keep = up.any(dim=0) & down.any(dim=1)
     return (up, down) if bool(keep.all()) else (up[:, keep], down[keep])
+
+
+def rounded(up: torch.Tensor, down: torch.Tensor, dtype: DType, truncation: float) -> Fitted:
+    """A pair that a truncation left, in its final dtype."""
+    return replace(_stored(up, down, dtype), truncation=truncation)
 
 
 def _stored(up: torch.Tensor, down: torch.Tensor, dtype: DType) -> Fitted:

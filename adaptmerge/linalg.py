@@ -109,11 +109,11 @@ class ThinSvd:
         root = self.sigma[:rank].sqrt()
         up = self.left @ (self.u[:, :rank] * root).to(self.left.dtype)
         down = (self.v[:rank] * root[:, None]).to(self.right.dtype) @ self.right.T
-        sign = _signs(down)
+        sign = signs(down)
         return up * sign, down * sign[:, None]
 
 
-def _signs(down: torch.Tensor) -> torch.Tensor:
+def signs(down: torch.Tensor) -> torch.Tensor:
     """+1 or -1 per row, such that the largest entry of a row times its sign is positive."""
     if not down.numel():
         return down.new_ones(down.shape[0])

@@ -165,12 +165,12 @@ def _target(output: Path, options: Options, inputs: Sequence[Input]) -> Format:
             target = _without_base()
     if target.write is None:
         raise CannotStore(f"{target.name} is read only so far: use --to with one of {_writable()}")
-    _check_name(output, target)
-    _check_version(options.version, target)
+    check_name(output, target)
+    check_version(options.version, target)
     return target
 
 
-def _check_version(version: str | None, target: Format) -> None:
+def check_version(version: str | None, target: Format) -> None:
     """Raises UsageError for a version of a library that the target cannot be written for."""
     if version is None:
         return
@@ -181,7 +181,7 @@ def _check_version(version: str | None, target: Format) -> None:
         raise UsageError(f"--peft-version {version}: expected a release from {oldest} to {newest}")
 
 
-def _check_name(output: Path, target: Format) -> None:
+def check_name(output: Path, target: Format) -> None:
     """Raises UsageError for a file name that promises another kind of file than will be written."""
     suffixes = target.suffixes or (".safetensors",)
     if (is_file_name(output) or output.suffix in SUFFIXES) and output.suffix not in suffixes:
@@ -258,7 +258,7 @@ def combine(
     Raises AdaptmergeError; then nothing was written. Notes are fatal under `options.strict`.
     """
     prepared = prepare(specs, output, options)
-    _strict(prepared.notes, options)
+    check_strict(prepared.notes, options.strict)
     single = is_file_name(output)
     paths = [item.path for item in prepared.inputs]
     paths += [prepared.base.path] if prepared.base else []
@@ -273,7 +273,7 @@ def combine(
                 settled = run(prepared.plan, scratch, workers, progress)
                 hashes = [digest.result() for digest in digests]
                 report = _report(prepared, settled, hashes, command)
-                _strict(report.notes, options)
+                check_strict(report.notes, options.strict)
                 output_to = Output(
                     staging.path, output.name if single else None, _short(report), scratch
                 )
@@ -287,9 +287,10 @@ def is_file_name(output: Path) -> bool:
     return any(output.suffix in f.suffixes for f in formats().values() if f.write and output.suffix)
 
 
-def _strict(notes: Sequence[Note], options: Options) -> None:
+def check_strict(notes: Sequence[Note], strict: bool) -> None:
+    """Raises AdaptmergeError for Notes that are fatal, where that was asked."""
     fatal = [str(note) for note in notes if note.kind in Kind.FATAL_UNDER_STRICT]
-    if options.strict and fatal:
+    if strict and fatal:
         raise AdaptmergeError(fatal, where="--strict")
 
 
@@ -315,7 +316,7 @@ def _write(prepared: Prepared, settled: Sequence[Settled], report: Report, outpu
         name: replace(_result(prepared, own), name=name)
         for name, own in outputs.by_adapter(settled).items()
     }
-    modules = _modules(prepared.base, next(iter(results.values())))
+    modules = modules_of(prepared.base, next(iter(results.values())))
     options = WriteOptions(prepared.options.ranks, prepared.base, modules, prepared.options.version)
     main = outputs.write(Bundle(results), prepared.target, output, options)
     if output.single is None:
@@ -343,7 +344,7 @@ def _names(edit: Edit) -> tuple[str, str]:
     return edit.site.module, f"{edit.site.module}.{edit.site.param}"
 
 
-def _modules(base: Base | None, adapter: Adapter) -> frozenset[str] | None:
+def modules_of(base: Base | None, adapter: Adapter) -> frozenset[str] | None:
     """All modules of the base, spelled as the adapter spells those it has."""
     if base is None or not base.tensors:
         return None
@@ -361,7 +362,7 @@ def _report(
     found = totals(settled, plan.inputs)
     lines = site_lines(settled)
     notes = [*prepared.notes, *sanity_notes(found), *carry.notes(prepared.inputs)]
-    notes += _missed_budget(plan.budget, found, lines)
+    notes += missed_budget(plan.budget, found, lines)
     return Report(
         command=command,
         method=plan.method.name,
@@ -371,7 +372,7 @@ def _report(
         base=None
         if prepared.base is None
         else {"name": prepared.base.path.name, "fingerprint": prepared.base.fingerprint},
-        versions={name: _version(name) for name in ("adaptmerge", "torch")},
+        versions={name: version_of(name) for name in ("adaptmerge", "torch")},
         totals=found,
         sites=lines,
         notes=sorted(set(notes)),
@@ -383,7 +384,7 @@ def _report(
     )
 
 
-def _missed_budget(budget: Budget, found: Totals, lines: Sequence[SiteLine]) -> list[Note]:
+def missed_budget(budget: Budget, found: Totals, lines: Sequence[SiteLine]) -> list[Note]:
     """A word where a rank cap leaves a larger error than the other budgets allow."""
     if not budget.spectral or budget.rank is None:
         return []
@@ -416,7 +417,7 @@ def described_input(item: Input, hashes: Mapping[str, str]) -> dict[str, Any]:
     """What a report says of an input."""
     return {
         "name": item.name,
-        "source": _portable(item.spec.source),
+        "source": portable(item.spec.source),
         "format": item.format.name,
         "revision": item.revision,
         "alpha": item.spec.alpha,
@@ -428,12 +429,13 @@ def described_input(item: Input, hashes: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _portable(source: str) -> str:
+def portable(source: str) -> str:
     """The source as written, without the folders of an absolute path."""
     return Path(source).name if Path(source).is_absolute() else source
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:

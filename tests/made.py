@@ -31,6 +31,8 @@ def make(folder: Path, fixtures: Path) -> None:
     lone = folder / "lone"
     lone.mkdir()
     shutil.copyfile(folder / "prose" / WEIGHTS, lone / "prose.safetensors")
+    model(folder / "before", 0.0)
+    model(folder / "after", 1.0)
     (folder / "empty.safetensors").touch()
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (folder / "notes").mkdir()
@@ -53,6 +55,21 @@ def with_head(source: Path, target: Path, value: float) -> None:
     head = torch.full((1024, 128), value)
     config = {**config_of(source), "modules_to_save": ["lm_head"]}
     save(target, {**load_file(source / WEIGHTS), HEAD: head}, config)
+
+
+def model(target: Path, tuned: float) -> None:
+    """A full checkpoint of one layer; a tuned one has deltas of rank 2 and a little noise."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"self_attn.q_proj": (16, 16), "mlp.up_proj": (24, 16), "input_layernorm": (16,)}
+    tensors = {}
+    for module, shape in shapes.items():
+        value, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+        up, down = (torch.randn(n, 2, generator=generator) for n in (shape[0], shape[-1]))
+        delta = up @ down.T + 0.1 * noise if len(shape) > 1 else 0.1 * noise
+        tensors[f"model.layers.0.{module}.weight"] = value + tuned * delta
+    target.mkdir(parents=True)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
 
 
 def other_base(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "adaptmerge"
 LAYERS = (
     ("errors", "lazy"),
     ("files",),
-    ("linalg",),
+    ("linalg", "sketch"),
     ("factors", "fit", "blocks"),
     ("graph",),
     ("edits", "families"),

@@ -26,6 +26,7 @@ SAYS_JSON = {
     "convert": ["prose"],
     "diff": ["prose", "code"],
     "explain": ["out", "q_proj"],
+    "extract": ["before", "after", "--rank", "2"],
     "formats": [],
     "fuse": ["base", "prose"],
     "inspect": ["prose", "--values"],
@@ -174,6 +175,8 @@ def test_json_of_an_infinite_number_is_null(here: Path) -> None:
         ["methods"],
         ["verify", "prose-code"],
         ["explain", "prose-code", "q_proj"],
+        ["extract", "before", "after", "--dry-run"],
+        ["extract", "before", "after", "--rank", "1", "-o", "extracted"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
@@ -250,6 +253,7 @@ main()
         ["convert", "prose", "--to", "native", "-o", "out"],
         ["combine", "prose", "code", "-o", "prose", "--force"],
         ["combine", "prose", "broken"],
+        ["extract", "before", "after", "--rank", "2", "-o", "before", "--force"],
     ],
     ids=" ".join,
 )

@@ -10,7 +10,18 @@ from typing import Any
 import click
 
 from adaptmerge import __version__
-from adaptmerge.cli import combine, convert, diff, explain, fuse, inspect, recipe, tables, verify
+from adaptmerge.cli import (
+    combine,
+    convert,
+    diff,
+    explain,
+    extract,
+    fuse,
+    inspect,
+    recipe,
+    tables,
+    verify,
+)
 from adaptmerge.cli.terminal import print_problems, report_error
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.names import did_you_mean
@@ -72,6 +83,7 @@ for command in (
     fuse.fuse,
     recipe.run,
     convert.convert,
+    extract.extract,
     inspect.inspect,
     explain.explain,
     verify.verify,

@@ -107,6 +107,51 @@ writing_options = _apply(
     ]
 )
 
+extract_options = _apply(
+    [
+        click.option(
+            "--embeddings",
+            default="lora",
+            show_default=True,
+            metavar="HOW",
+            help="Embeddings and the head over their tokens: lora, full or skip.",
+        ),
+        click.option(
+            "--vectors",
+            default="full",
+            show_default=True,
+            metavar="HOW",
+            help="Norms, biases and other vectors: full or skip.",
+        ),
+        click.option(
+            "--experts",
+            metavar="LAYOUT",
+            help="fused (as transformers 5; default) or per-expert.",
+        ),
+        click.option(
+            "--to", "target", metavar="FORMAT", help="Output format (adaptmerge formats)."
+        ),
+        click.option("--dtype", help="bf16, fp16 or fp32; default: the checkpoints' own."),
+        click.option(
+            "--ranks",
+            default="per-site",
+            show_default=True,
+            help="uniform: one rank, zero padded; per-site: patterns.",
+        ),
+        click.option(
+            "--peft-version",
+            "version",
+            metavar="VERSION",
+            help="Write for this release of PEFT, e.g. 0.13; default: the newest known.",
+        ),
+        click.option("--strict", is_flag=True, help="Treat every assumption and loss as an error."),
+        click.option("--force", is_flag=True, help="Replace an existing output."),
+        click.option("--jobs", type=click.IntRange(1), help="Sites worked on at once."),
+        click.option("--dry-run", is_flag=True, help="List what differs and write nothing."),
+        json_option,
+    ]
+)
+
 
 def budget_of(given: dict[str, Any]) -> Any:
     """The Budget of the budget options, taken out of `given`."""

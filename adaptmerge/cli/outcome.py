@@ -39,8 +39,8 @@ def execute(
         return
     show_notes(report.notes)
     _show_inputs(report)
-    click.echo(_headline(output, report))
-    _show_worst(report)
+    click.echo(headline(output, report))
+    show_worst(report)
 
 
 def _show_plan(prepared: object, as_json: bool) -> None:
@@ -95,7 +95,7 @@ def _show_inputs(report: Report) -> None:
         click.echo(filled(f"cosines {', '.join(pairs)}"))
 
 
-def _show_worst(report: Report) -> None:
+def show_worst(report: Report) -> None:
     """The sites that lose most, where any loses something."""
     from adaptmerge.report import worst_sites
 
@@ -104,7 +104,8 @@ def _show_worst(report: Report) -> None:
         click.echo(filled(f"worst sites: {', '.join(worst)}"))
 
 
-def _headline(output: Path, report: Report) -> str:
+def headline(output: Path, report: Report) -> str:
+    """What was written, in one sentence."""
     ranks = [line.rank for line in report.sites if line.rank is not None]
     low, high = min(ranks, default=0), max(ranks, default=0)
     shown = f"rank {low}" if low == high else f"rank {low}-{high}"

@@ -70,10 +70,10 @@ def verify(
     questions = library.Questions(
         base,
         named_paths(inputs, "--input"),
-        specs,
-        FuseOptions(trained_on=trained_on, total=alone),
         device,
         layerwise,
+        specs,
+        FuseOptions(trained_on=trained_on, total=alone),
     )
     try:
         verdict = library.verify(output, questions)

@@ -53,10 +53,10 @@ class Questions:
 
     base: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
-    adapters: tuple[InputSpec, ...] = ()
-    fuse: FuseOptions = FuseOptions()  # noqa: B008 - frozen
     device: str = "auto"
     layerwise: bool = False
+    adapters: tuple[InputSpec, ...] = ()
+    fuse: FuseOptions = FuseOptions()
 
 
 def verify(output: Path, questions: Questions = Questions()) -> Verdict:
@@ -210,7 +210,7 @@ def _tuned(
     if path is None:
         detail = f"the tuned model is not at {described['source']}: say --input tuned=PATH"
         return None, [Check("inputs", FAIL, detail)]
-    item, checks = tuned_input(report, described, path, base)
+    item, checks = tuned_input(output, report, path, base)
     return None if item is None else [item], checks
 
 

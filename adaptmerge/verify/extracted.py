@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 from adaptmerge.base import Base, open_base
 from adaptmerge.errors import InputError
@@ -20,7 +19,7 @@ def is_extraction(report: Report) -> bool:
 
 
 def tuned_input(
-    report: Report, described: Mapping[str, Any], path: str, base: Base | None
+    output: Path, report: Report, path: str, base: Base | None
 ) -> tuple[Input | None, list[Check]]:
     """The tuned checkpoint as an adapter of the base, if it is the one of the report.
 
@@ -29,9 +28,9 @@ def tuned_input(
     if base is None:
         raise InputError(
             "holds differences from a base model, without which they cannot be verified: pass --base DIR",
-            where=described["name"],
+            where=str(output),
         )
-    if open_base(path).fingerprint != described.get("fingerprint"):
+    if open_base(path).fingerprint != report.inputs[0].get("fingerprint"):
         detail = f"{path} is not the model that was extracted from (its fingerprint differs)"
         return None, [Check("inputs", FAIL, detail)]
     try:
