@@ -23,7 +23,7 @@ LAYERS = (
     ("graph",),
     ("edits", "families"),
     ("names", "base", "experts"),
-    ("registry",),
+    ("registry", "grids", "packed"),
     ("formats", "methods", "schemes", "rounding"),
     ("align", "lower", "weights", "inputs", "request", "heads", "stacks", "tied")
     + ("tokens", "whole", "resolve", "plan"),

@@ -222,13 +222,9 @@ class TensorRef:
 
     def _read(self) -> torch.Tensor:
         source, steps = self.source, self.steps
-        if (
-            steps
-            and isinstance(source, Stored)
-            and isinstance(steps[0], Slice)
-            and not steps[0].axis
-        ):
-            source, steps = source.rows(steps[0].start, steps[0].stop), steps[1:]
+        rows = getattr(source, "rows", None)
+        if steps and rows and isinstance(steps[0], Slice) and not steps[0].axis:
+            source, steps = rows(steps[0].start, steps[0].stop), steps[1:]
         value = source.read()
         for step in steps:
             value = step.apply(value)

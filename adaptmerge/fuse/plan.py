@@ -252,8 +252,8 @@ def _refuse_several(plan: Plan) -> None:
     names = sorted({step.adapter for step in plan.steps if step.adapter})
     if names:
         raise CannotMerge(
-            f"--heads separate makes a head for each of {', '.join(names)}, and a fused model has one: keep "
-            "one by its input's name, or use concat or average"
+            f"--heads separate makes a head for each of {', '.join(names)}, and a fused model has one: "
+            "keep one by its input's name, or use concat or average"
         )
 
 

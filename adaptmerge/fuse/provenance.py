@@ -38,7 +38,7 @@ class RoundTrip:
         return F32
 
     def read(self) -> torch.Tensor:
-        from adaptmerge.schemes.bitsandbytes import round_trip
+        from adaptmerge.schemes.bitsandbytes.codes import round_trip
 
         return round_trip(self.ref.read(), self.trained_on)
 

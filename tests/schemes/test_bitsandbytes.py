@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptmerge.errors import UsageError
-from adaptmerge.schemes import bitsandbytes as schemes
+from adaptmerge.schemes.bitsandbytes import codes as schemes
 
 bnb = pytest.importorskip("bitsandbytes")
 oracle = bnb.functional
@@ -265,7 +265,7 @@ def test_int8(sample: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
 
 def test_parameters_are_quantised_too() -> None:
     weight = gaussian(4, 100)
-    for trained_on in [*schemes.SCHEMES, "int8"]:
+    for trained_on in [*schemes.ROUND_TRIPS, "int8"]:
         found = schemes.round_trip(torch.nn.Parameter(weight), trained_on)
         assert torch.equal(found, schemes.round_trip(weight, trained_on))
         assert not found.requires_grad
@@ -313,7 +313,7 @@ def test_what_is_not_known() -> None:
 
 def test_bitsandbytes_is_not_imported() -> None:
     code = (
-        "import sys, torch, adaptmerge.schemes.bitsandbytes as schemes\n"
+        "import sys, torch, adaptmerge.schemes.bitsandbytes.codes as schemes\n"
         "schemes.round_trip(torch.ones(2, 64), 'nf4,double')\n"
         "assert 'bitsandbytes' not in sys.modules"
     )

@@ -63,7 +63,7 @@ SMALLEST_SCALE = 1e-38  # below it 1 / absmax would overflow
 POSITIONS = 65535  # of the 8-bit code, over [-1, 1]
 INT8_STEP = 7.874015718698502e-3  # as it is written there, for 1 / 127
 CHUNK = 1 << 17  # entries that are worked on at once, so that they stay in the cache
-SCHEMES = {
+ROUND_TRIPS = {
     "nf4": (NF4, False),
     "nf4,double": (NF4, True),
     "fp4": (FP4, False),
@@ -219,10 +219,10 @@ def round_trip(weight: torch.Tensor, trained_on: str) -> torch.Tensor:
     through float16, as `bitsandbytes.nn.Int8Params` does."""
     if trained_on == "int8":
         return dequantise_int8(*quantise_int8(weight.half()))
-    if trained_on not in SCHEMES:
-        known = ", ".join([*SCHEMES, "int8"])
+    if trained_on not in ROUND_TRIPS:
+        known = ", ".join([*ROUND_TRIPS, "int8"])
         raise UsageError(f"trained on {trained_on!r} is not known; expected one of: {known}")
-    table, double = SCHEMES[trained_on]
+    table, double = ROUND_TRIPS[trained_on]
     codes, absmax = quantise_4bit(weight, table)
     if double:
         absmax = double_dequantise(*double_quantise(absmax))

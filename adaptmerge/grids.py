@@ -1,0 +1,132 @@
+"""The grids of quantised weights: what values a row of codes stands for, and the code nearest to a value.
+
+A weight (out, in) is cut into blocks along its inputs; in each, value = scale * (level - zero) + offset.
+Levels are whole numbers or the entries of a table. What a format stores of it is a scheme's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from adaptmerge.lazy import torch
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGrid:
+    """Some rows of a quantised weight without its codes.
+
+    table: ascending levels, whose codes are their places; None for the whole numbers low..high, whose codes
+    are level - low. scale, zero, offset: (rows, blocks) in working precision; where blocks do not end with
+    rows, (rows, in). groups: the block of each column (in,).
+    """
+
+    scale: torch.Tensor
+    groups: torch.Tensor
+    table: torch.Tensor | None = None
+    low: int = 0
+    high: int = 0
+    zero: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in a row."""
+        return self.scale.shape[1]
+
+    @cached_property
+    def _middles(self) -> torch.Tensor:
+        assert self.table is not None
+        return (self.table[:-1] + self.table[1:]) / 2
+
+    def codes(self, values: torch.Tensor, columns: slice) -> torch.Tensor:
+        """The codes (rows, columns), uint8, of the nearest values; where the scale is 0 that of level 0."""
+        level = values if self.offset is None else values - self._at(self.offset, columns)
+        scale = self._at(self.scale, columns)
+        level = torch.where(scale == 0, 0.0, level / scale)
+        if self.zero is not None:
+            level = level + self._at(self.zero, columns)
+        if self.table is not None:
+            return torch.bucketize(level, self._middles).to(torch.uint8)
+        return level.round_().clamp_(self.low, self.high).sub_(self.low).to(torch.uint8)
+
+    def values(self, codes: torch.Tensor, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        """The values of codes, written into `out`."""
+        if self.table is not None:
+            level = self.table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        else:
+            level = codes.to(out.dtype).add_(self.low)
+        if self.zero is not None:
+            level = level - self._at(self.zero, columns)
+        torch.mul(level, self._at(self.scale, columns), out=out)
+        return out if self.offset is None else out.add_(self._at(self.offset, columns))
+
+    def _at(self, stored: torch.Tensor, columns: slice) -> torch.Tensor:
+        """What is stored per block, for some columns; one column where all are of one block."""
+        groups = self.groups[columns]
+        if len(groups) and bool((groups == groups[0]).all()):
+            start = int(groups[0])
+            return stored[:, start : start + 1]
+        return stored[:, groups]
+
+    def rescaled(self, scale: torch.Tensor) -> BlockGrid:
+        """The same grid with other scales."""
+        return replace(self, scale=scale)
+
+
+EXACT = 1.5  # blocks per direction from which on the scales can take up every error
+SOFT = 1e4  # strength of a solve that cannot: more would cost noise
+MOST = 0.5  # the largest relative change of a scale
+TURNS = 8  # feedback of rounded scales is computed anew so many times
+
+
+def strength_for(blocks: int, width: int, directions: int) -> float:
+    """The strength of feedback that leaves least noise when scales are solved for afterwards; without
+    enough of them that of feedback alone."""
+    if blocks < EXACT * max(1, directions) or blocks <= directions + 1:
+        return SOFT
+    return width * blocks / (blocks - directions - 1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Per row and block its scaled values in the basis (rows, blocks, R), and their squared norm."""
+
+    inside: torch.Tensor
+    squared: torch.Tensor
+
+
+def blocks_of(grid: BlockGrid, values: torch.Tensor, basis: torch.Tensor) -> Blocks:
+    """The scaled part of values (rows, in), block by block, in an orthonormal basis (in, R)."""
+    order = torch.argsort(grid.groups, stable=True)
+    counts = torch.bincount(grid.groups, minlength=grid.blocks).tolist()
+    inside, squared = [], []
+    start = 0
+    for block, count in enumerate(counts):
+        columns = order[start : start + count]
+        start += count
+        part = values[:, columns]
+        if grid.offset is not None:
+            part = part - grid.offset[:, block : block + 1]
+        inside.append(part @ basis[columns])
+        squared.append(part.square().sum(1))
+    return Blocks(torch.stack(inside, 1), torch.stack(squared, 1))
+
+
+def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.Tensor:
+    """Scales (rows, blocks) that take the error `state` (rows, R) in the basis to zero, with least noise.
+
+    The minimum-norm solution of sum over b of d_b p_b = -state for relative changes d; a ridge where there
+    are too few blocks.
+    """
+    p, squared = found.inside.double(), found.squared.double()
+    weight = torch.where(squared > 0, 1 / squared, torch.zeros_like(squared))
+    gram = torch.einsum("nbr,nb,nbs->nrs", p, weight, p)
+    directions = p.shape[2]
+    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
+    eye = torch.eye(directions, dtype=torch.float64)
+    ridge = 1 / SOFT if grid.blocks < EXACT * directions else 0.0
+    gram = gram + (ridge + 1e-12 * size) * eye
+    along = torch.linalg.solve(gram, state.double())
+    change = -torch.einsum("nbr,nr->nb", p, along) * weight
+    return (grid.scale * (1 + change.clamp(-MOST, MOST))).to(grid.scale.dtype)

@@ -1,0 +1,156 @@
+"""Quantised weights in checkpoints: which stored tensors make one up, and what they stand for.
+
+A scheme is one module of `adaptmerge.schemes` with a constant SCHEME. It knows a layout and nothing of
+rounding: it finds packed weights, reads rows of them as codes on a grid, and stores codes on a grid again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from adaptmerge.errors import AdaptmergeError, InputError
+from adaptmerge.files.dtypes import F32, DType
+from adaptmerge.files.refs import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptmerge.base import Base
+    from adaptmerge.grids import BlockGrid
+
+
+class Packed(Protocol):
+    """One quantised weight (out, in) of a checkpoint. Data: refs and numbers, no tensors."""
+
+    @property
+    def module(self) -> str:
+        """The module whose weight it is, as the checkpoint names it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """All stored tensors that make it up, by their names in the checkpoint, the codes first."""
+
+    def grid(self, rows: tuple[int, int]) -> tuple[torch.Tensor, BlockGrid]:
+        """The codes (rows, in), uint8, of some rows and the grid that they lie on, in float32."""
+
+    def pack(self, codes: torch.Tensor, grid: BlockGrid) -> dict[str, torch.Tensor]:
+        """What is stored for codes (out, in) on a grid of all rows: those of `tensors` that change with
+        them, in their dtypes and shapes. Codes and grid as they were read give the stored bytes."""
+
+    def nearest_scales(self, scale: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor | None:
+        """The storable scales nearest to these (rows, blocks); None where scales cannot be chosen freely
+        enough to be fitted (powers of two, blocks of several rows, blocks across rows)."""
+
+    def __hash__(self) -> int:
+        """Packed weights are data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One layout of quantised weights. find: the packed weights, by module, of a base that it detects;
+    raises InputError for what it knows and cannot read."""
+
+    name: str
+    title: str
+    url: str
+    detect: Callable[[Base], bool]
+    find: Callable[[Base], Mapping[str, Packed]]
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantised:
+    """A packed weight as the values that it stands for, in float32: a source of refs."""
+
+    at_once: ClassVar[bool] = False
+    packed: Packed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.packed.shape
+
+    @property
+    def dtype(self) -> DType:
+        return F32
+
+    def read(self) -> torch.Tensor:
+        return dequantised(self.packed, (0, self.packed.shape[0]))
+
+    def rows(self, start: int, stop: int) -> DequantisedRows:
+        """Some rows of it, as a source that reads no others."""
+        return DequantisedRows(self.packed, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class DequantisedRows:
+    """Rows of a packed weight as the values that they stand for."""
+
+    packed: Packed
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stop - self.start, self.packed.shape[1]
+
+    @property
+    def dtype(self) -> DType:
+        return F32
+
+    def read(self) -> torch.Tensor:
+        return dequantised(self.packed, (self.start, self.stop))
+
+
+def dequantised(packed: Packed, rows: tuple[int, int]) -> torch.Tensor:
+    """Rows of a packed weight (rows, in) in float32."""
+    from adaptmerge.lazy import torch
+
+    codes, grid = packed.grid(rows)
+    out = torch.empty(codes.shape, dtype=torch.float32)
+    return grid.values(codes, slice(0, packed.shape[1]), out)
+
+
+@cache
+def schemes() -> Mapping[str, Scheme]:
+    """All schemes by name."""
+    root = importlib.import_module("adaptmerge.schemes")
+    names = sorted(info.name for info in pkgutil.iter_modules(root.__path__))
+    modules: list[Any] = [importlib.import_module(f"adaptmerge.schemes.{name}") for name in names]
+    found: dict[str, Scheme] = {}
+    for module in modules:
+        for scheme in (getattr(module, "SCHEME", None), *getattr(module, "SCHEMES", ())):
+            if scheme is not None and scheme.name in found:
+                raise AdaptmergeError(f"two schemes are named {scheme.name!r}")
+            if scheme is not None:
+                found[scheme.name] = scheme
+    return found
+
+
+def scheme_of(base: Base) -> Scheme | None:
+    """The scheme that a base is quantised with; None for one in full precision.
+
+    Raises InputError for one that is quantised otherwise.
+    """
+    hits = [scheme for scheme in schemes().values() if scheme.detect(base)]
+    if len(hits) > 1:
+        names = " and ".join(hit.name for hit in hits)
+        raise InputError(f"could be quantised as {names}", where=str(base.path))
+    if hits:
+        return hits[0]
+    said = base.config.get("quantization_config")
+    if isinstance(said, Mapping):
+        how = said.get("quant_method") or "unknown"
+        raise InputError(
+            f"is quantised ({how}), which cannot be fused into (known: {', '.join(schemes())}): give the "
+            "original base, with --trained-on for an adapter that was trained on a quantised one",
+            where=str(base.path),
+        )
+    return None

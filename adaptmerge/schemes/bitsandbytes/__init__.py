@@ -1,0 +1,7 @@
+"""Checkpoints quantised by bitsandbytes: the layout of their files, and the codes and scales themselves."""
+
+from __future__ import annotations
+
+from adaptmerge.schemes.bitsandbytes.layout import SCHEMES
+
+__all__ = ["SCHEMES"]
