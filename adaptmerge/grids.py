@@ -6,6 +6,7 @@ Levels are whole numbers or the entries of a table. What a format stores of it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -34,6 +35,22 @@ class BlockGrid:
         """Blocks in a row."""
         return self.scale.shape[1]
 
+    @property
+    def count(self) -> int:
+        """How many codes there are."""
+        return self.high - self.low + 1 if self.table is None else len(self.table)
+
+    def step_error(self, codes: torch.Tensor) -> float:
+        """The squared error, over all entries, that rounding to this grid has by itself: a twelfth of the
+        squared step around each."""
+        scale = self.at(self.scale, slice(0, codes.shape[1])).square()
+        if self.table is None:
+            return float(scale.sum() * (codes.shape[1] // scale.shape[1])) / 12
+        ends = torch.nn.functional.pad(self._middles, (1, 1))
+        ends[0], ends[-1] = self.table[0], self.table[-1]
+        steps = ends.diff().square()
+        return float((steps[codes.int()] * scale).sum()) / 12
+
     @cached_property
     def _middles(self) -> torch.Tensor:
         assert self.table is not None
@@ -41,11 +58,11 @@ class BlockGrid:
 
     def codes(self, values: torch.Tensor, columns: slice) -> torch.Tensor:
         """The codes (rows, columns), uint8, of the nearest values; where the scale is 0 that of level 0."""
-        level = values if self.offset is None else values - self._at(self.offset, columns)
-        scale = self._at(self.scale, columns)
+        level = values if self.offset is None else values - self.at(self.offset, columns)
+        scale = self.at(self.scale, columns)
         level = torch.where(scale == 0, 0.0, level / scale)
         if self.zero is not None:
-            level = level + self._at(self.zero, columns)
+            level = level + self.at(self.zero, columns)
         if self.table is not None:
             return torch.bucketize(level, self._middles).to(torch.uint8)
         return level.round_().clamp_(self.low, self.high).sub_(self.low).to(torch.uint8)
@@ -57,11 +74,11 @@ class BlockGrid:
         else:
             level = codes.to(out.dtype).add_(self.low)
         if self.zero is not None:
-            level = level - self._at(self.zero, columns)
-        torch.mul(level, self._at(self.scale, columns), out=out)
-        return out if self.offset is None else out.add_(self._at(self.offset, columns))
+            level = level - self.at(self.zero, columns)
+        torch.mul(level, self.at(self.scale, columns), out=out)
+        return out if self.offset is None else out.add_(self.at(self.offset, columns))
 
-    def _at(self, stored: torch.Tensor, columns: slice) -> torch.Tensor:
+    def at(self, stored: torch.Tensor, columns: slice) -> torch.Tensor:
         """What is stored per block, for some columns; one column where all are of one block."""
         groups = self.groups[columns]
         if len(groups) and bool((groups == groups[0]).all()):
@@ -77,7 +94,7 @@ class BlockGrid:
 EXACT = 1.5  # blocks per direction from which on the scales can take up every error
 SOFT = 1e4  # strength of a solve that cannot: more would cost noise
 MOST = 0.5  # the largest relative change of a scale
-TURNS = 8  # feedback of rounded scales is computed anew so many times
+TURNS = 8  # a part of the blocks that are left whose scales are rounded together
 
 
 def strength_for(blocks: int, width: int, directions: int) -> float:
@@ -111,6 +128,50 @@ def blocks_of(grid: BlockGrid, values: torch.Tensor, basis: torch.Tensor) -> Blo
         inside.append(part @ basis[columns])
         squared.append(part.square().sum(1))
     return Blocks(torch.stack(inside, 1), torch.stack(squared, 1))
+
+
+def stored_scales(
+    wanted: torch.Tensor,
+    grid: BlockGrid,
+    found: Blocks,
+    nearest: Callable[[torch.Tensor], torch.Tensor | None],
+) -> torch.Tensor:
+    """Storable scales near the wanted ones (rows, blocks): those, or rounded with the errors of earlier
+    blocks made up for by later ones, by the same recursion as codes."""
+    plain = nearest(wanted)
+    assert plain is not None
+    if torch.equal(plain, wanted):
+        return plain
+    scale = grid.scale.double().abs().clamp(min=1e-30)
+    size = found.squared.double().sqrt() / scale
+    # what a change of each scale does to the error in the basis, per unit of error that it makes
+    along = found.inside.double() * (grid.scale.sign() / (scale * size.clamp(min=1e-30)))[:, :, None]
+    rest = torch.einsum("nbr,nbs->nrs", along, along)
+    rest = rest + torch.eye(along.shape[2], dtype=torch.float64) / SOFT
+    state = torch.zeros(along.shape[0], along.shape[2], dtype=torch.float64)
+    result = wanted.clone()
+    for start, stop in _turns(grid.blocks):
+        part = along[:, start:stop]
+        gains = torch.linalg.solve(rest, part.transpose(1, 2))
+        pull = torch.einsum("nrb,nr->nb", gains, state) / size[:, start:stop].clamp(min=1e-30)
+        result[:, start:stop] -= pull.to(result.dtype)
+        stored = nearest(result)
+        assert stored is not None
+        result[:, start:stop] = stored[:, start:stop]
+        off = (stored - wanted)[:, start:stop].double() * size[:, start:stop]
+        state += torch.einsum("nb,nbr->nr", off, part)
+        rest = rest - torch.einsum("nbr,nbs->nrs", part, part)
+    return result
+
+
+def _turns(blocks: int) -> list[tuple[int, int]]:
+    """Ranges of blocks whose scales are rounded together: fewer and fewer towards the end."""
+    found, start = [], 0
+    while start < blocks:
+        stop = min(blocks, start + max(1, (blocks - start) // TURNS))
+        found.append((start, stop))
+        start = stop
+    return found
 
 
 def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.Tensor:

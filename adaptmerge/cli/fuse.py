@@ -44,6 +44,18 @@ Examples:
     "lose over 1 %.",
 )
 @click.option(
+    "--quant",
+    default="same",
+    show_default=True,
+    help="Of a quantised base: same, or bf16, fp16, fp32 to store its weights dequantised.",
+)
+@click.option(
+    "--scales",
+    default="solve",
+    show_default=True,
+    help="Of a quantised base: solve (move scales so that the adapters arrive exactly) or keep.",
+)
+@click.option(
     "--trained-on",
     metavar="WHAT",
     help="original, nf4, nf4,double, fp4, fp4,double or int8: what the base was while training.",

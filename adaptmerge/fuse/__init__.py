@@ -15,7 +15,6 @@ from adaptmerge.files.staging import Staging
 from adaptmerge.fuse import folder
 from adaptmerge.fuse.executors import EXECUTORS, Job
 from adaptmerge.fuse.journal import Journal, unpacked
-from adaptmerge.fuse.layout import Shard
 from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
 from adaptmerge.fuse.report import (
     AdapterLoss,
@@ -26,7 +25,7 @@ from adaptmerge.fuse.report import (
     noise,
     site_of,
 )
-from adaptmerge.fuse.run import Line, Settings, survey
+from adaptmerge.fuse.run import Line, Settings, lines_of, survey
 from adaptmerge.graph import Kind, Note
 from adaptmerge.inputs import InputSpec
 from adaptmerge.merge import described_input
@@ -61,13 +60,11 @@ def predict(plan: FusePlan) -> list[Line]:
     from adaptmerge.fuse.matrix import Measured
 
     blank = Measured(0.0, 0.0, 0.0, (), (), ())
-    return [
-        Line(name, matrix, choice, blank)
-        for shard in plan.shards
-        for name, matrix, choice in zip(
-            _names(shard), shard.matrices, survey(shard, _settings(plan.options)), strict=True
-        )
-    ]
+    found: list[Line] = []
+    for shard in plan.shards:
+        choices = survey(shard, _settings(plan.options))
+        found += lines_of(shard, choices, [blank] * len(choices))
+    return found
 
 
 def fuse(
@@ -114,11 +111,8 @@ def _settings(options: FuseOptions) -> Settings:
         options.seed,
         options.jobs or workers_default(),
         "nonfinite" in options.allow,
+        options.scales,
     )
-
-
-def _names(shard: Shard) -> list[str]:
-    return [tensor.name for tensor in shard.tensors for _ in tensor.matrices]
 
 
 def _write_shards(
@@ -139,19 +133,19 @@ def _write_shards(
         path = staging.path(shard.name)
         record = journal.finished(shard.name, path)
         if record is None:
-            jobs.append(Job(shard, path, _settings(options)))
+            beside = staging.scratch(f"{shard.name}.packed")
+            jobs.append(Job(shard, path, beside, _settings(options)))
         else:
             records[shard.name] = record
             advance(shard.nbytes)
     for job, record in EXECUTORS[options.executor](jobs, advance):
         journal.record(job.shard.name, record)
         records[job.shard.name] = record
-    lines, files = [], {}
+    lines, files = list[Line](), dict[str, str]()
     for shard in plan.shards:
         digest, choices, measured = unpacked(records[shard.name])
         files[shard.name] = digest
-        made = zip(_names(shard), shard.matrices, choices, measured, strict=True)
-        lines += [Line(*one) for one in made]
+        lines += lines_of(shard, choices, measured)
     return lines, files
 
 
@@ -238,9 +232,10 @@ def _report(
     notes += _backward(plan, lines)
     base = {
         "name": plan.base.path.name,
-        "fingerprint": plan.base.fingerprint,
+        "fingerprint": plan.view.stored.fingerprint,
         "licences": named,
         "trained_on": plan.trained_on,
+        "quantised": plan.view.scheme,
         "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
     }
     options = asdict(replace(plan.options, jobs=None, force=False, strict=False))

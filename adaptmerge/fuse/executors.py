@@ -23,6 +23,7 @@ class Job(NamedTuple):
 
     shard: Shard
     path: Path
+    beside: Path  # for what is temporary
     settings: Settings
 
 
@@ -31,7 +32,7 @@ Executor = Callable[[Sequence[Job], Progress], Iterator[tuple[Job, Record]]]
 
 def record_of(job: Job, progress: Progress) -> Record:
     """Writes a shard and returns its record."""
-    done = write_shard(job.shard, job.path, job.settings, progress)
+    done = write_shard(job.shard, job.path, job.beside, job.settings, progress)
     return packed(
         done.sha256, [line.choice for line in done.lines], [line.measured for line in done.lines]
     )

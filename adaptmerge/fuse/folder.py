@@ -13,7 +13,8 @@ from adaptmerge.files.dtypes import SPELLINGS
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
 from adaptmerge.fuse.layout import INDEX, index_of
-from adaptmerge.fuse.plan import FusePlan
+from adaptmerge.fuse.plan import SAME, FusePlan
+from adaptmerge.fuse.quantised import QUANTISATION
 from adaptmerge.fuse.report import FuseReport
 from adaptmerge.graph import Kind, Labels, Note
 from adaptmerge.heads import is_vocabulary, owner_of
@@ -44,9 +45,11 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
         staging.path(name).write_bytes(source.read_bytes())
     config = changed_config(plan)
     stored = plan.base.path / CONFIG
-    if config:
+    gone = QUANTISATION if plan.options.quant != SAME else ()
+    if config or gone:
         before = json.loads(stored.read_text("utf-8-sig"))
-        text = json.dumps({**before, **config}, indent=2, ensure_ascii=False) + "\n"
+        after = {key: value for key, value in {**before, **config}.items() if key not in gone}
+        text = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
         staging.path(CONFIG).write_text(text, encoding="utf-8")
     else:
         staging.path(CONFIG).write_bytes(stored.read_bytes())
@@ -130,7 +133,7 @@ def left_out(plan: FusePlan) -> list[Note]:
 def _sources(plan: FusePlan) -> list[str]:
     return [
         path
-        for ref in plan.base.tensors.values()
+        for ref in plan.view.stored.tensors.values()
         if isinstance(path := getattr(ref.source, "path", None), str)
     ]
 
@@ -140,6 +143,8 @@ def changed_config(plan: FusePlan) -> dict[str, Any]:
     stored = json.loads((plan.base.path / CONFIG).read_text("utf-8-sig"))
     wanted: dict[str, Any] = dict(plan.targets.config)
     wanted |= {k: v for k, v in plan.base.config.items() if stored.get(k) != v}
+    if plan.options.quant != SAME:
+        wanted |= {"torch_dtype": TORCH_NAMES[SPELLINGS[plan.options.quant].name]}
     if plan.options.dtype:
         name = TORCH_NAMES[SPELLINGS[plan.options.dtype].name]
         wanted |= {key: name for key in ("torch_dtype", "dtype") if key in stored}

@@ -11,8 +11,10 @@ from adaptmerge.base import Base
 from adaptmerge.files import header
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import Pickled, Stored, TensorRef, constant
-from adaptmerge.files.safetensors import raw_header
+from adaptmerge.files.safetensors import raw_header, read_header
 from adaptmerge.fuse.matrix import Matrix
+from adaptmerge.fuse.repack import Packing
+from adaptmerge.packed import Dequantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -33,21 +35,39 @@ class Fused:
 
 
 @dataclass(frozen=True, slots=True)
+class Repacked:
+    """One of the tensors that a packed weight is stored as. Of these the one that `leads` stands for the
+    weight where it must be counted once; `stored` is what the base has."""
+
+    packing: Packing
+    stored: TensorRef
+    leads: bool = False
+
+
+Part = Copy | Fused | Repacked
+
+
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of the output: its parts follow each other in row-major order."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    parts: tuple[Copy | Fused, ...]
+    parts: tuple[Part, ...]
 
     @property
     def nbytes(self) -> int:
         return self.dtype.nbytes(math.prod(self.shape))
 
     @property
-    def matrices(self) -> list[Matrix]:
-        return [part.matrix for part in self.parts if isinstance(part, Fused)]
+    def made(self) -> list[Fused | Packing]:
+        """What is computed, each counted with one tensor."""
+        return [
+            part.packing if isinstance(part, Repacked) else part
+            for part in self.parts
+            if isinstance(part, Fused) or (isinstance(part, Repacked) and part.leads)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +83,46 @@ class Shard:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
     @property
-    def matrices(self) -> list[Matrix]:
-        return [matrix for tensor in self.tensors for matrix in tensor.matrices]
+    def made(self) -> list[Fused | Packing]:
+        """What is computed, in order."""
+        return [one for tensor in self.tensors for one in tensor.made]
+
+    @property
+    def names(self) -> list[str]:
+        """The tensor that each of what is computed is counted with."""
+        return [tensor.name for tensor in self.tensors for _ in tensor.made]
+
+    @property
+    def packings(self) -> list[Packing]:
+        """The packed weights of which it holds any tensor."""
+        parts = (part for tensor in self.tensors for part in tensor.parts)
+        return list(dict.fromkeys(p.packing for p in parts if isinstance(p, Repacked)))
 
 
 def files_of(base: Base) -> dict[str, list[str]]:
     """The names of the tensors in each file of a checkpoint, files by path, in the order of their data."""
     found: dict[str, list[str]] = {}
     for name, ref in base.tensors.items():
-        assert isinstance(ref.source, Stored | Pickled)
-        found.setdefault(ref.source.path, []).append(name)
+        found.setdefault(path_of(ref), []).append(name)
     for names in found.values():
         names.sort(key=lambda name: getattr(base.tensors[name].source, "offset", 0))
     return dict(sorted(found.items()))
 
 
+def path_of(ref: TensorRef) -> str:
+    """The file that a tensor of a checkpoint lies in; of a packed weight that of its codes."""
+    source = ref.source
+    if isinstance(source, Dequantised):
+        return path_of(next(iter(source.packed.tensors.values())))
+    assert isinstance(source, Stored | Pickled)
+    return source.path
+
+
 def shards_of(
-    base: Base, tensors: Mapping[str, Tensor], added: Mapping[str, str], asked: DType | None
+    base: Base,
+    tensors: Mapping[str, Tensor],
+    added: Mapping[str, str],
+    asked: DType | None,
 ) -> list[Shard]:
     """The files of the output. tensors: those that change or are new. added: new names, each with that of
     a tensor whose file it goes into."""
@@ -119,14 +162,12 @@ def _header(base: Base, path: str, tensors: Sequence[Tensor]) -> bytes:
     blanks = {t.name: constant(0.0, t.shape, t.dtype) for t in tensors}
     if not path.endswith(".safetensors"):
         return header.build(blanks, {"format": "pt"}, path, list(blanks))[0]
-    stored = {n: r for n, r in base.tensors.items() if getattr(r.source, "path", "") == path}
+    first, stored = raw_header(path), read_header(path).refs
     same = stored.keys() == blanks.keys() and all(
         (ref.shape, ref.dtype) == (blanks[name].shape, blanks[name].dtype)
         for name, ref in stored.items()
     )
-    first = raw_header(path)
-    own = {ref.name for ref in stored.values()}
-    if same and own == set(stored):
+    if same:
         return first
     return header.build(blanks, _metadata(first), path, list(blanks))[0]
 

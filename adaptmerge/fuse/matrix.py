@@ -17,7 +17,7 @@ from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import TensorRef, remembered
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
-from adaptmerge.rounding import Feedback, feedback, row_space
+from adaptmerge.rounding import STRENGTH, Feedback, feedback, row_space
 
 PIECE = 1 << 22  # entries of a matrix that are worked on at once
 THIN = 4  # a factor is low-rank up to this part of the smaller side
@@ -121,9 +121,9 @@ def _delta_of(matrix: Matrix) -> Delta:
     return Delta(thin, dense, basis.to(work))
 
 
-def _feedback_of(matrix: Matrix) -> Feedback:
+def _feedback_of(matrix: Matrix, strength: float = STRENGTH) -> Feedback:
     """The feedback of errors in the common basis of a matrix."""
-    return feedback(delta_of(matrix).basis, working_dtype(matrix))
+    return feedback(delta_of(matrix).basis, working_dtype(matrix), strength)
 
 
 delta_of = remembered(_delta_of, 8)
@@ -181,6 +181,21 @@ def target_rows(
         if value is not None:
             target += value
     return target, dense, weight
+
+
+def own_direction(
+    delta: Delta, rows: tuple[int, int], dense: Sequence[torch.Tensor | None], like: torch.Tensor
+) -> torch.Tensor:
+    """The direction of each row's whole delta, less what lies in the common basis."""
+    total = torch.zeros_like(like)
+    for side, full in zip(delta.thin, dense, strict=True):
+        if full is not None:
+            total += full
+        if side is not None:
+            total.addmm_(side.up[slice(*rows)], side.down)
+    total -= (total @ delta.basis) @ delta.basis.T
+    size = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+    return torch.where(size > 0, total / size, torch.zeros_like(total))
 
 
 @dataclass(frozen=True, slots=True)

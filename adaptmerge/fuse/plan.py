@@ -17,7 +17,9 @@ from adaptmerge.errors import CannotMerge, InputError, UsageError
 from adaptmerge.files import dtypes
 from adaptmerge.files.refs import forget
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
-from adaptmerge.fuse.provenance import TRAINED_ON, as_trained, provenance
+from adaptmerge.fuse.provenance import ORIGINAL, TRAINED_ON, as_trained, provenance
+from adaptmerge.fuse.quantised import View, view_of
+from adaptmerge.fuse.repack import SCALES, SOLVE
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
@@ -30,6 +32,7 @@ from adaptmerge.rounding import ROUNDINGS
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
 ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
+SAME = "same"  # as the base is quantised
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 
 
@@ -44,6 +47,8 @@ class FuseOptions:
     heads: Given = None
     dtype: str | None = None
     rounding: str = AUTO
+    quant: str = SAME
+    scales: str = SOLVE
     trained_on: str | None = None
     keep_tied: bool = False
     max_loss: float = 0.25
@@ -59,7 +64,8 @@ class FuseOptions:
 class FusePlan:
     """The files of the output with every tensor's making, and what goes beside them."""
 
-    base: Base  # with its layers copied, where the adapters are for copies
+    base: Base  # the view of it, with its layers copied where the adapters are for copies
+    view: View
     inputs: Sequence[Input]
     weights: Weights
     shards: Sequence[Shard]
@@ -81,11 +87,11 @@ class FusePlan:
 
         digests: the sha256 of every file of each adapter.
         """
-        stats = {path: Path(path).stat() for path in files_of(self.base)}
+        stats = {path: Path(path).stat() for path in files_of(self.view.stored)}
         stamps = [(Path(p).name, found.st_size, found.st_mtime_ns) for p, found in stats.items()]
         options = replace(self.options, jobs=None, force=False, strict=False, executor="local")
         said = (
-            self.base.fingerprint,
+            self.view.stored.fingerprint,
             stamps,
             sorted((name, sorted(found.items())) for name, found in digests.items()),
             repr(options),
@@ -125,10 +131,10 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     _check(specs, options)
     if is_checkpoint_schedule(options.weights):
         specs = in_natural_order(specs)
-    stored = open_base(base_source)
-    _refuse_quantised(stored)
-    inputs = open_inputs(specs, stored)
-    stored, adapters = _on_copies(stored, {item.name: item.adapter for item in inputs})
+    view = view_of(open_base(base_source))
+    _check_view(view, options)
+    inputs = open_inputs(specs, view.base)
+    stored, adapters = _on_copies(view, {item.name: item.adapter for item in inputs})
     notes = [*_fingerprints(adapters, stored, options)]
     trained_on, said = provenance(adapters, options.trained_on)
     notes += said
@@ -151,13 +157,25 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     plan = make_plan(groups, request, list(adapters))
     _refuse_several(plan)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
-    targets = targets_of(plan, stored, base, Wishes(asked, options.keep_tied))
-    shards = shards_of(stored, targets.tensors, targets.added, asked)
+    wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
+    targets = targets_of(plan, stored, base, Wishes(asked, options.keep_tied, view.packed, wide))
+    kept = view.stored if view.packed and wide is None else stored
+    shards = shards_of(kept, targets.tensors, targets.added, asked)
     notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
     return FusePlan(
-        stored, inputs, weights, shards, targets, heads, plan, options, tuple(notes), trained_on
+        stored,
+        view,
+        inputs,
+        weights,
+        shards,
+        targets,
+        heads,
+        plan,
+        options,
+        tuple(notes),
+        trained_on,
     )
 
 
@@ -171,6 +189,8 @@ def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
         "--trained-on": (options.trained_on, TRAINED_ON),
         "--dtype": (options.dtype, tuple(dtypes.SPELLINGS)),
         "--executor": (options.executor, ("local", "ray")),
+        "--quant": (options.quant, (SAME, "bf16", "fp16", "fp32")),
+        "--scales": (options.scales, SCALES),
     }
     for name, (given, known) in choices.items():
         if given is not None and given not in known:
@@ -180,24 +200,32 @@ def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
         raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
 
 
-def _refuse_quantised(base: Base) -> None:
-    found = base.config.get("quantization_config")
-    if isinstance(found, Mapping):
-        how = found.get("quant_method") or "unknown"
-        raise InputError(
-            f"is quantised ({how}), and only full-precision bases can be fused into so far: give the "
-            "original base, with --trained-on for an adapter that was trained on a quantised one",
-            where=str(base.path),
+def _check_view(view: View, options: FuseOptions) -> None:
+    """Raises where the options are not for this base, or it holds no weights."""
+    base = view.base
+    if view.scheme is None and options.quant != SAME:
+        raise UsageError(f"--quant {options.quant}: the base is not quantised: say --dtype")
+    if view.scheme is not None and options.trained_on not in (None, ORIGINAL):
+        raise UsageError(f"--trained-on {options.trained_on}: the base is quantised already")
+    if view.scheme is not None and options.trained_on == ORIGINAL:
+        what = (
+            "trained on the original weights and fused into quantised ones, which differ from them"
         )
+        raise UsageError(f"--trained-on original: {what}: fuse into the original, then quantise")
     if not base.tensors:
         raise InputError("holds no weights to fuse into", where=str(base.path))
 
 
-def _on_copies(base: Base, adapters: Mapping[str, Adapter]) -> tuple[Base, dict[str, Adapter]]:
+def _on_copies(view: View, adapters: Mapping[str, Adapter]) -> tuple[Base, dict[str, Adapter]]:
     """The base with the copies of layers that the adapters are for, where all are for the same."""
+    base = view.base
     ranges = {adapter.base.replication for adapter in adapters.values()}
     if len(ranges) != 1 or ranges == {()}:
         return base, dict(adapters)
+    if view.packed:
+        raise CannotMerge(
+            "copies of layers of a quantised base cannot be made: give the original base"
+        )
     flat = {n: replace(a, base=replace(a.base, replication=())) for n, a in adapters.items()}
     return replicated(base, ranges.pop()), flat
 

@@ -12,6 +12,7 @@ from typing import Any
 from adaptmerge.errors import InputError
 from adaptmerge.files.strict_json import dump
 from adaptmerge.fuse.matrix import Measured
+from adaptmerge.fuse.repack import packed_error
 from adaptmerge.fuse.run import Line
 from adaptmerge.fuse.settle import grid_error
 from adaptmerge.graph import Note
@@ -89,7 +90,7 @@ def site_of(line: Line) -> FusedSite:
         site=str(matrix.site),
         tensor=line.tensor,
         shape=matrix.shape,
-        dtype=str(matrix.dtype),
+        dtype=str(matrix.dtype) if line.packed is None else "quantised",
         rounding=line.choice.rounding,
         weights={part.adapter: part.weight for part in matrix.parts},
         norms=dict(zip(names, norms, strict=True)),
@@ -99,8 +100,15 @@ def site_of(line: Line) -> FusedSite:
         weight_norm=math.sqrt(measured.weight),
         delta_norm=math.sqrt(measured.delta),
         error=math.sqrt(measured.error),
-        grid=grid_error(matrix) if matrix.dtype.is_float else 0.0,
+        grid=_grid_error(line),
     )
+
+
+def _grid_error(line: Line) -> float:
+    """|error| / |W| that what a matrix is stored as has by itself."""
+    if line.packed is not None:
+        return packed_error(line.packed)
+    return grid_error(line.matrix) if line.matrix.dtype.is_float else 0.0
 
 
 @dataclass(slots=True)

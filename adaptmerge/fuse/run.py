@@ -7,9 +7,11 @@ the caller's thread writes, and few pieces are under way, so memory does not gro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,14 @@ from adaptmerge.files.disk import tensor_bytes
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import Reshape, Slice, Stored, TensorRef, read_span
 from adaptmerge.files.safetensors import write_pieces
-from adaptmerge.fuse.layout import Copy, Fused, Shard
+from adaptmerge.files.scratch import Scratch
+from adaptmerge.fuse.layout import Copy, Fused, Repacked, Shard
 from adaptmerge.fuse.matrix import Matrix, Measured
+from adaptmerge.fuse.repack import SOLVE, Packing, choose_packed, requantise
 from adaptmerge.fuse.settle import Choice, choose, settle_rows
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
+from adaptmerge.packed import Packed
 from adaptmerge.run import ordered, short_turns
 
 SPAN = 8 << 20  # bytes that are copied at once
@@ -35,16 +40,18 @@ class Settings(NamedTuple):
     seed: int
     workers: int
     allow_nonfinite: bool = False
+    scales: str = SOLVE
 
 
 class Line(NamedTuple):
     """What became of one matrix of a tensor: how it was rounded, what nearest rounding would have kept, and
-    what rounding did."""
+    what rounding did. packed: how it is stored where it is quantised."""
 
     tensor: str
     matrix: Matrix
     choice: Choice
     measured: Measured
+    packed: Packed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ class Written:
 
 
 class Piece(NamedTuple):
-    """Some rows of the matrix of that number, or bytes of a stored tensor; cast to a dtype."""
+    """Some rows of what is computed as that number, or bytes of a stored tensor; cast to a dtype."""
 
     number: int | None
     rows: tuple[int, int]
@@ -71,17 +78,32 @@ Progress = Callable[[int], None]
 def survey(shard: Shard, settings: Settings) -> list[Choice]:
     """How every matrix of a shard is rounded, from a look at some of its rows."""
     with one_thread_each(), ThreadPoolExecutor(settings.workers) as pool:
-        matrices = shard.matrices
-        return list(
-            ordered(pool, settings.workers, lambda m: choose(m, settings.rounding), matrices)
-        )
+        work = partial(_choice, rounding=settings.rounding)
+        return list(ordered(pool, settings.workers, work, shard.made))
 
 
-def write_shard(shard: Shard, path: Path, settings: Settings, progress: Progress) -> Written:
-    """Writes one file and says what is in it. Raises InputError naming tensors that are not finite."""
+def _choice(made: Fused | Packing, rounding: str) -> Choice:
+    if isinstance(made, Packing):
+        return choose_packed(made, rounding)
+    return choose(made.matrix, rounding)
+
+
+def write_shard(
+    shard: Shard, path: Path, beside: Path, settings: Settings, progress: Progress
+) -> Written:
+    """Writes one file, with a temporary one beside it, and says what is in it.
+
+    Raises InputError naming tensors that are not finite.
+    """
     choices = survey(shard, settings)
     sums: dict[int, Measured] = {}
-    with one_thread_each(), short_turns(), ThreadPoolExecutor(settings.workers) as pool:
+    with (
+        one_thread_each(),
+        short_turns(),
+        ThreadPoolExecutor(settings.workers) as pool,
+        _repacked(shard, beside, settings, pool) as packed,
+    ):
+        sums |= packed.measured
 
         def pieces() -> Iterator[bytes | memoryview]:
             yield shard.header
@@ -89,7 +111,7 @@ def write_shard(shard: Shard, path: Path, settings: Settings, progress: Progress
                 pool,
                 settings.workers,
                 lambda piece: _compute(piece, choices, settings),
-                _pieces(shard),
+                _pieces(shard, packed.refs),
             )
             for piece, (data, measured) in done:
                 if piece.number is not None and measured is not None:
@@ -98,19 +120,63 @@ def write_shard(shard: Shard, path: Path, settings: Settings, progress: Progress
                 yield data
 
         digest = write_pieces(path, pieces(), progress)
-    names = [t.name for t in shard.tensors for _ in t.matrices]
-    lines = [Line(names[i], matrix, choices[i], sums[i]) for i, matrix in enumerate(shard.matrices)]
+    lines = lines_of(shard, choices, [sums[i] for i in range(len(choices))])
     if not settings.allow_nonfinite:
         _check_finite(lines)
     return Written(digest, tuple(lines))
 
 
-def _pieces(shard: Shard) -> Iterator[Piece]:
+def lines_of(shard: Shard, choices: Sequence[Choice], measured: Sequence[Measured]) -> list[Line]:
+    """A line for each of what a shard computes."""
+    packed = [one.packed if isinstance(one, Packing) else None for one in shard.made]
+    matrices = [one.matrix for one in shard.made]
+    return list(map(Line, shard.names, matrices, choices, measured, packed))
+
+
+class Repackings(NamedTuple):
+    """The tensors that packed weights are stored as from now on, by name, and what rounding did."""
+
+    refs: dict[str, TensorRef]
+    measured: dict[int, Measured]
+
+
+@contextmanager
+def _repacked(
+    shard: Shard, beside: Path, settings: Settings, pool: ThreadPoolExecutor
+) -> Iterator[Repackings]:
+    """The packed weights of a shard, settled into a temporary file that lasts as long as the block."""
+    found = Repackings({}, {})
+    if not shard.packings:
+        yield found
+        return
+    numbers = {one: number for number, one in enumerate(shard.made) if isinstance(one, Packing)}
+    with Scratch(beside) as scratch:
+        work = partial(_requantised, settings=settings)
+        results = ordered(pool, settings.workers, work, shard.packings)
+        for packing, (tensors, measured) in zip(shard.packings, results, strict=True):
+            found.refs.update({name: scratch.put(value) for name, value in tensors.items()})
+            if packing in numbers:
+                found.measured[numbers[packing]] = measured
+        yield found
+    beside.unlink()
+
+
+def _requantised(packing: Packing, settings: Settings) -> tuple[dict[str, torch.Tensor], Measured]:
+    choice = choose_packed(packing, settings.rounding)
+    done = requantise(packing, choice.rounding, settings.scales, settings.seed)
+    return packing.packed.pack(done.codes, done.grid), done.measured
+
+
+def _pieces(shard: Shard, repacked: Mapping[str, TensorRef]) -> Iterator[Piece]:
     number = 0
     for tensor in shard.tensors:
         for part in tensor.parts:
             if isinstance(part, Copy):
                 yield from _runs(part.ref, tensor.dtype)
+                continue
+            if isinstance(part, Repacked):
+                yield from _runs(repacked.get(tensor.name, part.stored), tensor.dtype)
+                number += part.leads
                 continue
             whole = [(0, part.matrix.shape[0])]
             ranges = whole if part.transposed else part.matrix.row_ranges()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from adaptmerge.files.dtypes import BY_NAME
 from adaptmerge.fuse.matrix import (
-    Delta,
     Matrix,
     Measured,
     delta_of,
     feedback_of,
     measure,
+    own_direction,
     target_rows,
     working_dtype,
 )
@@ -85,7 +84,7 @@ def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int)
     grid = FloatGrid(BY_NAME[matrix.dtype.name].torch, working_dtype(matrix))
     keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
     if rounding == ADAPTIVE:
-        own = _own(delta, rows, dense, target) if keep else None
+        own = own_direction(delta, rows, dense, target) if keep else None
         found = round_adaptive(target, grid, feedback_of(matrix), own, keep=keep)
     elif rounding == STOCHASTIC:
         found = round_stochastic(target, grid, delta.basis, _seed(seed, matrix, rows), keep=keep)
@@ -93,22 +92,6 @@ def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int)
         found = round_nearest(target, grid, delta.basis, keep=keep)
     measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
     return Rows(_with_tokens(matrix, rows, found), measured)
-
-
-def _own(
-    delta: Delta, rows: tuple[int, int], dense: Sequence[torch.Tensor | None], like: torch.Tensor
-) -> torch.Tensor:
-    """The direction of each row's whole delta, less what lies in the common basis."""
-    total = torch.zeros_like(like)
-    for side, full in zip(delta.thin, dense, strict=True):
-        if full is not None:
-            total += full
-        if side is not None:
-            total.addmm_(side.up[slice(*rows)], side.down)
-    basis = delta.basis
-    total -= (total @ basis) @ basis.T
-    size = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-    return torch.where(size > 0, total / size, torch.zeros_like(total))
 
 
 def _with_tokens(matrix: Matrix, rows: tuple[int, int], found: Rounded) -> torch.Tensor:

@@ -11,10 +11,12 @@ from adaptmerge.errors import CannotMerge
 from adaptmerge.files.compare import same_values
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import IN_FILES, TensorRef
-from adaptmerge.fuse.layout import Copy, Fused, Tensor, output_dtype
+from adaptmerge.fuse.layout import Copy, Fused, Repacked, Tensor, output_dtype
 from adaptmerge.fuse.matrix import Matrix, Part
+from adaptmerge.fuse.repack import Packing
 from adaptmerge.graph import Kind, Note, Site
 from adaptmerge.heads import is_vocabulary
+from adaptmerge.packed import Packed
 from adaptmerge.plan import Plan, Step
 from adaptmerge.registry import Method
 
@@ -50,10 +52,15 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """How weights are to be written: in which dtype if not their own, and whether tied ones stay one."""
+    """How weights are to be written: in which dtype if not their own, and whether tied ones stay one.
+
+    packed: the packed weights of the base by name; wide: the dtype that these are written in instead.
+    """
 
     dtype: DType | None = None
     keep_tied: bool = False
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    wide: DType | None = None
 
 
 def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets:
@@ -68,13 +75,31 @@ def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets
     for place, change in changes.items():
         by_name.setdefault(place.name, {})[place.expert] = (place, change)
     quantised = {name for name, ref in base.tensors.items() if trained.tensors[name] != ref}
+    quantised |= wishes.packed.keys() if wishes.wide is not None else set()
     for name in sorted(quantised - by_name.keys()):
         module, _, param = name.rpartition(".")
         site = Site(module, param)
         by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
     for name, here in by_name.items():
-        found.tensors[name] = _tensor(name, here, base, trained, wishes, found)
+        if name in wishes.packed and wishes.wide is None:
+            found.tensors.update(_repacked(wishes.packed[name], here[None][1], base.tensors[name]))
+        else:
+            found.tensors[name] = _tensor(name, here, base, trained, wishes, found)
     return found
+
+
+def _repacked(packed: Packed, change: Change, weight: TensorRef) -> dict[str, Tensor]:
+    """The tensors that a packed weight is stored as, all of them made anew together."""
+    if change.value is not None or change.tokens:
+        raise CannotMerge(
+            "is stored whole by an adapter, and quantised in the base: pass --quant bf16, or --heads drop",
+            where=str(change.site),
+        )
+    packing = Packing(packed, Matrix(change.site, weight, weight.dtype, change.parts))
+    return {
+        name: Tensor(name, ref.dtype, ref.shape, (Repacked(packing, ref, leads=number == 0),))
+        for number, (name, ref) in enumerate(packed.tensors.items())
+    }
 
 
 def _changes(plan: Plan, base: Base) -> dict[Place, Change]:
@@ -200,6 +225,8 @@ def _tensor(
     start = change.value if change.value is not None else trained.tensors.get(name, source)
     assert start is not None
     dtype = output_dtype(source if source is not None else start, wishes.dtype)
+    if name in wishes.packed and wishes.wide is not None:
+        dtype = wishes.wide
     computed = change.parts or change.tokens or start.dtype != dtype
     if not computed and isinstance(start.source, IN_FILES):
         return Tensor(name, dtype, start.shape, (Copy(start),))
@@ -225,7 +252,7 @@ def _stack(
 ) -> Tensor:
     """A parameter that stacks matrices, of which some change."""
     dtype = output_dtype(stored, wishes.dtype)
-    parts: list[Copy | Fused] = []
+    parts: list[Copy | Fused | Repacked] = []
     for expert in range(stored.shape[0]):
         one = stored.slice(0, expert, expert + 1).reshape(*stored.shape[1:])
         if expert not in here:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,13 +18,16 @@ from adaptmerge.base import Base
 from adaptmerge.files.compare import same_values
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import TensorRef
-from adaptmerge.fuse.layout import Copy, Fused, Tensor
+from adaptmerge.fuse.layout import Fused, Repacked, Tensor
 from adaptmerge.fuse.matrix import PIECE, Matrix, Measured, delta_of, weight_rows
 from adaptmerge.fuse.plan import FusePlan
+from adaptmerge.fuse.quantised import View
+from adaptmerge.fuse.repack import Packing
 from adaptmerge.fuse.report import FusedSite, FuseReport
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
+from adaptmerge.packed import Packed, dequantised
 from adaptmerge.rounding import NEAREST, FloatGrid
 from adaptmerge.run import ordered, workers_default
 from adaptmerge.verify.checks import FAIL, PASS, Check
@@ -59,12 +62,13 @@ class Looked:
     problems: list[str] = field(default_factory=list)
 
 
-def look(plan: FusePlan, fused: Base) -> Looked:
+def look(plan: FusePlan, view: View) -> Looked:
     """Every tensor of a fused model against what the plan says of it."""
+    fused = view.stored
     found = Looked()
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     with one_thread_each(), ThreadPoolExecutor(workers_default()) as pool:
-        work = partial(_look_at, plan=plan, fused=fused)
+        work = partial(_look_at, view=view)
         for one in ordered(pool, workers_default(), work, tensors):
             found.findings += one.findings
             found.copied += one.copied
@@ -83,7 +87,8 @@ def _is_tied(name: str, fused: Base) -> bool:
     return bool(fused.config.get("tie_word_embeddings")) and name.endswith("lm_head.weight")
 
 
-def _look_at(tensor: Tensor, plan: FusePlan, fused: Base) -> Looked:
+def _look_at(tensor: Tensor, view: View) -> Looked:
+    fused = view.stored
     module, _, param = tensor.name.rpartition(".")
     stored = fused.tensors.get(tensor.name)
     if stored is None:
@@ -95,7 +100,10 @@ def _look_at(tensor: Tensor, plan: FusePlan, fused: Base) -> Looked:
         return Looked(problems=[f"{tensor.name}: {what}"])
     found = Looked()
     for part, ref in zip(tensor.parts, _parts(tensor, stored), strict=True):
-        if not isinstance(part, Copy):
+        if isinstance(part, Repacked):
+            _look_at_packed(tensor.name, part, view, found)
+            continue
+        if isinstance(part, Fused):
             found.findings.append(_finding(tensor.name, part, ref))
             continue
         found.copied += part.ref.dtype == ref.dtype
@@ -104,6 +112,15 @@ def _look_at(tensor: Tensor, plan: FusePlan, fused: Base) -> Looked:
         elif part.ref.dtype != ref.dtype and len(ref.shape) == 2:
             found.cast.append((Site(module, param), *_distance(part.ref, ref)))
     return found
+
+
+def _look_at_packed(name: str, part: Repacked, view: View, found: Looked) -> None:
+    """A quantised matrix is looked at once, with its codes."""
+    stored = view.packed.get(f"{part.packing.packed.module}.weight")
+    if stored is None:
+        found.problems.append(f"{name}: is not quantised as in the base")
+    elif part.leads:
+        found.findings.append(_packed_finding(name, part.packing, stored))
 
 
 def _distance(one: TensorRef, two: TensorRef) -> tuple[tuple[int, int], float]:
@@ -140,13 +157,38 @@ def _why_not_copied(meant: TensorRef, stored: TensorRef, fused: Base) -> str:
 
 def _finding(name: str, part: Fused, stored: TensorRef) -> Finding:
     """How a stored matrix agrees with weight plus delta."""
-    matrix = part.matrix
-    ref = stored.T if part.transposed else stored.reshape(*matrix.shape)
+    ref = stored.T if part.transposed else stored.reshape(*part.matrix.shape)
+    dtype = ref.dtype.torch
+
+    def nearest(target: torch.Tensor, _: tuple[int, int]) -> torch.Tensor:
+        return FloatGrid(dtype, torch.float64).near(target)
+
+    return _compared(name, part.matrix, lambda rows: ref.slice(0, *rows).read(), nearest)
+
+
+def _packed_finding(name: str, packing: Packing, stored: Packed) -> Finding:
+    """How a stored quantised matrix agrees with weight plus delta."""
+    columns = slice(0, packing.matrix.shape[1])
+
+    def nearest(target: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+        _, grid = packing.packed.grid(rows)
+        codes = grid.codes(target.float(), columns)
+        return grid.values(codes, columns, torch.empty(target.shape)).double()
+
+    return _compared(name, packing.matrix, lambda rows: dequantised(stored, rows), nearest)
+
+
+def _compared(
+    name: str,
+    matrix: Matrix,
+    read: Callable[[tuple[int, int]], torch.Tensor],
+    nearest: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+) -> Finding:
+    """Stored rows against the nearest to weight plus delta, a few at a time."""
     total: Measured | None = None
     apart, off, twice = 0, 0, True
     for rows in matrix.row_ranges():
-        value = ref.slice(0, *rows).read()
-        one, differing, far, double = _rows(matrix, rows, value)
+        one, differing, far, double = _rows(matrix, rows, read(rows), nearest)
         total = one if total is None else total.plus(one)
         apart, off, twice = apart + differing, off + far, twice and double
     assert total is not None
@@ -155,7 +197,10 @@ def _finding(name: str, part: Fused, stored: TensorRef) -> Finding:
 
 
 def _rows(
-    matrix: Matrix, rows: tuple[int, int], value: torch.Tensor
+    matrix: Matrix,
+    rows: tuple[int, int],
+    value: torch.Tensor,
+    nearest_to: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
 ) -> tuple[Measured, int, int, bool]:
     """The certificate of some rows, how many entries are not the nearest value, how many of these are no
     near tie, and whether all are what rounding first the delta and then the sum gives."""
@@ -165,8 +210,7 @@ def _rows(
     added = torch.zeros_like(weight)
     for delta in deltas:
         added += delta
-    grid = FloatGrid(value.dtype, torch.float64)
-    nearest = grid.near(weight + added)
+    nearest = nearest_to(weight + added, rows)
     error = (stored - (weight + added))[kept]
     differ = (stored != nearest)[kept] & ~(stored.isnan() & nearest.isnan())[kept]
     gap = (stored - nearest).abs()[kept]

@@ -23,6 +23,7 @@ from adaptmerge.files.listing import sha256_of
 from adaptmerge.fuse.layout import Fused
 from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
 from adaptmerge.fuse.provenance import RoundTrip
+from adaptmerge.fuse.quantised import View, view_of
 from adaptmerge.fuse.report import FuseReport
 from adaptmerge.graph import Adapter, BaseReference, Edit
 from adaptmerge.inputs import InputSpec
@@ -53,12 +54,12 @@ def verify_fused(
     if base is None:
         raise UsageError("a fused model is compared with its base: pass --base DIR")
     plan = plan_fusion(base, specs, options)
-    fused = open_base(str(output))
+    fused = view_of(open_base(str(output)))
     checks = [] if report is None else [*_files(output, report), *_base(plan, report)]
     if any(check.status == FAIL and check.name == "base" for check in checks):
         return Verdict(output.name, checks, TRUSTED)
     found = look(plan, fused)
-    checks += [_config(plan, fused), check_weights(found, report)]
+    checks += [_config(plan, fused.base), check_weights(found, report)]
     checks.append(_forward(plan, fused, found, device, layerwise=layerwise))
     return Verdict(output.name, checks, TRUSTED)
 
@@ -95,7 +96,7 @@ def _files(output: Path, report: FuseReport) -> list[Check]:
 
 def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
     recorded = report.base.get("fingerprint")
-    if recorded != plan.base.fingerprint:
+    if recorded != plan.view.stored.fingerprint:
         detail = (
             f"{plan.base.path.name} is not the base that was fused into (its fingerprint differs)"
         )
@@ -161,18 +162,21 @@ def _noisy(adapter: Adapter, found: Looked) -> Adapter:
     return adapter.with_edits((*adapter.edits, *noise))
 
 
-def _forward(plan: FusePlan, fused: Base, found: Looked, device: str, *, layerwise: bool) -> Check:
+def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwise: bool) -> Check:
     """The fused model's outputs against the base's with the adapters attached."""
     name = device_named(device)
     wanted = reference(plan)
     tokens = sorted({t for edit in wanted.edits for t in getattr(edit, "rows", ())})
     try:
-        bench = Bench.of(open_base(str(plan.base.path)), name, layerwise, tokens)
+        # quantised weights are run as their values: live quantised layers are another code path
+        streamed = layerwise or plan.view.scheme is not None
+        bench = Bench.of(plan.view.base, name, streamed, tokens)
         model = bench.model(wanted)
         y_base, y_ref = bench.run(model), bench.run(model, wanted)
         y_noisy = bench.run(model, _noisy(wanted, found))
         del model
-        y = bench.run(replace(bench, base=fused).model())
+        bench = replace(bench, base=fused.base, layerwise=layerwise or fused.scheme is not None)
+        y = bench.run(bench.model())
     except InputError as problem:
         return Check("forward", FAIL, f"cannot be run: {'; '.join(problem.problems[:2])}")
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)

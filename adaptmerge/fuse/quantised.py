@@ -1,0 +1,39 @@
+"""A quantised base seen as one in full precision, and where its packed weights go in the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from adaptmerge.base import Base
+from adaptmerge.files.refs import computed
+from adaptmerge.packed import Dequantised, Packed, scheme_of
+
+QUANTISATION = ("quantization_config", "quantization", "compression_config")
+
+
+@dataclass(frozen=True)
+class View:
+    """A base with the values of its packed weights in place of the tensors that store them.
+
+    base: the view; stored: the base as it is. packed: the packed weights by the name of their values.
+    """
+
+    base: Base
+    stored: Base
+    scheme: str | None = None
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+
+
+def view_of(stored: Base) -> View:
+    """The view of a base; itself where nothing is quantised. Raises InputError for unknown layouts."""
+    scheme = scheme_of(stored)
+    if scheme is None:
+        return View(stored, stored)
+    found = scheme.find(stored)
+    inside = {name for packed in found.values() for name in packed.tensors}
+    tensors = {name: ref for name, ref in stored.tensors.items() if name not in inside}
+    packed = {f"{module}.weight": one for module, one in found.items()}
+    tensors |= {name: computed(Dequantised(one), name) for name, one in packed.items()}
+    config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
+    return View(replace(stored, tensors=tensors, config=config), stored, scheme.name, packed)

@@ -1,0 +1,198 @@
+"""Settling a quantised weight: codes that keep what was added, then scales that take up what is left.
+
+A quantised weight lies on its grid, and most deltas are smaller than half a step: nearest codes return the
+base. Codes are rounded with error feedback in the space of the adapters' inputs; then the scales of the
+blocks, which are numbers and no codes, are moved by the least that brings the rest of the error there to
+zero. Rows are independent of each other, and are worked on a few at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from adaptmerge.fuse.matrix import (
+    Delta,
+    Matrix,
+    Measured,
+    delta_of,
+    feedback_of,
+    measure,
+    own_direction,
+    target_rows,
+)
+from adaptmerge.fuse.settle import AUTO, Choice
+from adaptmerge.grids import SOFT, BlockGrid, blocks_of, solved_scales, stored_scales, strength_for
+from adaptmerge.lazy import torch
+from adaptmerge.packed import Packed
+from adaptmerge.rounding import (
+    ADAPTIVE,
+    NEAREST,
+    STOCHASTIC,
+    Rounded,
+    round_adaptive,
+    round_nearest,
+)
+
+KEEP, SOLVE = "keep", "solve"
+SCALES = (KEEP, SOLVE)
+SAMPLE = 64  # rows that a prediction looks at
+
+
+class Packing(NamedTuple):
+    """A packed weight and what is added to it."""
+
+    packed: Packed
+    matrix: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Requantised:
+    """Codes (rows, in) on a grid, what rounding did to each part, and how many codes have moved."""
+
+    codes: torch.Tensor
+    grid: BlockGrid
+    measured: Measured
+    moved: int
+
+
+def choose_packed(packing: Packing, asked: str) -> Choice:
+    """How a packed weight is rounded: as asked; `auto` is adaptive, for nearest codes are the base's."""
+    if not packing.matrix.parts:
+        return Choice(NEAREST, ())
+    count = packing.matrix.shape[0]
+    rows = (0, count) if packing.matrix.whole else (0, min(count, SAMPLE))
+    gains = requantise_rows(packing, rows, NEAREST, KEEP, 0).measured.gains
+    return Choice(ADAPTIVE if asked == AUTO else asked, tuple(gains))
+
+
+def packed_error(packed: Packed) -> float:
+    """|error| / |W| that the grid of a packed weight has by itself, from a look at some rows."""
+    rows = (0, min(packed.shape[0], SAMPLE))
+    codes, grid = packed.grid(rows)
+    values = grid.values(codes, slice(0, packed.shape[1]), torch.empty(codes.shape))
+    return math.sqrt(grid.step_error(codes)) / max(float(values.norm()), 1e-30)
+
+
+def requantise(packing: Packing, rounding: str, scales: str, seed: int) -> Requantised:
+    """All rows of a packed weight, some at a time."""
+    found = [
+        requantise_rows(packing, rows, rounding, scales, seed)
+        for rows in packing.matrix.row_ranges()
+    ]
+    total = found[0].measured
+    for one in found[1:]:
+        total = total.plus(one.measured)
+    codes = torch.cat([one.codes for one in found])
+    return Requantised(
+        codes, joined([one.grid for one in found]), total, sum(f.moved for f in found)
+    )
+
+
+def joined(grids: list[BlockGrid]) -> BlockGrid:
+    """The grid of all rows from those of some."""
+    first = grids[0]
+
+    def together(name: str) -> torch.Tensor | None:
+        parts = [getattr(grid, name) for grid in grids]
+        return None if parts[0] is None else torch.cat(parts)
+
+    scale = together("scale")
+    assert scale is not None
+    return replace(first, scale=scale, zero=together("zero"), offset=together("offset"))
+
+
+def requantise_rows(
+    packing: Packing, rows: tuple[int, int], rounding: str, scales: str, seed: int
+) -> Requantised:
+    """Some rows of a packed weight."""
+    matrix = packing.matrix
+    before, grid = packing.packed.grid(rows)
+    target, dense, weight = target_rows(matrix, rows)
+    delta = delta_of(matrix)
+    keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
+    if rounding == ADAPTIVE:
+        found, grid = _adaptive(packing, rows, target, grid, delta, dense, scales)
+    elif rounding == STOCHASTIC:
+        found = _stochastic(target, grid, delta, _seed(seed, matrix, rows))
+    else:
+        found = round_nearest(target, grid, delta.basis, keep=keep)
+    measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
+    moved = int((found.codes != before).sum())
+    return Requantised(found.codes, grid, measured, moved)
+
+
+def _adaptive(
+    packing: Packing,
+    rows: tuple[int, int],
+    target: torch.Tensor,
+    grid: BlockGrid,
+    delta: Delta,
+    dense: list[torch.Tensor | None],
+    scales: str,
+) -> tuple[Rounded, BlockGrid]:
+    """Codes with feedback; then scales, where they can be chosen, unless that makes things worse."""
+    directions = delta.basis.shape[1]
+    free = scales == SOLVE and directions > 0
+    free = free and packing.packed.nearest_scales(grid.scale, rows) is not None
+    width = packing.matrix.shape[1] // max(1, grid.blocks)
+    strength = strength_for(grid.blocks, width, directions) if free else SOFT
+    full = not delta.is_thin or not directions
+    own = own_direction(delta, rows, dense, target) if full and packing.matrix.parts else None
+    feed = feedback_of(packing.matrix, strength)
+    found = round_adaptive(target, grid, feed, own, keep=full)
+    if not free:
+        return found, grid
+    return _with_scales(packing.packed, rows, target, grid, delta, found, keep=full)
+
+
+def _with_scales(
+    packed: Packed,
+    rows: tuple[int, int],
+    target: torch.Tensor,
+    grid: BlockGrid,
+    delta: Delta,
+    found: Rounded,
+    *,
+    keep: bool,
+) -> tuple[Rounded, BlockGrid]:
+    everywhere = slice(0, target.shape[1])
+    values = grid.values(found.codes, everywhere, torch.empty_like(target))
+    blocks = blocks_of(grid, values, delta.basis)
+    assert found.inside is not None
+    wanted = solved_scales(grid, blocks, found.inside)
+    scale = stored_scales(wanted, grid, blocks, lambda s: packed.nearest_scales(s, rows))
+    better = grid.rescaled(scale)
+    error = better.values(found.codes, everywhere, values).sub_(target)
+    inside = error @ delta.basis
+    worse = inside.square().sum(1) > found.inside.square().sum(1)
+    if bool(worse.any()):
+        better = grid.rescaled(torch.where(worse[:, None], grid.scale, scale))
+        error = better.values(found.codes, everywhere, values).sub_(target)
+        inside = error @ delta.basis
+    squared = float(torch.linalg.vector_norm(error)) ** 2
+    return Rounded(found.codes, inside, squared, error if keep else None), better
+
+
+def _stochastic(target: torch.Tensor, grid: BlockGrid, delta: Delta, seed: int) -> Rounded:
+    """Each entry to one of the two values around it, with probabilities that make it exact on average."""
+    everywhere = slice(0, target.shape[1])
+    codes = grid.codes(target, everywhere)
+    near = grid.values(codes, everywhere, torch.empty_like(target))
+    rising = (target > near) == (grid.at(grid.scale, everywhere) >= 0)
+    last = grid.count - 1
+    other = (codes.int() + torch.where(rising, 1, -1)).clamp(0, last).to(torch.uint8)
+    far = grid.values(other, everywhere, torch.empty_like(target))
+    share = (target - near).abs() / (far - near).abs().clamp(min=1e-30)
+    generator = torch.Generator().manual_seed(seed)
+    taken = (torch.rand(target.shape, generator=generator) < share) & (other != codes)
+    codes = torch.where(taken, other, codes)
+    error = torch.where(taken, far, near).sub_(target)
+    return Rounded(codes, error @ delta.basis, float(error.norm()) ** 2, error)
+
+
+def _seed(seed: int, matrix: Matrix, rows: tuple[int, int]) -> int:
+    text = f"{seed} {matrix.site} {rows[0]}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
