@@ -12,6 +12,55 @@ from functools import cached_property
 
 from adaptmerge.lazy import torch
 
+MOST_CELLS = 4096  # beyond these a search is as fast
+EXACT = 1.5  # blocks per direction from which on the scales can take up every error
+SOFT = 1e4  # strength of a solve that cannot: more would cost noise
+MOST = 0.5  # the largest relative change of a scale
+TURNS = 8  # a part of the blocks that are left whose scales are rounded together
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Equal cells on an axis, each with at most one of the points that part one code from the next: the
+    code of a value is the number of points in the cells before its own, and one comparison.
+
+    Which cell a value is in may be rounded, but is monotone, so the answer is exact.
+    """
+
+    start: float
+    step: float
+    points: torch.Tensor  # of each cell; infinity where it has none
+    before: torch.Tensor  # how many points there are in earlier cells, int32
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """The cells of values, int32."""
+        cell = values.sub(self.start).mul_(self.step)
+        return cell.clamp_(0, len(self.points) - 1).to(torch.int32)
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """The codes of values, uint8; on a point the lower one."""
+        cell = self.of(values).reshape(-1)
+        point = self.points.index_select(0, cell).view(values.shape)
+        above = torch.gt(values, point, out=point).to(torch.int32)
+        return self.before.index_select(0, cell).view(values.shape).add_(above).to(torch.uint8)
+
+
+def cells_of(points: torch.Tensor) -> Cells | None:
+    """The cells for ascending points; None where they would be too many."""
+    gaps = points.diff()
+    least = float(gaps[gaps > 0].min()) if bool((gaps > 0).any()) else 0.0
+    width = float(points[-1] - points[0]) if len(points) else 0.0
+    count = int(2 * width / least) + 2 if least > 0 else MOST_CELLS + 1
+    if count > MOST_CELLS or bool((gaps <= 0).any()):
+        return None
+    cells = Cells(float(points[0]) - least, 2 / least, torch.zeros(count + 2), torch.zeros(1))
+    owners = cells.of(points).long()
+    if len(set(owners.tolist())) < len(points):
+        return None
+    held = torch.full((count + 2,), torch.inf).index_put_((owners,), points)
+    before = (owners < torch.arange(count + 2)[:, None]).sum(1)
+    return replace(cells, points=held, before=before.to(torch.int32))
+
 
 @dataclass(frozen=True, eq=False)
 class BlockGrid:
@@ -56,16 +105,25 @@ class BlockGrid:
         assert self.table is not None
         return (self.table[:-1] + self.table[1:]) / 2
 
+    @cached_property
+    def _cells(self) -> Cells | None:
+        return cells_of(self._middles)
+
+    @cached_property
+    def _inverse(self) -> torch.Tensor:
+        return torch.where(self.scale == 0, 0.0, 1 / self.scale)
+
     def codes(self, values: torch.Tensor, columns: slice) -> torch.Tensor:
         """The codes (rows, columns), uint8, of the nearest values; where the scale is 0 that of level 0."""
         level = values if self.offset is None else values - self.at(self.offset, columns)
-        scale = self.at(self.scale, columns)
-        level = torch.where(scale == 0, 0.0, level / scale)
+        level = level * self.at(self._inverse, columns)
         if self.zero is not None:
-            level = level + self.at(self.zero, columns)
-        if self.table is not None:
+            level += self.at(self.zero, columns)
+        if self.table is None:
+            return level.round_().clamp_(self.low, self.high).sub_(self.low).to(torch.uint8)
+        if self._cells is None:
             return torch.bucketize(level, self._middles).to(torch.uint8)
-        return level.round_().clamp_(self.low, self.high).sub_(self.low).to(torch.uint8)
+        return self._cells.nearest(level)
 
     def values(self, codes: torch.Tensor, columns: slice, out: torch.Tensor) -> torch.Tensor:
         """The values of codes, written into `out`."""
@@ -89,12 +147,6 @@ class BlockGrid:
     def rescaled(self, scale: torch.Tensor) -> BlockGrid:
         """The same grid with other scales."""
         return replace(self, scale=scale)
-
-
-EXACT = 1.5  # blocks per direction from which on the scales can take up every error
-SOFT = 1e4  # strength of a solve that cannot: more would cost noise
-MOST = 0.5  # the largest relative change of a scale
-TURNS = 8  # a part of the blocks that are left whose scales are rounded together
 
 
 def strength_for(blocks: int, width: int, directions: int) -> float:
@@ -145,7 +197,9 @@ def stored_scales(
     scale = grid.scale.double().abs().clamp(min=1e-30)
     size = found.squared.double().sqrt() / scale
     # what a change of each scale does to the error in the basis, per unit of error that it makes
-    along = found.inside.double() * (grid.scale.sign() / (scale * size.clamp(min=1e-30)))[:, :, None]
+    along = (
+        found.inside.double() * (grid.scale.sign() / (scale * size.clamp(min=1e-30)))[:, :, None]
+    )
     rest = torch.einsum("nbr,nbs->nrs", along, along)
     rest = rest + torch.eye(along.shape[2], dtype=torch.float64) / SOFT
     state = torch.zeros(along.shape[0], along.shape[2], dtype=torch.float64)

@@ -118,13 +118,17 @@ def fuse(
 
 def _show(output: str, report: FuseReport) -> None:
     weights = report.options["weights"]
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for item in report.inputs:
         loss = report.adapters.get(item["name"])
         known = (None,) * 4 if loss is None else (loss.norm, loss.relative, loss.gain, loss.sub)
         rows.append((item["name"], item["format"], weights[item["name"]], *known))
-    heads = ("adapter", "format", "weight", "norm", "|dW|/|W|", "gain", "sub")
-    table(heads, rows, right=(2, 3, 4, 5, 6))
+    heads = ["adapter", "format", "weight", "norm", "|dW|/|W|", "gain", "sub"]
+    floors = {name: loss.floor for name, loss in report.adapters.items()}
+    if any(floor is not None for floor in floors.values()):
+        heads.append("floor")
+        rows = [(*row, floors.get(str(row[0]))) for row in rows]
+    table(heads, rows, right=range(2, len(heads)))
     kinds = [site.rounding for site in report.sites]
     rounded = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     click.echo(

@@ -16,6 +16,7 @@ from adaptmerge.fuse import folder
 from adaptmerge.fuse.executors import EXECUTORS, Job
 from adaptmerge.fuse.journal import Journal, unpacked
 from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
+from adaptmerge.fuse.quantised import running_dtype
 from adaptmerge.fuse.report import (
     AdapterLoss,
     FuseReport,
@@ -179,25 +180,37 @@ def _check_prediction(plan: FusePlan) -> None:
 def _check_loss(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> None:
     """Raises CannotMerge for adapters that rounding has taken away."""
     problems = [
-        f"{name}: rounding leaves {_percent(loss.gain)} of what it adds (gain)"
-        + (
-            f", with an error of {_percent(loss.sub)} of it in its inputs' space"
-            if loss.sub
-            else ""
-        )
+        f"{name}: {_how_lost(loss, options.max_loss)}"
         for name, loss in adapters.items()
         if _is_lost(loss, options.max_loss)
     ]
     if problems and "loss" not in options.allow:
-        advice = (
-            "use --rounding adaptive, a wider --dtype, or pass --allow loss to keep what is left"
+        raise CannotMerge(problems)
+
+
+def _how_lost(loss: AdapterLoss, most: float) -> str:
+    if _drowns(loss, most):
+        return (
+            "is too small for this base: the weights it is run with are rounded to 16 bits, and that alone "
+            f"makes an error of {_percent(loss.floor)} of what it adds: keep it an adapter, fuse into wider "
+            "weights (--quant fp32), or pass --allow loss"
         )
-        raise CannotMerge([*problems[:-1], f"{problems[-1]}: {advice}"])
+    error = (
+        f", with an error of {_percent(loss.sub)} of it in its inputs' space" if loss.sub else ""
+    )
+    return (
+        f"rounding leaves {_percent(loss.gain)} of what it adds (gain){error}: use --rounding adaptive, "
+        "wider weights (--dtype, --quant), or pass --allow loss to keep what is left"
+    )
 
 
 def _is_lost(loss: AdapterLoss, most: float) -> bool:
     small = loss.gain is not None and loss.gain < KEPT
-    return small or (loss.sub is not None and loss.sub > most)
+    return small or (loss.sub is not None and loss.sub > most) or _drowns(loss, most)
+
+
+def _drowns(loss: AdapterLoss, most: float) -> bool:
+    return loss.floor is not None and loss.floor > most
 
 
 def _percent(value: float | None) -> str:
@@ -226,7 +239,7 @@ def _report(
     files: Mapping[str, str],
     digests: Mapping[str, Mapping[str, str]],
 ) -> FuseReport:
-    adapters = losses(lines)
+    adapters = losses(lines, running_dtype(plan.view))
     named, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
     notes += _backward(plan, lines)
@@ -264,14 +277,11 @@ def _report(
 
 
 def _lost_notes(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> list[Note]:
+    found = {n: loss for n, loss in adapters.items() if _is_lost(loss, options.max_loss)}
+    said = {name: _how_lost(loss, options.max_loss) for name, loss in found.items()}
     return [
-        Note(
-            Kind.APPROXIMATED,
-            f"rounding leaves {_percent(loss.gain)} of what it adds, as allowed",
-            input=name,
-        )
-        for name, loss in adapters.items()
-        if _is_lost(loss, options.max_loss)
+        Note(Kind.APPROXIMATED, f"{what.rpartition(': ')[0]}, as allowed", input=name)
+        for name, what in said.items()
     ]
 
 

@@ -201,7 +201,8 @@ def own_direction(
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Sums of squares over some rows of a matrix: of the weight, of the delta, of the rounding error; per
-    part of what it adds, of the error in its inputs' space, and error times what it adds."""
+    part of what it adds, of the error in its inputs' space, and error times what it adds. moved: how many
+    codes of a quantised weight are others than before."""
 
     weight: float
     delta: float
@@ -209,6 +210,7 @@ class Measured:
     added: tuple[float, ...]
     inside: tuple[float | None, ...]
     inner: tuple[float, ...]
+    moved: int = 0
 
     def plus(self, other: Measured) -> Measured:
         """Over the rows of both."""
@@ -219,6 +221,7 @@ class Measured:
             tuple(map(sum, zip(self.added, other.added, strict=True))),
             tuple(map(_sum_known, self.inside, other.inside)),
             tuple(map(sum, zip(self.inner, other.inner, strict=True))),
+            self.moved + other.moved,
         )
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from adaptmerge.base import Base
+from adaptmerge.files.dtypes import BF16, F16, DType
 from adaptmerge.files.refs import computed
 from adaptmerge.packed import Dequantised, Packed, scheme_of
 
@@ -37,3 +38,13 @@ def view_of(stored: Base) -> View:
     tensors |= {name: computed(Dequantised(one), name) for name, one in packed.items()}
     config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
     return View(replace(stored, tensors=tensors, config=config), stored, scheme.name, packed)
+
+
+def running_dtype(view: View) -> DType | None:
+    """What a quantised base computes with its weights in, as its config says; None for float32."""
+    if view.scheme is None:
+        return None
+    config = view.stored.config
+    said = config.get("quantization_config") or {}
+    named = said.get("bnb_4bit_compute_dtype") or config.get("torch_dtype") or config.get("dtype")
+    return {"float16": F16, "float32": None}.get(str(named).removeprefix("torch."), BF16)

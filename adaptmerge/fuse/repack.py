@@ -50,12 +50,11 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Requantised:
-    """Codes (rows, in) on a grid, what rounding did to each part, and how many codes have moved."""
+    """Codes (rows, in) on a grid, and what rounding did to each part."""
 
     codes: torch.Tensor
     grid: BlockGrid
     measured: Measured
-    moved: int
 
 
 def choose_packed(packing: Packing, asked: str) -> Choice:
@@ -86,9 +85,7 @@ def requantise(packing: Packing, rounding: str, scales: str, seed: int) -> Requa
     for one in found[1:]:
         total = total.plus(one.measured)
     codes = torch.cat([one.codes for one in found])
-    return Requantised(
-        codes, joined([one.grid for one in found]), total, sum(f.moved for f in found)
-    )
+    return Requantised(codes, joined([one.grid for one in found]), total)
 
 
 def joined(grids: list[BlockGrid]) -> BlockGrid:
@@ -121,7 +118,7 @@ def requantise_rows(
         found = round_nearest(target, grid, delta.basis, keep=keep)
     measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
     moved = int((found.codes != before).sum())
-    return Requantised(found.codes, grid, measured, moved)
+    return Requantised(found.codes, grid, replace(measured, moved=moved))
 
 
 def _adaptive(

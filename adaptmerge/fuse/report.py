@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from adaptmerge.errors import InputError
+from adaptmerge.factors import rank_bound
+from adaptmerge.files.dtypes import DType
 from adaptmerge.files.strict_json import dump
 from adaptmerge.fuse.matrix import Measured
 from adaptmerge.fuse.repack import packed_error
 from adaptmerge.fuse.run import Line
-from adaptmerge.fuse.settle import grid_error
+from adaptmerge.fuse.settle import GRID_ERROR, grid_error
 from adaptmerge.graph import Note
 from adaptmerge.report import FILE
 
@@ -24,9 +26,13 @@ COMMAND = "fuse"
 
 @dataclass(frozen=True, slots=True)
 class FusedSite:
-    """One matrix of a fused model. gain: how much of each adapter's delta arrived, 1 is all; sub: the error
-    in the space of its inputs, relative to the delta (None: it is of full rank). predicted: the gain that
-    nearest rounding would have had. Norms are absolute (Frobenius)."""
+    """One matrix of a fused model.
+
+    gain: how much of each adapter's delta arrived, 1 is all; sub: the error in the space of its inputs,
+    relative to the delta (None: it is of full rank). predicted: the gain that nearest rounding would have
+    had. Norms are absolute (Frobenius). grid: |error| / |W| that what it is stored as has by itself. moved:
+    the share of a quantised weight's codes that changed.
+    """
 
     site: str
     tensor: str
@@ -42,16 +48,19 @@ class FusedSite:
     delta_norm: float
     error: float
     grid: float
+    moved: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoss:
-    """What rounding did to one adapter over all sites."""
+    """What rounding did to one adapter over all sites. floor: of a quantised base the error that computing
+    with its weights in 16 bits makes in the space of the adapter's inputs, whatever is stored."""
 
     norm: float
     gain: float | None
     sub: float | None
     relative: float
+    floor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,7 @@ def site_of(line: Line) -> FusedSite:
         delta_norm=math.sqrt(measured.delta),
         error=math.sqrt(measured.error),
         grid=_grid_error(line),
+        moved=None if line.packed is None else measured.moved / math.prod(matrix.shape),
     )
 
 
@@ -118,11 +128,11 @@ class _Sums:
     inside: float = 0.0
     thin: float = 0.0
     weight: float = 0.0
-    is_thin: bool = field(default=True)
+    floor: float = 0.0
 
 
-def losses(lines: Sequence[Line]) -> dict[str, AdapterLoss]:
-    """What rounding did to each adapter, over all its sites."""
+def losses(lines: Sequence[Line], running: DType | None = None) -> dict[str, AdapterLoss]:
+    """What rounding did to each adapter, over all its sites; running: what a quantised base computes in."""
     found: dict[str, _Sums] = {}
     for line in lines:
         for i, part in enumerate(line.matrix.parts):
@@ -130,6 +140,9 @@ def losses(lines: Sequence[Line]) -> dict[str, AdapterLoss]:
             sums.added += m.added[i]
             sums.inner += m.inner[i]
             sums.weight += m.weight
+            if running is not None and line.packed is not None:
+                share = rank_bound(part.factor) / line.matrix.shape[1]
+                sums.floor += (GRID_ERROR * running.eps) ** 2 * m.weight * share
             inside = m.inside[i]
             if inside is not None:
                 sums.inside += inside
@@ -143,6 +156,7 @@ def _loss(sums: _Sums) -> AdapterLoss:
         gain=1 + sums.inner / sums.added if sums.added else None,
         sub=math.sqrt(sums.inside / sums.thin) if sums.thin else None,
         relative=math.sqrt(sums.added / sums.weight) if sums.weight else 0.0,
+        floor=math.sqrt(sums.floor / sums.added) if sums.floor and sums.added else None,
     )
 
 

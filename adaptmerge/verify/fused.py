@@ -22,8 +22,9 @@ from adaptmerge.fuse.layout import Fused, Repacked, Tensor
 from adaptmerge.fuse.matrix import PIECE, Matrix, Measured, delta_of, weight_rows
 from adaptmerge.fuse.plan import FusePlan
 from adaptmerge.fuse.quantised import View
-from adaptmerge.fuse.repack import Packing
+from adaptmerge.fuse.repack import Packing, packed_error
 from adaptmerge.fuse.report import FusedSite, FuseReport
+from adaptmerge.fuse.settle import GRID_ERROR
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
@@ -38,6 +39,7 @@ AGREES = 1e-3  # by which a gain computed anew may differ from the reported one
 SHOWN = 3
 EXACT, TIES, DOUBLE, MEASURED = "exact", "near ties", "rounded twice", "measured"
 KEPT, LOST = 0.9, 0.25  # a gain and a sub that models of other tools must reach
+ROUNDED, COMPUTED = 4.0, 0.02  # their error: at most so much of the grid's own, and of the delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Finding:
     how: str
     apart: int
     measured: Measured
+    grid: float  # |error| / |weight| that its dtype or quantisation has by itself
 
 
 @dataclass
@@ -108,7 +111,7 @@ def _look_at(tensor: Tensor, view: View) -> Looked:
             continue
         found.copied += part.ref.dtype == ref.dtype
         if not same_values(_cast(part.ref, ref.dtype), ref):
-            found.problems.append(f"{tensor.name}: {_why_not_copied(part.ref, ref, fused)}")
+            found.problems.append(f"{tensor.name}: {_why_not_copied(tensor.name, ref)}")
         elif part.ref.dtype != ref.dtype and len(ref.shape) == 2:
             found.cast.append((Site(module, param), *_distance(part.ref, ref)))
     return found
@@ -150,8 +153,8 @@ def _cast(ref: TensorRef, dtype: DType) -> TensorRef:
     return ref if ref.dtype == dtype else ref.cast(dtype)
 
 
-def _why_not_copied(meant: TensorRef, stored: TensorRef, fused: Base) -> str:
-    tied = " (is it tied to an embedding that changed?)" if stored.name != meant.name else ""
+def _why_not_copied(name: str, stored: TensorRef) -> str:
+    tied = " (is it tied to an embedding that changed?)" if stored.name != name else ""
     return f"differs from what base and adapters store{tied}"
 
 
@@ -163,7 +166,8 @@ def _finding(name: str, part: Fused, stored: TensorRef) -> Finding:
     def nearest(target: torch.Tensor, _: tuple[int, int]) -> torch.Tensor:
         return FloatGrid(dtype, torch.float64).near(target)
 
-    return _compared(name, part.matrix, lambda rows: ref.slice(0, *rows).read(), nearest)
+    grid = GRID_ERROR * ref.dtype.eps if ref.dtype.is_float else 0.0
+    return _compared(name, part.matrix, lambda rows: ref.slice(0, *rows).read(), nearest, grid)
 
 
 def _packed_finding(name: str, packing: Packing, stored: Packed) -> Finding:
@@ -175,7 +179,8 @@ def _packed_finding(name: str, packing: Packing, stored: Packed) -> Finding:
         codes = grid.codes(target.float(), columns)
         return grid.values(codes, columns, torch.empty(target.shape)).double()
 
-    return _compared(name, packing.matrix, lambda rows: dequantised(stored, rows), nearest)
+    grid = packed_error(packing.packed)
+    return _compared(name, packing.matrix, lambda rows: dequantised(stored, rows), nearest, grid)
 
 
 def _compared(
@@ -183,6 +188,7 @@ def _compared(
     matrix: Matrix,
     read: Callable[[tuple[int, int]], torch.Tensor],
     nearest: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    grid: float,
 ) -> Finding:
     """Stored rows against the nearest to weight plus delta, a few at a time."""
     total: Measured | None = None
@@ -193,7 +199,7 @@ def _compared(
         apart, off, twice = apart + differing, off + far, twice and double
     assert total is not None
     how = EXACT if not apart else TIES if not off else DOUBLE if twice else MEASURED
-    return Finding(name, matrix, how, apart, total)
+    return Finding(name, matrix, how, apart, total, grid)
 
 
 def _rows(
@@ -226,7 +232,8 @@ def _rows(
 def _other_rows(matrix: Matrix, rows: tuple[int, int]) -> torch.Tensor:
     """The rows that no token replaces."""
     taken = {n - rows[0] for numbers, _ in matrix.tokens for n in numbers}
-    return torch.tensor([i for i in range(rows[1] - rows[0]) if i not in taken])
+    kept = [i for i in range(rows[1] - rows[0]) if i not in taken]
+    return torch.tensor(kept, dtype=torch.long)
 
 
 def _certificate(
@@ -369,9 +376,15 @@ def _too_far(finding: Finding) -> list[str]:
         )
         if (gain is not None and gain < KEPT) or (sub is not None and sub > LOST)
     ]
-    if far or finding.matrix.parts:
-        return far
-    return [f"{finding.matrix.site}: {finding.apart} entries differ from what is promised"]
+    if not finding.matrix.parts:
+        far = [f"{finding.matrix.site}: {finding.apart} entries differ from what is promised"]
+    size, weight, delta = (math.sqrt(x) for x in (measured.error, measured.weight, measured.delta))
+    if not far and size > ROUNDED * finding.grid * weight + COMPUTED * delta:
+        far = [
+            f"{finding.matrix.site}: is further from weight plus delta than rounding explains "
+            f"({size / max(weight, 1e-300):.1e} of the weight): was something else fused, too?"
+        ]
+    return far
 
 
 __all__ = ["Finding", "Looked", "check_weights", "look"]
