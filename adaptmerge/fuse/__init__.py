@@ -192,8 +192,8 @@ def _how_lost(loss: AdapterLoss, most: float) -> str:
     if _drowns(loss, most):
         return (
             "is too small for this base: the weights it is run with are rounded to 16 bits, and that alone "
-            f"makes an error of {_percent(loss.floor)} of what it adds: keep it an adapter, fuse into wider "
-            "weights (--quant fp32), or pass --allow loss"
+            f"makes an error of {_percent(loss.floor)} of what it adds: keep it an adapter, fuse into "
+            "wider weights (--quant fp32), or pass --allow loss"
         )
     error = (
         f", with an error of {_percent(loss.sub)} of it in its inputs' space" if loss.sub else ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from adaptmerge.blocks import at_once
-from adaptmerge.factors import Factor, Product, Sum, rank_bound, refs_of
+from adaptmerge.factors import Diag, Factor, Leaf, Product, Sum, rank_bound, refs_of
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import TensorRef, remembered
 from adaptmerge.graph import Site
@@ -181,6 +181,28 @@ def target_rows(
         if value is not None:
             target += value
     return target, dense, weight
+
+
+def row_factor(matrix: Matrix, delta: Delta, rows: tuple[int, int]) -> torch.Tensor | None:
+    """What every row of the weight is multiplied by (rows, 1), where all that is added beside low-rank
+    parts are such factors (IA3 on outputs, the norms of DoRA); None where anything else is."""
+    total = None
+    for scale, factor in (one for dense in delta.dense for one in dense):
+        found = _row_scaling(factor, matrix.weight)
+        if found is None:
+            return None
+        added = found.ref.read().double().flatten()[slice(*rows)] * scale * factor.scale  # type: ignore[attr-defined]
+        total = added if total is None else total + added
+    return None if total is None else (1 + total)[:, None].to(working_dtype(matrix))
+
+
+def _row_scaling(factor: Factor, weight: TensorRef) -> Diag | None:
+    """The vector of a diag(v) W of the very weight that it is added to."""
+    if not isinstance(factor, Product) or len(factor.parts) != 2:
+        return None
+    left, right = factor.parts
+    own = isinstance(right, Leaf) and right.ref == weight
+    return left if own and isinstance(left, Diag) else None
 
 
 def own_direction(

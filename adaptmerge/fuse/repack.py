@@ -21,6 +21,7 @@ from adaptmerge.fuse.matrix import (
     feedback_of,
     measure,
     own_direction,
+    row_factor,
     target_rows,
 )
 from adaptmerge.fuse.settle import AUTO, Choice
@@ -38,6 +39,7 @@ from adaptmerge.rounding import (
 
 KEEP, SOLVE = "keep", "solve"
 SCALES = (KEEP, SOLVE)
+SMALLEST = 1e-3  # a factor that a scale is multiplied by: 0 would leave nothing to choose codes for
 SAMPLE = 64  # rows that a prediction looks at
 
 
@@ -111,7 +113,9 @@ def requantise_rows(
     delta = delta_of(matrix)
     keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
     if rounding == ADAPTIVE:
-        found, grid = _adaptive(packing, rows, target, grid, delta, dense, scales)
+        grid, folded = _with_row_factor(packing, rows, grid, delta, scales)
+        own = None if folded else dense
+        found, grid = _adaptive(packing, rows, target, grid, delta, own, scales)
     elif rounding == STOCHASTIC:
         found = _stochastic(target, grid, delta, _seed(seed, matrix, rows))
     else:
@@ -127,22 +131,38 @@ def _adaptive(
     target: torch.Tensor,
     grid: BlockGrid,
     delta: Delta,
-    dense: list[torch.Tensor | None],
+    dense: list[torch.Tensor | None] | None,
     scales: str,
 ) -> tuple[Rounded, BlockGrid]:
-    """Codes with feedback; then scales, where they can be chosen, unless that makes things worse."""
+    """Codes with feedback, along each row's own delta where `dense` is given; then scales, where they can
+    be chosen, unless that makes things worse."""
     directions = delta.basis.shape[1]
-    free = scales == SOLVE and directions > 0
+    free = scales == SOLVE and directions > 0 and grid.blocks > 1
     free = free and packing.packed.nearest_scales(grid.scale, rows) is not None
     width = packing.matrix.shape[1] // max(1, grid.blocks)
     strength = strength_for(grid.blocks, width, directions) if free else SOFT
     full = not delta.is_thin or not directions
-    own = own_direction(delta, rows, dense, target) if full and packing.matrix.parts else None
+    own = None
+    if full and dense is not None and packing.matrix.parts:
+        own = own_direction(delta, rows, dense, target)
     feed = feedback_of(packing.matrix, strength)
     found = round_adaptive(target, grid, feed, own, keep=full)
     if not free:
         return found, grid
     return _with_scales(packing.packed, rows, target, grid, delta, found, keep=full)
+
+
+def _with_row_factor(
+    packing: Packing, rows: tuple[int, int], grid: BlockGrid, delta: Delta, scales: str
+) -> tuple[BlockGrid, bool]:
+    """The grid with what multiplies whole rows in its scales, and whether it is: codes then stay right."""
+    factor = row_factor(packing.matrix, delta, rows) if scales == SOLVE else None
+    if factor is None or bool((factor.abs() < SMALLEST).any()):
+        return grid, False
+    stored = packing.packed.nearest_scales(grid.scale * factor, rows)
+    if stored is None or grid.offset is not None:
+        return grid, False
+    return grid.rescaled(stored), True
 
 
 def _with_scales(

@@ -177,10 +177,14 @@ class EightBit:
 
     def pack(self, codes: torch.Tensor, grid: BlockGrid) -> dict[str, torch.Tensor]:
         stored = (codes.int() + LOW).to(torch.int8)
-        return {f"{self.module}.weight": stored}
+        before = self.scale.read()
+        scale = grid.scale.view(before.shape)
+        # dividing what was multiplied is not always exact
+        kept = torch.where(before * INT8_STEP == scale, before, scale / INT8_STEP)
+        return {f"{self.module}.weight": stored, f"{self.module}.SCB": kept.to(before.dtype)}
 
     def nearest_scales(self, scale: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor | None:
-        return None  # one scale a row: too few to fit anything
+        return scale
 
 
 def _bytes(ref: TensorRef) -> torch.Tensor:
