@@ -15,6 +15,7 @@ from bench.shapes import BYTES, HIDDEN, SHAPES, TENSORS
 from bench.worker import RANK
 
 ROOT = Path(__file__).parent.parent
+ROUNDINGS = ("nearest", "adaptive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Sizes:
     file_layers: int = 384  # of the file to inspect that has many tensors: 1 GB at rank 16
     peft_rounds: int = 2
     rounds: int = 7
+    model: str = "1.1B"  # that is fused into
+    models: tuple[str, ...] = ("0.3B", "1.1B", "3B")  # for memory
+    model_rounds: int = 5
+    large_rounds: int = 3  # of the largest model
 
     @property
     def file_bytes(self) -> int:
@@ -37,7 +42,16 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    layers=4, square=512, square_layers=8, adapters=4, file_layers=24, peft_rounds=1, rounds=3
+    layers=4,
+    square=512,
+    square_layers=8,
+    adapters=4,
+    file_layers=24,
+    peft_rounds=1,
+    rounds=3,
+    model="0.3B",
+    models=("0.3B",),
+    model_rounds=1,
 )
 
 
@@ -65,7 +79,13 @@ class Row:
 
 def cases(data: Data, sizes: Sizes) -> list[Case]:
     """All cases, in the order of a round."""
-    return [*_merges(data, sizes), *_memory(data, sizes), *_commands(data, sizes)]
+    return [
+        *_merges(data, sizes),
+        *_memory(data, sizes),
+        *_commands(data, sizes),
+        *_fusing(data, sizes),
+        *_fusing_memory(data, sizes),
+    ]
 
 
 def rows(sizes: Sizes) -> list[Row]:
@@ -97,6 +117,31 @@ def rows(sizes: Sizes) -> list[Row]:
         Row(f"`inspect`, {gigabytes} GB, {usual}", "inspect", start, "python", "< 0.4 s"),
         Row(f"`inspect`, {gigabytes} GB, {extreme}", "inspect-many", start, "python", "< 0.4 s"),
         Row("`--help`", "help", start, "python", "< 0.25 s"),
+        *_fusing_rows(sizes),
+    ]
+
+
+def _fusing_rows(sizes: Sizes) -> list[Row]:
+    peft, first, *others = "PEFT", *sizes.models
+
+    def fuse(kind: str) -> str:
+        return f"`fuse` {kind}, {sizes.model}"
+
+    def memory(kind: str, size: str, against: str, reference: str, goal: str) -> Row:
+        title = f"memory, `fuse` {kind}, {size}"
+        return Row(title, f"memory-{kind}-{size}", against, reference, goal)
+
+    nearest, adaptive = (fuse(kind) for kind in ROUNDINGS)
+    return [
+        Row(nearest, "fuse-nearest", "`cp -r` and `sync`", "fuse-copy", "<= 1.3 x"),
+        Row(nearest, "fuse-nearest", peft, "fuse-peft", ">= 2 x faster", faster=True),
+        Row(adaptive, "fuse-adaptive", "nearest", "fuse-nearest", "<= 1.5 x"),
+        *(memory(kind, sizes.model, peft, "memory-peft", "< 0.17 x") for kind in ROUNDINGS),
+        *(
+            memory(kind, size, first, f"memory-{kind}-{first}", "1 x")
+            for kind in ROUNDINGS
+            for size in others
+        ),
     ]
 
 
@@ -137,6 +182,49 @@ def _memory(data: Data, sizes: Sizes) -> list[Case]:
     return [
         *(Case(f"memory-{n}", "MB", partial(peak, 2, n)) for n in _depths(sizes)),
         Case("memory-adapters", "MB", partial(peak, sizes.adapters, few)),
+    ]
+
+
+def _fusing(data: Data, sizes: Sizes) -> list[Case]:
+    def inputs(size: str) -> list[str]:
+        return [data.model(size), data.model_adapter(size)]
+
+    def fuse(kind: str) -> float:
+        output = data.output(f"fuse-{kind}")
+        return _worker("fuse", kind, *inputs("tiny"), output, *inputs(sizes.model))
+
+    def copy() -> float:
+        return _worker("copy-model", data.output("fuse-copy"), data.model(sizes.model))
+
+    def peft() -> float:
+        return _worker("fuse-peft", data.output("fuse-peft"), *inputs(sizes.model))
+
+    most = sizes.model_rounds
+    return [
+        *(Case(f"fuse-{kind}", "s", partial(fuse, kind), most) for kind in ROUNDINGS),
+        Case("fuse-copy", "s", copy, most),
+        Case("fuse-peft", "s", peft, most),
+    ]
+
+
+def _fusing_memory(data: Data, sizes: Sizes) -> list[Case]:
+    def inputs(size: str) -> list[str]:
+        return [data.output("fuse-memory"), data.model(size), data.model_adapter(size)]
+
+    def fuse(kind: str, size: str) -> float:
+        return _worker("memory-fuse", kind, *inputs(size))
+
+    def peft() -> float:
+        return _worker("memory-fuse-peft", *inputs(sizes.model))
+
+    most = dict.fromkeys(sizes.models, sizes.model_rounds) | {sizes.models[-1]: sizes.large_rounds}
+    return [
+        *(
+            Case(f"memory-{kind}-{size}", "MB", partial(fuse, kind, size), most[size])
+            for kind in ROUNDINGS
+            for size in sizes.models
+        ),
+        Case("memory-peft", "MB", peft, sizes.large_rounds),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The adapters that are measured on: made once, in a folder of their own."""
+"""The adapters and models that are measured on: made once, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from bench.models import make_model, make_model_adapter
 from bench.shapes import CONFIG, make_adapter, make_large, squares
 
 
 class Data:
-    """Synthetic adapters in a folder, made when first asked for."""
+    """Synthetic adapters and models in a folder, made when first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,14 +32,21 @@ class Data:
         """One adapter of that many layers and that rank."""
         return self._once(f"large-{layers}-{rank}", partial(make_large, layers=layers, rank=rank))
 
+    def model(self, size: str) -> str:
+        """A base model of that size."""
+        return self._once(f"model-{size}", partial(make_model, size=size), "config.json")
+
+    def model_adapter(self, size: str) -> str:
+        """An adapter of all linears of the model of that size."""
+        return self._once(f"model-{size}-adapter", partial(make_model_adapter, size=size))
+
     def output(self, case: str) -> str:
         """Where a case may write."""
         return str(self.folder / f"out-{case}")
 
-    def _once(self, name: str, make: Callable[[Path], Path]) -> str:
+    def _once(self, name: str, make: Callable[[Path], Path], last: str = CONFIG) -> str:
         path = self.folder / name
-        # the config is written last
-        if not (path / CONFIG).exists():
+        if not (path / last).exists():  # the file that is written last
             shutil.rmtree(path, ignore_errors=True)
             make(path)
         return str(path)

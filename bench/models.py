@@ -14,6 +14,7 @@ from bench.shapes import Shapes, make_adapter
 SHARD = 600 << 20
 # name: hidden, keys and values, feed-forward, layers, heads
 SIZES = {
+    "tiny": (64, 32, 128, 2, 4),
     "0.3B": (1024, 256, 2816, 22, 16),
     "1.1B": (2048, 256, 5632, 22, 32),
     "3B": (3072, 1024, 8192, 26, 24),

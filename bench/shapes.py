@@ -57,7 +57,7 @@ def make_adapter(
         tensors[f"{key}.lora_B.weight"] = up.to(torch.bfloat16)
     folder.mkdir(parents=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    _write_config(folder, rank, shapes)
+    write_config(folder, rank, shapes)
     return folder
 
 
@@ -78,15 +78,16 @@ def make_large(folder: Path, *, layers: int, rank: int = 16) -> Path:
         file.write(len(text).to_bytes(8, "little") + text)
         for _ in range(layers):
             file.write(layer)
-    _write_config(folder, rank, SHAPES)
+    write_config(folder, rank, SHAPES)
     return folder
 
 
-def _write_config(folder: Path, rank: int, shapes: Shapes) -> None:
+def write_config(folder: Path, rank: int, shapes: Shapes, alpha: int | None = None) -> None:
+    """The config of a LoRA of that rank; alpha is twice the rank where it is not given."""
     config = {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": 2 * rank,
+        "lora_alpha": 2 * rank if alpha is None else alpha,
         "target_modules": sorted(name.split(".")[1] for name in shapes),
         "base_model_name_or_path": "bench/llama-3-8b-shapes",
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
 from bench.cases import Row
 
 Samples = Mapping[str, Sequence[float]]
+RIGHT = (1, 3, 5)
 HEAD = ("", "ratio", "goal", "measured", "compared with", "measured")
 
 
@@ -17,10 +18,10 @@ def lines(rows: Sequence[Row], samples: Samples, units: Mapping[str, str]) -> li
     return [list(HEAD), *(_cells(row, samples, units[row.case]) for row in measured)]
 
 
-def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """The table for docs/performance.md."""
+def markdown(cells: Sequence[Sequence[str]], right: Collection[int] = RIGHT) -> str:
+    """The table for the docs, with these columns to the right."""
     head, *body = cells
-    rule = ["---", "---:", "---", "---:", "---", "---:"]
+    rule = ["---:" if i in right else "---" for i in range(len(head))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
@@ -54,7 +55,8 @@ def _cells(row: Row, samples: Samples, unit: str) -> list[str]:
 
 def _ratio(row: Row, ours: float, theirs: float, unit: str) -> str:
     if row.faster:
-        return f"{theirs / ours:,.0f} x faster"
+        ratio = theirs / ours
+        return f"{ratio:,.{1 if ratio < 10 else 0}f} x faster"
     more = f", {ours - theirs:+.0f} MB" if unit == "MB" else ""
     return f"{ours / theirs:.2f} x{more}"
 

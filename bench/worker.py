@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -56,10 +57,49 @@ def peft(size: str) -> float:
 
 def memory(output: str, *inputs: str) -> float:
     """MB of anonymous memory at the peak of a merge, above those when torch was imported."""
+    return _memory_of(lambda: _combine("svd", inputs, output), output, inputs)
+
+
+def fuse(rounding: str, warm_up: str, warm_up_adapter: str, output: str, *inputs: str) -> float:
+    """Seconds of fuse() for a base and an adapter, from the first read to the last byte on disk."""
+    _fuse(rounding, [warm_up, warm_up_adapter], f"{output}-warm-up")
     _settle(inputs, output)
-    with _peak() as peak:
+    with _dropped(output):
+        return _timed(lambda: _fuse(rounding, inputs, output))
+
+
+def copy_model(output: str, base: str) -> float:
+    """Seconds of copying a model to the disk: cp -r, then sync."""
+    _settle([base], output)
+    with _dropped(output):
+        return _timed(lambda: _shell(["cp", "-r", base, output], ["sync"]))
+
+
+def fuse_peft(output: str, *inputs: str) -> float:
+    """Seconds of loading a model, merging an adapter into it and saving it with PEFT."""
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    _settle(inputs, output)
+    with _dropped(output):
+        return _timed(lambda: _fuse_with_peft(inputs, output))
+
+
+def memory_fuse(rounding: str, output: str, *inputs: str) -> float:
+    """MB of anonymous memory at the peak of fuse(), above those when torch was imported."""
+    return _memory_of(lambda: _fuse(rounding, inputs, output), output, inputs)
+
+
+def memory_fuse_peft(output: str, *inputs: str) -> float:
+    """The same of PEFT's way."""
+    return _memory_of(lambda: _fuse_with_peft(inputs, output), output, inputs)
+
+
+def _memory_of(work: Callable[[], object], output: str, inputs: Sequence[str]) -> float:
+    _settle(inputs, output)
+    with _dropped(output), _peak() as peak:
         before = peak[0]
-        _combine("svd", inputs, output)
+        work()
     return (peak[0] - before) / 1e6
 
 
@@ -76,6 +116,33 @@ def _combine(method: str, inputs: Sequence[str], output: str) -> None:
 
     specs = [InputSpec(source) for source in inputs]
     combine(specs, Path(output), Options(method=method, jobs=WORKERS, force=True))
+
+
+def _fuse(rounding: str, inputs: Sequence[str], output: str) -> None:
+    from adaptmerge.fuse import FuseOptions, fuse
+    from adaptmerge.inputs import InputSpec
+
+    base, *adapters = inputs
+    options = FuseOptions(
+        rounding=rounding, jobs=WORKERS, force=True, allow=frozenset({"loss"}), total=True
+    )
+    fuse(base, [InputSpec(source) for source in adapters], Path(output), options)
+
+
+def _fuse_with_peft(inputs: Sequence[str], output: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    base, adapter = inputs
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+
+
+def _shell(*commands: Sequence[str]) -> None:
+    for command in commands:
+        subprocess.run(command, check=True)
 
 
 def _bare(inputs: Sequence[str]) -> Callable[[], None]:
@@ -116,11 +183,20 @@ def _peft_model(size: int):  # type: ignore[no-untyped-def]
 def _settle(inputs: Sequence[str], output: str) -> None:
     """The same state for all: no output, nothing waiting to be written, inputs in the page cache."""
     shutil.rmtree(output, ignore_errors=True)
-    for source in inputs:
-        with (Path(source) / TENSORS).open("rb") as file:
+    for path in [path for source in inputs for path in Path(source).glob("*.safetensors")]:
+        with path.open("rb") as file:
             while file.read(1 << 20):
                 pass
     os.sync()
+
+
+@contextmanager
+def _dropped(output: str) -> Iterator[None]:
+    """Removes the output at the end: models are large."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
 
 
 @contextmanager
@@ -154,6 +230,11 @@ MEASURES: dict[str, Callable[..., float]] = {
     "copy": copy,
     "peft": peft,
     "memory": memory,
+    "fuse": fuse,
+    "copy-model": copy_model,
+    "fuse-peft": fuse_peft,
+    "memory-fuse": memory_fuse,
+    "memory-fuse-peft": memory_fuse_peft,
 }
 
 if __name__ == "__main__":

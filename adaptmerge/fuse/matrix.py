@@ -114,7 +114,9 @@ def _delta_of(matrix: Matrix) -> Delta:
         else:
             sides.append(None)
     downs = [down for side in sides if side is not None for down in side[1:]]
-    basis = row_space(downs) if downs else torch.zeros(matrix.shape[1], 0, dtype=torch.float64)
+    # what is not finite spans nothing, and is named once it is written
+    spans = bool(downs) and all(bool(torch.isfinite(down).all()) for down in downs)
+    basis = row_space(downs) if spans else torch.zeros(matrix.shape[1], 0, dtype=torch.float64)
     if basis.shape[1] > matrix.shape[1] // BASIS:
         basis = basis[:, :0]
     thin = [None if side is None else _thin(*side, basis) for side in sides]

@@ -30,7 +30,7 @@ from adaptmerge.rounding import (
 )
 
 AUTO = "auto"
-ENOUGH = 0.99  # a gain from which on nearest rounding is as good
+ENOUGH, LITTLE = 0.99, 0.05  # a gain and a sub with which nearest rounding is as good
 SAMPLE, RUNS = 16, 4  # rows that a prediction looks at, and in how many places
 WIDE = 32  # bits from which on rounding loses nothing that matters
 GRID_ERROR = 0.2125  # |error| / |w| of rounding to nearest, in units of eps, for Gaussian weights
@@ -57,16 +57,17 @@ def choose(matrix: Matrix, asked: str) -> Choice:
         return Choice(NEAREST, ())
     if asked == STOCHASTIC or matrix.dtype.bits >= WIDE:
         return Choice(STOCHASTIC if asked == STOCHASTIC else NEAREST, ())
-    found = tuple(_predicted(matrix))
-    lost = any(gain is not None and abs(gain - 1) > 1 - ENOUGH for gain in found)
-    return Choice((ADAPTIVE if lost else NEAREST) if asked == AUTO else asked, found)
+    found = _predicted(matrix)
+    lost = any(gain is not None and abs(gain - 1) > 1 - ENOUGH for gain in found.gains)
+    lost = lost or any(sub is not None and sub > LITTLE for sub in found.subs)
+    return Choice((ADAPTIVE if lost else NEAREST) if asked == AUTO else asked, tuple(found.gains))
 
 
-def _predicted(matrix: Matrix) -> list[float | None]:
-    """The gains of nearest rounding, from a few rows evenly spread."""
+def _predicted(matrix: Matrix) -> Measured:
+    """What nearest rounding does to a few rows evenly spread."""
     count = matrix.shape[0]
     if matrix.whole or count <= SAMPLE * RUNS:
-        return settle_rows(matrix, (0, count), NEAREST, 0).measured.gains
+        return settle_rows(matrix, (0, count), NEAREST, 0).measured
     starts = range(0, count - SAMPLE, (count - SAMPLE) // (RUNS - 1))
     found = [
         settle_rows(matrix, (start, start + SAMPLE), NEAREST, 0).measured for start in starts[:RUNS]
@@ -74,7 +75,7 @@ def _predicted(matrix: Matrix) -> list[float | None]:
     total = found[0]
     for one in found[1:]:
         total = total.plus(one)
-    return total.gains
+    return total
 
 
 def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int) -> Rows:
