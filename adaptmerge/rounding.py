@@ -23,7 +23,7 @@ from adaptmerge.lazy import torch
 NEAREST, STOCHASTIC, ADAPTIVE = "nearest", "stochastic", "adaptive"
 ROUNDINGS = (NEAREST, STOCHASTIC, ADAPTIVE)
 STRENGTH = 1e4  # of the error in the deltas' directions; above 1e6 noise elsewhere grows
-OWN_STRENGTH = 1e2  # of the error along a row's own delta: more would cost the common directions
+OWN_STRENGTH = 1e2  # of that along a row's own delta, where more would cost the common directions
 BLOCKS = ((64, 256), (8, 32), (1, 0))  # columns rounded together, until so many are left
 FLAT = 1e-6  # singular values below this share of the largest span no direction
 
@@ -187,7 +187,8 @@ def round_adaptive(
     own: one further direction (rows, in) of each row, unit or zero, orthogonal to the basis.
     """
     state = target.new_zeros(target.shape[0], feed.basis.shape[1])
-    along = None if own is None else _Own(own)
+    strength = OWN_STRENGTH if state.shape[1] else STRENGTH
+    along = None if own is None else _Own(own, strength)
     codes, errors, squared = None, torch.empty_like(target) if keep else None, 0.0
     for start, stop, gains in feed.steps:
         columns = slice(start, stop)
@@ -212,13 +213,13 @@ def round_adaptive(
 class _Own:
     """The feedback of one direction per row."""
 
-    def __init__(self, direction: torch.Tensor) -> None:
-        self._direction = direction
+    def __init__(self, direction: torch.Tensor, strength: float) -> None:
+        self._direction, self._slack = direction, 1 / strength
         self._left = direction.square().sum(1, keepdim=True)
         self._state = torch.zeros_like(self._left)
 
     def correction(self, columns: slice) -> torch.Tensor:
-        return self._state / (self._left + 1 / OWN_STRENGTH) * self._direction[:, columns]
+        return self._state / (self._left + self._slack) * self._direction[:, columns]
 
     def take(self, error: torch.Tensor, columns: slice) -> None:
         part = self._direction[:, columns]

@@ -16,6 +16,7 @@ from adaptmerge.files.paths import inside, plain
 _MARK = ".adaptmerge-"
 _RESUMED = "plan-"  # before the key of work that a later run may take up
 _LOCK = "lock"
+_BUSY = "another run writes this output: wait for it"
 
 
 class Staging:
@@ -75,6 +76,8 @@ class Staging:
 
         Raises OutputError when that fails, after taking back what was moved.
         """
+        # somebody else may have written it meanwhile
+        self._check_free(self.target)
         files = self._staged()
         if main not in files:
             raise ValueError(f"{main!r} was not staged")
@@ -107,7 +110,7 @@ class Staging:
         assert self._lock is not None
         if not self._lock.acquire(self._root / _LOCK):
             self._root = None
-            raise OutputError("another run writes this output: wait for it", where=self._where)
+            raise OutputError(_BUSY, where=self._where)
 
     def __enter__(self) -> Staging:
         return self
@@ -178,16 +181,22 @@ class Staging:
         return f".{self.target.name}{_MARK}"
 
     def _remove_leftovers(self) -> None:
-        for entry in os.scandir(self._anchor):
+        for entry in list(os.scandir(self._anchor)):
             owner = entry.name.removeprefix(self._prefix).partition("-")[0]
             ours = entry.name.startswith(self._prefix) and entry.is_dir(follow_symlinks=False)
             dead = owner.isdecimal() and not _alive(int(owner))
             if ours and (dead or (owner == _RESUMED[:-1] and self._is_left(entry))):
                 shutil.rmtree(entry.path, ignore_errors=True)
+            elif ours and owner == _RESUMED[:-1] and not self._is_own(entry):
+                raise OutputError(_BUSY, where=self._where)
+
+    def _is_own(self, entry: os.DirEntry[str]) -> bool:
+        """Whether a folder is of the very key, for which another lock decides."""
+        return self._key is not None and entry.name == f"{self._prefix}{_RESUMED}{self._key}"
 
     def _is_left(self, entry: os.DirEntry[str]) -> bool:
         """Whether a folder is what a run with another key left, and no run works in it."""
-        if self._key is not None and entry.name == f"{self._prefix}{_RESUMED}{self._key}":
+        if self._is_own(entry):
             return False
         lock = Lock()
         free = lock.acquire(Path(entry.path) / _LOCK)

@@ -23,12 +23,13 @@ from adaptmerge.fuse.repack import SCALES, SOLVE
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
-from adaptmerge.heads import Given, Policies, check_policies, policies
+from adaptmerge.heads import Given, Policies, check_policies, is_vocabulary, policies
 from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
 from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
 from adaptmerge.rounding import ROUNDINGS
+from adaptmerge.runtime.linears import quantised_modules, ties_head
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
 ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
@@ -135,6 +136,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     _check_view(view, options)
     inputs = open_inputs(specs, view.base)
     stored, adapters = _on_copies(view, {item.name: item.adapter for item in inputs})
+    stored, tied = _with_ties(stored, adapters)
     notes = [*_fingerprints(adapters, stored, options)]
     trained_on, said = provenance(adapters, options.trained_on)
     notes += said
@@ -158,7 +160,9 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     _refuse_several(plan)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
-    targets = targets_of(plan, stored, base, Wishes(asked, options.keep_tied, view.packed, wide))
+    targets = targets_of(
+        plan, stored, base, Wishes(asked, options.keep_tied, tied, view.packed, wide)
+    )
     kept = view.stored if view.packed and wide is None else stored
     shards = shards_of(kept, targets.tensors, targets.added, asked)
     notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
@@ -230,6 +234,20 @@ def _on_copies(view: View, adapters: Mapping[str, Adapter]) -> tuple[Base, dict[
     return replicated(base, ranges.pop()), flat
 
 
+def _with_ties(base: Base, adapters: Mapping[str, Adapter]) -> tuple[Base, bool]:
+    """The base with what its class takes for granted in its config, and whether its head is its embedding;
+    only asked where an adapter changes either."""
+    edited = (edit.site.module for adapter in adapters.values() for edit in adapter.edits)
+    if not any(is_vocabulary(module) for module in edited):
+        return base, bool(base.config.get("tie_word_embeddings"))
+    found = ties_head(base.path)
+    said = base.config.get("tie_word_embeddings")
+    tied = bool(said) if found is None else found
+    if tied and said is None:
+        base = replace(base, config={**base.config, "tie_word_embeddings": True})
+    return base, tied
+
+
 def _fingerprints(adapters: Mapping[str, Adapter], base: Base, options: FuseOptions) -> list[Note]:
     """Raises CannotMerge for adapters that say they were made for other weights."""
     other = [
@@ -287,8 +305,6 @@ def _refuse_several(plan: Plan) -> None:
 
 def _linears(base: Base) -> frozenset[str]:
     """The modules of the checkpoint whose weights bitsandbytes would quantise."""
-    from adaptmerge.runtime.linears import quantised_modules
-
     found = (base.locate(module) for module in quantised_modules(base.path))
     return frozenset(module for module in found if module is not None)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from adaptmerge.base import Base
+from adaptmerge.errors import InputError
 from adaptmerge.files.dtypes import BF16, F16, DType
 from adaptmerge.files.refs import computed
 from adaptmerge.packed import Dequantised, Packed, scheme_of
@@ -32,6 +33,11 @@ def view_of(stored: Base) -> View:
     if scheme is None:
         return View(stored, stored)
     found = scheme.find(stored)
+    if any(module.endswith("]") for module in found):
+        raise InputError(
+            f"stacks experts as {scheme.name} does, which cannot be fused into yet: dequantise it first",
+            where=str(stored.path),
+        )
     inside = {name for packed in found.values() for name in packed.tensors}
     tensors = {name: ref for name, ref in stored.tensors.items() if name not in inside}
     packed = {f"{module}.weight": one for module, one in found.items()}

@@ -54,11 +54,13 @@ class Targets:
 class Wishes:
     """How weights are to be written: in which dtype if not their own, and whether tied ones stay one.
 
-    packed: the packed weights of the base by name; wide: the dtype that these are written in instead.
+    tied: whether the model computes with one matrix for tokens and head. packed: the packed weights of the
+    base by name; wide: the dtype that these are written in instead.
     """
 
     dtype: DType | None = None
     keep_tied: bool = False
+    tied: bool = False
     packed: Mapping[str, Packed] = field(default_factory=dict)
     wide: DType | None = None
 
@@ -154,7 +156,7 @@ def _with(change: Change, step: Step, method: Method) -> Change:
 
 def _settle_tied(changes: dict[Place, Change], base: Base, wishes: Wishes, found: Targets) -> None:
     """Heads that share the embedding's matrix: one matrix still, or two from now on."""
-    if not base.config.get("tie_word_embeddings"):
+    if not wishes.tied:
         return
     for head, embedding in _tied_pairs(base):
         inner, outer = changes.get(Place(embedding)), changes.get(Place(head))

@@ -1,9 +1,11 @@
-"""Which modules of a model a loader would quantise."""
+"""What the class of a model says: which modules a loader would quantise, whether its head is tied."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.runtime.models import in_one_sentence, model_class, model_config, quietly
 
@@ -13,9 +15,7 @@ def quantised_modules(base_dir: Path) -> list[str]:
     and what is tied to an embedding."""
     from transformers.pytorch_utils import Conv1D
 
-    config = model_config(base_dir)
-    with quietly(), in_one_sentence(str(base_dir)), torch.device("meta"):
-        model = model_class(config)(config)
+    model = _without_weights(base_dir)
     kept = _kept(model)
     return [
         name
@@ -23,6 +23,26 @@ def quantised_modules(base_dir: Path) -> list[str]:
         if isinstance(module, torch.nn.Linear | Conv1D)
         and not any(name == part or name.startswith(f"{part}.") for part in kept)
     ]
+
+
+def _without_weights(base_dir: Path) -> torch.nn.Module:
+    config = model_config(base_dir)
+    with quietly(), in_one_sentence(str(base_dir)), torch.device("meta"):
+        model: torch.nn.Module = model_class(config)(config)
+    return model
+
+
+def ties_head(base_dir: Path) -> bool | None:
+    """Whether the head of a model computes with the matrix of its input embedding, as its class and config
+    say together; None where there is no such class."""
+    try:
+        model: Any = _without_weights(base_dir)
+    except InputError:
+        return None
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    if inner is None or outer is None:
+        return False
+    return inner.weight is outer.weight or bool(model.config.get_text_config().tie_word_embeddings)
 
 
 def _kept(model: torch.nn.Module) -> list[str]:

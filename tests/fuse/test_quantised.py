@@ -51,11 +51,15 @@ def values(path: Path) -> dict[str, Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path)
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if hasattr(weight, "quant_state"):
-            found[name] = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+            shape = weight.quant_state.shape
+            # as one row: on some processors blocks across rows get each other's scales
+            weight.quant_state.shape = torch.Size((1, shape.numel()))
+            flat = functional.dequantize_4bit(weight.data, weight.quant_state)
+            found[name] = flat.view(shape).float()
         elif hasattr(weight, "SCB"):
             found[name] = functional.int8_vectorwise_dequant(weight.data, weight.SCB).float()
     return found
@@ -67,7 +71,8 @@ def delta_of(adapter: Path, module: str) -> Tensor:
     tensors = load_file(adapter / "adapter_model.safetensors")
     key = f"base_model.model.{module}"
     up, down = tensors[f"{key}.lora_B.weight"], tensors[f"{key}.lora_A.weight"]
-    return up @ down * (config["lora_alpha"] / config["r"])
+    scale: float = config["lora_alpha"] / config["r"]
+    return scale * (up @ down)
 
 
 @pytest.mark.parametrize("kind", KINDS)
