@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from inspect import cleandoc
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -72,7 +73,9 @@ def cli_page() -> str:
 
 
 def _command(name: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=f"adaptmerge {name}")
+    # a command keeps the help option that it is first asked for
+    settings: Any = main.context_settings
+    context = click.Context(command, info_name=f"adaptmerge {name}", **settings)
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"## adaptmerge {name}", "", f"`adaptmerge {name} {usage}`", ""]
     lines += [cleandoc(command.help or ""), "", "| option | meaning |", "|---|---|"]

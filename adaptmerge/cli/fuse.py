@@ -58,7 +58,8 @@ Examples:
 @click.option(
     "--trained-on",
     metavar="WHAT",
-    help="original, nf4, nf4,double, fp4, fp4,double or int8: what the base was while training.",
+    help="original, quantised, nf4, nf4,double, fp4, fp4,double or int8: what the base was while "
+    "training.",
 )
 @click.option("--keep-tied", is_flag=True, help="Refuse to store a tied head apart.")
 @click.option(
@@ -133,10 +134,14 @@ def _show(output: str, report: FuseReport) -> None:
     rounded = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     click.echo(
         filled(
-            f"wrote {output}: {len(report.changed)} tensors changed in {len(report.files)} files; "
+            f"wrote {output}: {len(report.changed)} tensors changed in {_files(len(report.files))}; "
             f"rounding {rounded or 'none'}, |error|/|W| {report.noise:.2e}"
         )
     )
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
@@ -171,6 +176,6 @@ def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
     ]
     table(("site", "dtype", "weights", "gain of nearest", "rounding"), shown, right=(3,))
     click.echo(
-        f"{len(plan.targets.tensors)} tensors in {len(plan.shards)} files, "
+        f"{len(plan.targets.tensors)} tensors in {_files(len(plan.shards))}, "
         f"{plan.nbytes / 1e6:,.1f} MB; nothing was written"
     )

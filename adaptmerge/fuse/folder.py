@@ -141,8 +141,8 @@ def _sources(plan: FusePlan) -> list[str]:
 def changed_config(plan: FusePlan) -> dict[str, Any]:
     """The entries of config.json that change, with their new values."""
     stored = json.loads((plan.base.path / CONFIG).read_text("utf-8-sig"))
-    wanted: dict[str, Any] = dict(plan.targets.config)
-    wanted |= {k: v for k, v in plan.base.config.items() if stored.get(k) != v}
+    wanted = {k: v for k, v in plan.base.config.items() if stored.get(k) != v}
+    wanted |= plan.targets.config
     if plan.options.quant != SAME:
         wanted |= {"torch_dtype": TORCH_NAMES[SPELLINGS[plan.options.quant].name]}
     if plan.options.dtype:

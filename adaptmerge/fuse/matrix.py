@@ -19,7 +19,7 @@ from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
 from adaptmerge.rounding import STRENGTH, Feedback, feedback, row_space
 
-PIECE = 1 << 22  # entries of a matrix that are worked on at once
+PIECE = 1 << 20  # entries of a matrix that are worked on at once
 THIN = 4  # a factor is low-rank up to this part of the smaller side
 BASIS = 2  # errors are fed back in at most this part of all directions
 

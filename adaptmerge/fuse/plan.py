@@ -17,7 +17,13 @@ from adaptmerge.errors import CannotMerge, InputError, UsageError
 from adaptmerge.files import dtypes
 from adaptmerge.files.refs import forget
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
-from adaptmerge.fuse.provenance import ORIGINAL, TRAINED_ON, as_trained, provenance
+from adaptmerge.fuse.provenance import (
+    ORIGINAL,
+    QUANTISED,
+    TRAINED_ON,
+    as_trained,
+    provenance,
+)
 from adaptmerge.fuse.quantised import View, view_of
 from adaptmerge.fuse.repack import SCALES, SOLVE
 from adaptmerge.fuse.settle import AUTO
@@ -34,6 +40,7 @@ from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_sc
 
 ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
 SAME = "same"  # as the base is quantised
+SMOOTHED = "awq"  # a scheme that moves scales from a layer into the one before
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 
 
@@ -137,7 +144,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     inputs = open_inputs(specs, view.base)
     stored, adapters = _on_copies(view, {item.name: item.adapter for item in inputs})
     stored, tied = _with_ties(stored, adapters)
-    notes = [*_fingerprints(adapters, stored, options)]
+    notes = [*_fingerprints(adapters, view.stored, options), *_smoothed(view, options)]
     trained_on, said = provenance(adapters, options.trained_on)
     notes += said
     base = as_trained(stored, trained_on, _linears(stored) if trained_on else ())
@@ -209,13 +216,17 @@ def _check_view(view: View, options: FuseOptions) -> None:
     base = view.base
     if view.scheme is None and options.quant != SAME:
         raise UsageError(f"--quant {options.quant}: the base is not quantised: say --dtype")
-    if view.scheme is not None and options.trained_on not in (None, ORIGINAL):
-        raise UsageError(f"--trained-on {options.trained_on}: the base is quantised already")
-    if view.scheme is not None and options.trained_on == ORIGINAL:
-        what = (
-            "trained on the original weights and fused into quantised ones, which differ from them"
+    if view.scheme is None and options.trained_on == QUANTISED:
+        raise UsageError(
+            f"--trained-on {QUANTISED}: the base is not: say nf4, nf4,double, fp4 or int8"
         )
-        raise UsageError(f"--trained-on original: {what}: fuse into the original, then quantise")
+    if view.scheme is not None and options.trained_on == ORIGINAL:
+        raise UsageError(
+            f"--trained-on {ORIGINAL}: the weights of a quantised base differ from those: fuse into the "
+            "original base, then quantise"
+        )
+    if view.scheme is not None and options.trained_on not in (None, QUANTISED):
+        raise UsageError(f"--trained-on {options.trained_on}: the base is quantised already")
     if not base.tensors:
         raise InputError("holds no weights to fuse into", where=str(base.path))
 
@@ -232,6 +243,17 @@ def _on_copies(view: View, adapters: Mapping[str, Adapter]) -> tuple[Base, dict[
         )
     flat = {n: replace(a, base=replace(a.base, replication=())) for n, a in adapters.items()}
     return replicated(base, ranges.pop()), flat
+
+
+def _smoothed(view: View, options: FuseOptions) -> list[Note]:
+    """A word where the base's inputs are scaled otherwise than those of the model it was made of."""
+    if view.scheme != SMOOTHED or options.trained_on is not None:
+        return []
+    what = (
+        "taken to be trained on this quantised base, whose layers take other inputs than the original's "
+        f"(smoothing): pass --trained-on {QUANTISED} if so; else fuse into the original, then quantise"
+    )
+    return [Note(Kind.ASSUMED, what)]
 
 
 def _with_ties(base: Base, adapters: Mapping[str, Adapter]) -> tuple[Base, bool]:

@@ -16,8 +16,8 @@ from adaptmerge.files.refs import TensorRef, computed
 from adaptmerge.graph import Adapter, Kind, Note, Site
 from adaptmerge.lazy import torch
 
-ORIGINAL = "original"
-TRAINED_ON = (ORIGINAL, "nf4", "nf4,double", "fp4", "fp4,double", "int8")
+ORIGINAL, QUANTISED = "original", "quantised"
+TRAINED_ON = (ORIGINAL, QUANTISED, "nf4", "nf4,double", "fp4", "fp4,double", "int8")
 MARKS = ("bnb", "4bit", "8bit", "nf4", "int8", "int4", "4-bit", "8-bit", "qlora")
 
 
@@ -66,7 +66,7 @@ def provenance(adapters: Mapping[str, Adapter], said: str | None) -> tuple[str |
         note = Note(Kind.INFO, f"trained on a base quantised as {found}, as recorded")
         return None if found == ORIGINAL else found, [note]
     if said is not None:
-        return None if said == ORIGINAL else said, []
+        return None if said in (ORIGINAL, QUANTISED) else said, []
     marked = {n: a.base.name for n, a in adapters.items() if looks_quantised(a.base.name)}
     return None, [
         Note(
