@@ -17,7 +17,7 @@ from adaptmerge.graph import Adapter, Kind, Note, Site
 from adaptmerge.lazy import torch
 
 ORIGINAL, QUANTISED = "original", "quantised"
-TRAINED_ON = (ORIGINAL, QUANTISED, "nf4", "nf4,double", "fp4", "fp4,double", "int8")
+TRAINED_ON = (ORIGINAL, "nf4", "nf4,double", "fp4", "fp4,double", "int8", QUANTISED)
 MARKS = ("bnb", "4bit", "8bit", "nf4", "int8", "int4", "4-bit", "8-bit", "qlora")
 
 
