@@ -29,7 +29,7 @@ from adaptmerge.fuse.report import (
 from adaptmerge.fuse.run import Line, Settings, lines_of, survey
 from adaptmerge.graph import Kind, Note
 from adaptmerge.inputs import InputSpec
-from adaptmerge.merge import described_input
+from adaptmerge.merge import check_strict, described_input
 from adaptmerge.report import FILE
 from adaptmerge.rounding import NEAREST
 from adaptmerge.run import workers_default
@@ -81,7 +81,7 @@ def fuse(
     same inputs and options.
     """
     plan = plan_fusion(base, specs, options)
-    _strict(plan.notes, options)
+    check_strict(plan.notes, options.strict)
     digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
     key = plan.key(digests)[:16]
     paths = [*(item.path for item in plan.inputs), plan.base.path]
@@ -93,7 +93,7 @@ def fuse(
             found, files = _write_shards(plan, staging, options, progress)
             report = _report(plan, found, files, digests)
             _check_loss(report.adapters, options)
-            _strict(report.notes, options)
+            check_strict(report.notes, options.strict)
         except OutputError:
             raise
         except AdaptmergeError:
@@ -215,12 +215,6 @@ def _drowns(loss: AdapterLoss, most: float) -> bool:
 
 def _percent(value: float | None) -> str:
     return "an unknown part" if value is None else f"{100 * value:.3g} %"
-
-
-def _strict(notes: Sequence[Note], options: FuseOptions) -> None:
-    fatal = [str(note) for note in notes if note.kind in Kind.FATAL_UNDER_STRICT]
-    if options.strict and fatal:
-        raise AdaptmergeError(fatal, where="--strict")
 
 
 def _obsolete(output: Path, plan: FusePlan) -> list[str]:

@@ -126,12 +126,14 @@ def shards_of(
 ) -> list[Shard]:
     """The files of the output. tensors: those that change or are new. added: new names, each with that of
     a tensor whose file it goes into."""
-    shards = []
-    for path, names in files_of(base).items():
+    shards, files = [], files_of(base)
+    last = list(files.values())[-1][-1]
+    for path, names in files.items():
         here = list(names)
         for new, beside in added.items():
-            if beside in names:
-                here.insert(here.index(beside) + 1, new)
+            anchor = beside if beside in base.tensors else last
+            if anchor in names:
+                here.insert(here.index(anchor) + 1, new)
         found = tuple(
             tensors.get(name) or _copied(name, base.tensors[name], asked) for name in here
         )

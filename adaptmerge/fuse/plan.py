@@ -151,20 +151,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     weights = _weights(inputs, options)
     heads = policies(options.heads, list(adapters))
     check_policies(heads, adapters)
-    groups, said = align(adapters, base, options.allow, base.expert_layout)
-    _refuse_activations([edit for group in groups for _, edit in group.members])
-    request = Request(
-        method=method_named(options.method),
-        weights=weights,
-        target=TARGET,
-        stores=TARGET.stores(WriteOptions()),  # type: ignore[misc]
-        heads=heads,
-        adapters=adapters,
-        base=base,
-        allowed=options.allow,
-    )
-    plan = make_plan(groups, request, list(adapters))
-    _refuse_several(plan)
+    plan, said = _plan_edits(adapters, base, weights, heads, options)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
     targets = targets_of(
@@ -188,6 +175,31 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
         tuple(notes),
         trained_on,
     )
+
+
+def _plan_edits(
+    adapters: Mapping[str, Adapter],
+    base: Base,
+    weights: Weights,
+    heads: Policies,
+    options: FuseOptions,
+) -> tuple[Plan, list[Note]]:
+    """What becomes of every site, as a merge plans it for a target that is the base itself."""
+    groups, notes = align(adapters, base, options.allow, base.expert_layout)
+    _refuse_activations([edit for group in groups for _, edit in group.members])
+    request = Request(
+        method=method_named(options.method),
+        weights=weights,
+        target=TARGET,
+        stores=TARGET.stores(WriteOptions()),  # type: ignore[misc]
+        heads=heads,
+        adapters=adapters,
+        base=base,
+        allowed=options.allow,
+    )
+    plan = make_plan(groups, request, list(adapters))
+    _refuse_several(plan)
+    return plan, notes
 
 
 def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
@@ -216,6 +228,11 @@ def _check_view(view: View, options: FuseOptions) -> None:
     base = view.base
     if view.scheme is None and options.quant != SAME:
         raise UsageError(f"--quant {options.quant}: the base is not quantised: say --dtype")
+    if view.scheme is not None and options.dtype and options.quant == SAME:
+        raise UsageError(
+            f"--dtype {options.dtype}: the base is quantised, and its scales have their dtype: say --quant "
+            f"{options.dtype} to store its weights dequantised"
+        )
     if view.scheme is None and options.trained_on == QUANTISED:
         raise UsageError(
             f"--trained-on {QUANTISED}: the base is not: say nf4, nf4,double, fp4 or int8"

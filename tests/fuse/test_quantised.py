@@ -191,6 +191,8 @@ def test_options_that_do_not_fit_the_base(
     adapter = fixtures / "tinyllama" / "lora-r8-perl"
     with pytest.raises(UsageError, match="is quantised already"):
         fused(base("nf4"), adapter, tmp_path / "out", trained_on="nf4")
+    with pytest.raises(UsageError, match="say --quant bf16"):
+        fused(base("nf4"), adapter, tmp_path / "out", dtype="bf16")
     with pytest.raises(UsageError, match="is not quantised"):
         fused(fixtures / "tinyllama" / "base", adapter, tmp_path / "out", quant="bf16")
 
