@@ -12,7 +12,7 @@ from adaptmerge.carry import LICENCES, TOKENIZER
 from adaptmerge.files.dtypes import SPELLINGS
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
-from adaptmerge.fuse.layout import INDEX, index_of
+from adaptmerge.fuse.layout import INDEX, INDEXES, index_of
 from adaptmerge.fuse.plan import SAME, FusePlan
 from adaptmerge.fuse.quantised import QUANTISATION
 from adaptmerge.fuse.report import FuseReport
@@ -23,7 +23,6 @@ from adaptmerge.report import FILE
 
 CARD = "README.md"
 CONFIG = "config.json"
-INDEXES = (INDEX, "pytorch_model.bin.index.json")
 WEIGHTS = (
     ".safetensors",
     ".bin",

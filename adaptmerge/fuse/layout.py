@@ -17,6 +17,7 @@ from adaptmerge.fuse.repack import Packing
 from adaptmerge.packed import Dequantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEXES = (INDEX, "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,14 @@ def shards_of(
         found = tuple(
             tensors.get(name) or _copied(name, base.tensors[name], asked) for name in here
         )
-        shards.append(Shard(output_name(Path(path).name), _header(base, path, found), found))
+        name = output_name(Path(path).name) if len(files) > 1 or _is_indexed(base) else SINGLE
+        shards.append(Shard(name, _header(base, path, found), found))
     return shards
+
+
+def _is_indexed(base: Base) -> bool:
+    """Whether an index says what the files are called; without one a lone file has the usual name."""
+    return any((base.path / name).is_file() for name in INDEXES)
 
 
 def output_name(name: str) -> str:

@@ -50,3 +50,14 @@ def test_an_output_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
             staging.commit("config.json")
         staging.discard()
     assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+def test_a_lone_file_by_any_name_becomes_a_model_that_loads(tmp_path: Path) -> None:
+    case = CASES["plain"]
+    base = case.save_base(tmp_path / "base")
+    (base / "model.safetensors").rename(base / "weights.safetensors")
+    adapter = case.build(tmp_path / "a", seed=1)
+    fuse(base / "weights.safetensors", [adapter], tmp_path / "out")
+    plain = logits(case.make_model(), case.example_inputs())
+    found = logits(load_model(tmp_path / "out"), case.example_inputs())
+    assert error(found, peft_forward(case, adapter), plain) < 1e-5
