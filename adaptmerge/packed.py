@@ -29,7 +29,8 @@ class Packed(Protocol):
 
     @property
     def module(self) -> str:
-        """The module whose weight it is, as the checkpoint names it."""
+        """The module whose weight it is, as the checkpoint names it; one matrix of a parameter that stacks
+        several is named PARAMETER[3]."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,7 +38,8 @@ class Packed(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorRef]:
-        """All stored tensors that make it up, by their names in the checkpoint, the codes first."""
+        """All stored tensors that make it up, by their names in the checkpoint, the codes first; NAME[3] is
+        an entry of the first axis of NAME."""
 
     def grid(self, rows: tuple[int, int]) -> tuple[torch.Tensor, BlockGrid]:
         """The codes (rows, in), uint8, of some rows and the grid that they lie on, in float32."""
@@ -107,6 +109,17 @@ class DequantisedRows:
 
     def read(self) -> torch.Tensor:
         return dequantised(self.packed, (self.start, self.stop))
+
+
+def named(packed: Packed) -> str:
+    """The name of the values of a packed weight: of the module's weight, or NAME[3] in a stack of them."""
+    return packed.module if packed.module.endswith("]") else f"{packed.module}.weight"
+
+
+def stacked(name: str) -> tuple[str, int | None]:
+    """The tensor that a name is of, and which of the entries of its first axis; None for all of it."""
+    whole, bracket, number = name.removesuffix("]").rpartition("[")
+    return (whole, int(number)) if bracket else (name, None)
 
 
 def dequantised(packed: Packed, rows: tuple[int, int]) -> torch.Tensor:

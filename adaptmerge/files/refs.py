@@ -100,6 +100,18 @@ class Joined:
     def read(self) -> torch.Tensor:
         return torch.cat([part.read() for part in self.parts], dim=self.axis)
 
+    def rows(self, start: int, stop: int) -> Joined:
+        """Some entries of the first axis, as a source that reads no others."""
+        if self.axis:
+            parts = [part.slice(0, start, stop) for part in self.parts]
+        else:
+            parts, at = [], 0
+            for part in self.parts:
+                first, last = max(start - at, 0), min(stop - at, part.shape[0])
+                parts += [part.slice(0, first, last)] if first < last else []
+                at += part.shape[0]
+        return Joined(tuple(parts), self.axis, (stop - start, *self.shape[1:]), self.dtype)
+
 
 @runtime_checkable
 class Source(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from adaptmerge.base import Base
 from adaptmerge.files import header
 from adaptmerge.files.dtypes import DType
-from adaptmerge.files.refs import Pickled, Stored, TensorRef, constant
+from adaptmerge.files.refs import Joined, Pickled, Stored, TensorRef, constant
 from adaptmerge.files.safetensors import raw_header, read_header
 from adaptmerge.fuse.matrix import Matrix
 from adaptmerge.fuse.repack import Packing
@@ -37,10 +37,12 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class Repacked:
-    """One of the tensors that a packed weight is stored as. Of these the one that `leads` stands for the
-    weight where it must be counted once; `stored` is what the base has."""
+    """One of the tensors that a packed weight is stored as, under the name that the weight has for it. Of
+    these the one that `leads` stands for the weight where it must be counted once; `stored` is what the
+    base has."""
 
     packing: Packing
+    name: str
     stored: TensorRef
     leads: bool = False
 
@@ -115,6 +117,8 @@ def path_of(ref: TensorRef) -> str:
     source = ref.source
     if isinstance(source, Dequantised):
         return path_of(next(iter(source.packed.tensors.values())))
+    if isinstance(source, Joined):
+        return path_of(source.parts[0])
     assert isinstance(source, Stored | Pickled)
     return source.path
 

@@ -154,9 +154,8 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     plan, said = _plan_edits(adapters, base, weights, heads, options)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
-    targets = targets_of(
-        plan, stored, base, Wishes(asked, options.keep_tied, tied, view.packed, wide)
-    )
+    wishes = Wishes(asked, options.keep_tied, tied, view.packed, wide)
+    targets = targets_of(plan, stored, base, view.stored, wishes)
     kept = view.stored if view.packed and wide is None else stored
     shards = shards_of(kept, targets.tensors, targets.added, asked)
     notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]

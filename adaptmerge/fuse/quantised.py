@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from adaptmerge.base import Base
-from adaptmerge.errors import InputError
 from adaptmerge.files.dtypes import BF16, F16, DType
-from adaptmerge.files.refs import computed
-from adaptmerge.packed import Dequantised, Packed, scheme_of
+from adaptmerge.files.refs import TensorRef, computed, join
+from adaptmerge.graph import Site
+from adaptmerge.packed import Dequantised, Packed, named, scheme_of, stacked
 
 QUANTISATION = ("quantization_config", "quantization", "compression_config")
 
@@ -18,7 +18,8 @@ QUANTISATION = ("quantization_config", "quantization", "compression_config")
 class View:
     """A base with the values of its packed weights in place of the tensors that store them.
 
-    base: the view; stored: the base as it is. packed: the packed weights by the name of their values.
+    base: the view; stored: the base as it is. packed: the packed weights by the name of their values, one of
+    a stack as NAME[3].
     """
 
     base: Base
@@ -32,18 +33,29 @@ def view_of(stored: Base) -> View:
     scheme = scheme_of(stored)
     if scheme is None:
         return View(stored, stored)
-    found = scheme.find(stored)
-    if any(module.endswith("]") for module in found):
-        raise InputError(
-            f"stacks experts as {scheme.name} does, which cannot be fused into yet: dequantise it first",
-            where=str(stored.path),
-        )
-    inside = {name for packed in found.values() for name in packed.tensors}
+    packed = {named(one): one for one in scheme.find(stored).values()}
+    inside = {stacked(name)[0] for one in packed.values() for name in one.tensors}
     tensors = {name: ref for name, ref in stored.tensors.items() if name not in inside}
-    packed = {f"{module}.weight": one for module, one in found.items()}
-    tensors |= {name: computed(Dequantised(one), name) for name, one in packed.items()}
+    tensors |= _values(packed, stored)
     config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
     return View(replace(stored, tensors=tensors, config=config), stored, scheme.name, packed)
+
+
+def _values(packed: Mapping[str, Packed], stored: Base) -> dict[str, TensorRef]:
+    """What packed weights stand for, as a checkpoint in full precision stores it."""
+    found: dict[str, TensorRef] = {}
+    stacks: dict[str, list[TensorRef]] = {}
+    for name, one in packed.items():
+        whole, expert = stacked(name)
+        module, _, param = whole.rpartition(".")
+        value = computed(Dequantised(one), name)
+        turned = stored.is_transposed(Site(module, param, expert=expert))
+        value = value.T if turned else value
+        if expert is None:
+            found[name] = value
+        else:
+            stacks.setdefault(whole, []).append(value.reshape(1, *value.shape))
+    return found | {name: replace(join(parts, 0), name=name) for name, parts in stacks.items()}
 
 
 def running_dtype(view: View) -> DType | None:

@@ -175,7 +175,7 @@ def _pieces(shard: Shard, repacked: Mapping[str, TensorRef]) -> Iterator[Piece]:
                 yield from _runs(part.ref, tensor.dtype)
                 continue
             if isinstance(part, Repacked):
-                yield from _runs(repacked.get(tensor.name, part.stored), tensor.dtype)
+                yield from _runs(repacked.get(part.name, part.stored), tensor.dtype)
                 number += part.leads
                 continue
             whole = [(0, part.matrix.shape[0])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from adaptmerge.base import Base, Place
@@ -10,17 +10,18 @@ from adaptmerge.edits import factor_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.compare import same_values
 from adaptmerge.files.dtypes import DType
-from adaptmerge.files.refs import IN_FILES, TensorRef
+from adaptmerge.files.refs import IN_FILES, TensorRef, computed
 from adaptmerge.fuse.layout import Copy, Fused, Repacked, Tensor, output_dtype
 from adaptmerge.fuse.matrix import Matrix, Part
 from adaptmerge.fuse.repack import Packing
 from adaptmerge.graph import Kind, Note, Site
 from adaptmerge.heads import is_vocabulary
-from adaptmerge.packed import Packed
+from adaptmerge.packed import Dequantised, Packed, named, stacked
 from adaptmerge.plan import Plan, Step
 from adaptmerge.registry import Method
 
 HEADS = ("lm_head", "embed_out", "output_embeddings")  # heads that a config can untie
+QUANTISED_THERE = ", and quantised in the base: pass --quant bf16, or --heads drop"
 MERGED = "merged"  # what a method adds that is no sum over adapters
 
 
@@ -65,8 +66,9 @@ class Wishes:
     wide: DType | None = None
 
 
-def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets:
-    """The tensors of a base that a plan changes; `trained` is the base as the adapters were trained on it.
+def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wishes) -> Targets:
+    """The tensors of a base that a plan changes; `trained` is the base as the adapters were trained on it,
+    `stored` the base as it lies.
 
     Raises CannotMerge with all sites that have no place.
     """
@@ -79,27 +81,55 @@ def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets
     quantised = {name for name, ref in base.tensors.items() if trained.tensors[name] != ref}
     quantised |= wishes.packed.keys() if wishes.wide is not None else set()
     for name in sorted(quantised - by_name.keys()):
+        whole, expert = stacked(name)
+        if expert is not None:
+            by_name.setdefault(whole, {})
+            continue
         module, _, param = name.rpartition(".")
         site = Site(module, param)
         by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
+    repacked: dict[str, Repacked] = {}
     for name, here in by_name.items():
-        if name in wishes.packed and wishes.wide is None:
-            found.tensors.update(_repacked(wishes.packed[name], here[None][1], base.tensors[name]))
-        else:
+        packed = {} if wishes.wide is not None else _packed_in(name, here, wishes.packed)
+        for expert, one in packed.items():
+            repacked.update(_repacked(one, here[expert][1]))
+        if not packed:
             found.tensors[name] = _tensor(name, here, base, trained, wishes, found)
+    found.tensors.update(_packed_tensors(repacked, stored))
     return found
 
 
-def _repacked(packed: Packed, change: Change, weight: TensorRef) -> dict[str, Tensor]:
-    """The tensors that a packed weight is stored as, all of them made anew together."""
+def _packed_in(
+    name: str, here: Iterable[int | None], packed: Mapping[str, Packed]
+) -> dict[int | None, Packed]:
+    """The packed weights of a parameter, or of those of its experts that change."""
+    if None in here and f"{name}[0]" in packed:
+        raise CannotMerge(f"is stored whole by an adapter{QUANTISED_THERE}", where=name)
+    names = {expert: name if expert is None else f"{name}[{expert}]" for expert in here}
+    return {expert: packed[own] for expert, own in names.items() if own in packed}
+
+
+def _packed_tensors(parts: Mapping[str, Repacked], stored: Base) -> dict[str, Tensor]:
+    """The stored tensors that hold these parts, and what else is in them."""
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(stacked(part)[0] for part in parts):
+        ref = stored.tensors[name]
+        own: tuple[Copy | Repacked, ...] = (parts[name],) if name in parts else ()
+        if not own:
+            entries = [ref.slice(0, i, i + 1).reshape(*ref.shape[1:]) for i in range(ref.shape[0])]
+            own = tuple(parts.get(f"{name}[{i}]", Copy(one)) for i, one in enumerate(entries))
+        found[name] = Tensor(name, ref.dtype, ref.shape, own)
+    return found
+
+
+def _repacked(packed: Packed, change: Change) -> dict[str, Repacked]:
+    """What a packed weight is stored as, by name, all made anew together."""
     if change.value is not None or change.tokens:
-        raise CannotMerge(
-            "is stored whole by an adapter, and quantised in the base: pass --quant bf16, or --heads drop",
-            where=str(change.site),
-        )
+        raise CannotMerge(f"is stored whole by an adapter{QUANTISED_THERE}", where=str(change.site))
+    weight = computed(Dequantised(packed), named(packed))
     packing = Packing(packed, Matrix(change.site, weight, weight.dtype, change.parts))
     return {
-        name: Tensor(name, ref.dtype, ref.shape, (Repacked(packing, ref, leads=number == 0),))
+        name: Repacked(packing, name, ref, leads=number == 0)
         for number, (name, ref) in enumerate(packed.tensors.items())
     }
 
@@ -254,6 +284,8 @@ def _stack(
 ) -> Tensor:
     """A parameter that stacks matrices, of which some change."""
     dtype = output_dtype(stored, wishes.dtype)
+    if wishes.wide is not None and f"{name}[0]" in wishes.packed:
+        dtype = wishes.wide
     parts: list[Copy | Fused | Repacked] = []
     for expert in range(stored.shape[0]):
         one = stored.slice(0, expert, expert + 1).reshape(*stored.shape[1:])

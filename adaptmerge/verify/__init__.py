@@ -112,6 +112,7 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
 
 def _of_fused(output: Path, questions: Questions) -> Verdict:
     """The verdict on a model that adapters were fused into."""
+    from adaptmerge.fuse.quantised import view_of
     from adaptmerge.verify.fused_model import options_in, verify_fused
 
     how: Any = {"device": questions.device, "layerwise": questions.layerwise}
@@ -120,7 +121,7 @@ def _of_fused(output: Path, questions: Questions) -> Verdict:
         return verify_fused(output, questions.base, questions.adapters, options, None, **how)
     report = load_fuse_report(output)
     _check_questions(report, questions)
-    base = open_base(questions.base) if questions.base else None
+    base = view_of(open_base(questions.base)).base if questions.base else None
     inputs, checks = _inputs(output, report, questions, base)
     if inputs is None:
         return Verdict(output.name, checks, TRUSTED)

@@ -28,7 +28,7 @@ from adaptmerge.fuse.settle import GRID_ERROR
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
-from adaptmerge.packed import Packed, dequantised
+from adaptmerge.packed import Packed, dequantised, named
 from adaptmerge.rounding import NEAREST, FloatGrid
 from adaptmerge.run import ordered, workers_default
 from adaptmerge.verify.checks import FAIL, PASS, Check
@@ -119,7 +119,7 @@ def _look_at(tensor: Tensor, view: View) -> Looked:
 
 def _look_at_packed(name: str, part: Repacked, view: View, found: Looked) -> None:
     """A quantised matrix is looked at once, with its codes."""
-    stored = view.packed.get(f"{part.packing.packed.module}.weight")
+    stored = view.packed.get(named(part.packing.packed))
     if stored is None:
         found.problems.append(f"{name}: is not quantised as in the base")
     elif part.leads:
