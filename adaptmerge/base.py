@@ -28,6 +28,7 @@ WEIGHT_FILES = (
 # Models and modules whose weights lie (in, out) in their checkpoints (transformers' Conv1D).
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+GGUF = ".gguf"
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 SAMPLE = 1024  # bytes read at each end of a tensor for the fingerprint
 
@@ -233,20 +234,36 @@ def _ends(ref: TensorRef) -> bytes:
         return head + file.read(min(SAMPLE, ref.nbytes))
 
 
+def _gguf_in(folder: Path, listing: Listing) -> Path | None:
+    if not any(name.endswith(GGUF) for name in listing.names):
+        return None
+    from adaptmerge.gguf_model import model_in
+
+    return model_in(folder, listing.names)
+
+
 def open_base(source: str) -> Base:
-    """The base model at a folder or hub id, or in one file of weights beside its config.
+    """The base model at a folder or hub id, in one file of weights beside its config, or in GGUF files.
 
     Raises InputError when it is not a model checkpoint.
     """
     path, _ = hub.resolve(source)
     listing = Listing.of(path, source)
     weights = listing.single
+    gguf = path if weights and weights.endswith(GGUF) else None
+    if not weights and not any(listing.has(name) for name in WEIGHT_FILES):
+        gguf = _gguf_in(path, listing)
+    if gguf is not None:
+        from adaptmerge.gguf_model import open_model
+
+        return open_model(gguf)
     if weights:
         path = path.parent
         listing = Listing.of(path, source)
     if not listing.has("config.json"):
         raise InputError(
-            "is not a model folder: expected config.json and model weights in it", where=source
+            "is not a model: expected a folder with config.json and weights in it, or a GGUF file",
+            where=source,
         )
     weights = weights or next((name for name in WEIGHT_FILES if listing.has(name)), None)
     tensors = listing.tensors(weights).refs if weights else {}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from adaptmerge.base import Base
     from adaptmerge.grids import BlockGrid
+    from adaptmerge.spelling import Spelled
 
 
 class Packed(Protocol):
@@ -59,13 +60,15 @@ class Packed(Protocol):
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """One layout of quantised weights. find: the packed weights, by module, of a base that it detects;
-    raises InputError for what it knows and cannot read."""
+    raises InputError for what it knows and cannot read. spelled: how parameters are stored, by their names
+    in `transformers`, where a scheme has its own."""
 
     name: str
     title: str
     url: str
     detect: Callable[[Base], bool]
     find: Callable[[Base], Mapping[str, Packed]]
+    spelled: Callable[[Base], Mapping[str, Spelled]] = lambda _: {}
 
 
 @dataclass(frozen=True, slots=True)

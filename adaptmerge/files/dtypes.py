@@ -60,7 +60,7 @@ _ALL = (
     DType("U64", 64, "uint64"),
 )
 BY_NAME = {dtype.name: dtype for dtype in _ALL}
-BF16, F16, F32, F64 = (BY_NAME[name] for name in ("BF16", "F16", "F32", "F64"))
+BF16, F16, F32, F64, U8 = (BY_NAME[name] for name in ("BF16", "F16", "F32", "F64", "U8"))
 SPELLINGS = {"bf16": BF16, "fp16": F16, "f16": F16, "fp32": F32, "f32": F32}
 
 

@@ -205,7 +205,21 @@ class Cast:
         return value.to(self.dtype.torch)
 
 
-Step = Slice | Permute | Reshape | Multiply | Cast
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Add a number, in float64, rounded once to the ref's dtype."""
+
+    amount: float
+    dtype: DType
+
+    def shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def apply(self, value: torch.Tensor) -> torch.Tensor:
+        return (value.double() + self.amount).to(self.dtype.torch)
+
+
+Step = Slice | Permute | Reshape | Multiply | Shift | Cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +273,14 @@ class TensorRef:
             raise ValueError(f"slice {start}:{stop} of axis {axis} of {list(self.shape)}")
         return self.then(Slice(axis, start, stop))
 
+    def entry(self, number: int) -> TensorRef:
+        """One entry of the first axis; of what is stored as it is, one whose rows can be read alone."""
+        shape, name = self.shape[1:], f"{self.name}[{number}]"
+        if isinstance(self.source, Stored) and not self.steps:
+            part = replace(self.source.rows(number, number + 1), shape=shape)
+            return TensorRef(part, shape, self.dtype, name=name)
+        return replace(self.slice(0, number, number + 1).reshape(*shape), name=name)
+
     def permute(self, *axes: int) -> TensorRef:
         """The axes in another order; two permutations that undo each other leave no trace."""
         if axes == tuple(range(len(axes))):
@@ -292,6 +314,14 @@ class TensorRef:
             return self
         dtype = F32 if self.dtype.bits < 32 else self.dtype
         return self.then(Multiply(factor, dtype), dtype)
+
+    def shifted(self, amount: float) -> TensorRef:
+        """The tensor plus a number; narrow floats are widened to float32. Two that undo each other leave no
+        trace."""
+        dtype = F32 if self.dtype.bits < 32 else self.dtype
+        if self.steps and self.steps[-1] == Shift(-amount, self.dtype):
+            return replace(self, steps=self.steps[:-1])
+        return self.then(Shift(amount, dtype), dtype) if amount else self
 
     def cast(self, dtype: DType) -> TensorRef:
         """The tensor rounded to `dtype`."""

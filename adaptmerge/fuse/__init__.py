@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge import __version__
-from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError
+from adaptmerge.base import GGUF
+from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
 from adaptmerge.files.staging import Staging
 from adaptmerge.fuse import folder
 from adaptmerge.fuse.executors import EXECUTORS, Job
@@ -80,6 +81,10 @@ def fuse(
     Raises AdaptmergeError; then there is no output. Interrupted work is taken up by the next run with the
     same inputs and options.
     """
+    if output.suffix == GGUF:
+        raise UsageError(
+            f"-o {output}: the output is a folder with the model in it, under the name of the base's file"
+        )
     plan = plan_fusion(base, specs, options)
     check_strict(plan.notes, options.strict)
     digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
@@ -102,7 +107,7 @@ def fuse(
         folder.write_folder(plan, staging)
         staging.path(folder.CARD).write_text(folder.card(plan, report), encoding="utf-8")
         staging.path(FILE).write_text(report.as_text(), encoding="utf-8")
-        staging.commit(folder.CONFIG, obsolete=_obsolete(output, plan))
+        staging.commit(folder.main_file(plan), obsolete=_obsolete(output, plan))
     return report
 
 

@@ -16,6 +16,7 @@ from adaptmerge.fuse.layout import INDEX, INDEXES, index_of
 from adaptmerge.fuse.plan import SAME, FusePlan
 from adaptmerge.fuse.quantised import QUANTISATION
 from adaptmerge.fuse.report import FuseReport
+from adaptmerge.gguf_model import GgufModel
 from adaptmerge.graph import Kind, Labels, Note
 from adaptmerge.heads import is_vocabulary, owner_of
 from adaptmerge.plan import Step
@@ -39,7 +40,9 @@ TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def write_folder(plan: FusePlan, staging: Staging) -> None:
-    """Stages all that is no tensor file, the report and the card apart."""
+    """Stages all that is no tensor file, the report and the card apart: a GGUF file has all in it."""
+    if _is_gguf(plan):
+        return
     for name, source in carried(plan).items():
         staging.path(name).write_bytes(source.read_bytes())
     config = changed_config(plan)
@@ -53,6 +56,15 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
     else:
         staging.path(CONFIG).write_bytes(stored.read_bytes())
     _write_index(plan, staging)
+
+
+def _is_gguf(plan: FusePlan) -> bool:
+    return isinstance(plan.base, GgufModel)
+
+
+def main_file(plan: FusePlan) -> str:
+    """The file that makes an output a model."""
+    return plan.shards[0].name if _is_gguf(plan) else CONFIG
 
 
 def _write_index(plan: FusePlan, staging: Staging) -> None:
@@ -116,6 +128,8 @@ def _is_vocabulary(step: Step) -> bool:
 
 def left_out(plan: FusePlan) -> list[Note]:
     """Files of weights that are not fused into, and would be stale beside those that are."""
+    if _is_gguf(plan):
+        return []
     used = {Path(path).name for path in _sources(plan)} | set(INDEXES)
     root = plan.base.path
     others = [
@@ -139,6 +153,8 @@ def _sources(plan: FusePlan) -> list[str]:
 
 def changed_config(plan: FusePlan) -> dict[str, Any]:
     """The entries of config.json that change, with their new values."""
+    if _is_gguf(plan):
+        return {}
     stored = json.loads((plan.base.path / CONFIG).read_text("utf-8-sig"))
     wanted = {k: v for k, v in plan.base.config.items() if stored.get(k) != v}
     wanted |= plan.targets.config
@@ -208,7 +224,8 @@ def card(plan: FusePlan, report: FuseReport) -> str:
     named, _ = licences(plan)
     base = next((i.adapter.base.name for i in plan.inputs if i.adapter.base.name), None)
     one = next(iter(named.values())) if len(set(named.values())) == 1 else None
-    head = ["---", "tags: [merged, adapter]", "library_name: transformers"]
+    head = ["---", "tags: [merged, adapter]"]
+    head += [f"library_name: {'gguf' if _is_gguf(plan) else 'transformers'}"]
     head += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
     head += [f"license: {one}"] if one else []
     return "\n".join(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptmerge.base import Base
 from adaptmerge.files import header
 from adaptmerge.files.dtypes import DType
+from adaptmerge.files.gguf import NUMBERS, GgufFile, Info, rewritten
 from adaptmerge.files.refs import Joined, Pickled, Stored, TensorRef, constant
 from adaptmerge.files.safetensors import raw_header, read_header
 from adaptmerge.fuse.matrix import Matrix
 from adaptmerge.fuse.repack import Packing
+from adaptmerge.gguf_model import GgufModel
+from adaptmerge.lazy import torch
 from adaptmerge.packed import Dequantised
+from adaptmerge.spelling import halved, interleaved
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
@@ -29,10 +33,27 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A matrix that is computed; `transposed`: it is stored as (in, out)."""
+    """A matrix that is computed; `transposed`: it is stored as (in, out); `heads`: with the rows of each of
+    so many heads in pairs, not in halves."""
 
     matrix: Matrix
     transposed: bool = False
+    heads: int = 0
+
+    @property
+    def in_order(self) -> bool:
+        """Whether its rows are stored one after the other."""
+        return not (self.transposed or self.heads)
+
+    def stored(self, value: torch.Tensor) -> torch.Tensor:
+        """All of the matrix (out, in) as it is stored."""
+        value = interleaved(value, self.heads) if self.heads else value
+        return value.T if self.transposed else value
+
+    def seen(self, stored: TensorRef) -> TensorRef:
+        """The matrix (out, in) in what is stored: the inverse."""
+        ref = stored.T if self.transposed else stored.reshape(*self.matrix.shape)
+        return halved(ref, self.heads) if self.heads else ref
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +73,13 @@ Part = Copy | Fused | Repacked
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of the output: its parts follow each other in row-major order."""
+    """One tensor of the output: its parts follow each other in row-major order; then `gap` zero bytes."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    gap: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +105,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        return len(self.header) + sum(tensor.nbytes + tensor.gap for tensor in self.tensors)
 
     @property
     def made(self) -> list[Fused | Packing]:
@@ -142,9 +164,31 @@ def shards_of(
         found = tuple(
             tensors.get(name) or _copied(name, base.tensors[name], asked) for name in here
         )
+        if isinstance(base, GgufModel):
+            shards.append(_gguf_shard(base.header(path), found))
+            continue
         name = output_name(Path(path).name) if len(files) > 1 or _is_indexed(base) else SINGLE
         shards.append(Shard(name, _header(base, path, found), found))
     return shards
+
+
+def _gguf_shard(header: GgufFile, tensors: Sequence[Tensor]) -> Shard:
+    """A GGUF file: what its header says of tensors that stay, and the types of those that do not."""
+    infos = {info.name: info for info in header.infos}
+    made = [_info(tensor, infos.get(tensor.name)) for tensor in tensors]
+    gaps = [-tensor.nbytes % header.alignment for tensor in tensors]
+    padded = tuple(replace(t, gap=gap) for t, gap in zip(tensors, gaps, strict=True))
+    return Shard(Path(header.path).name, rewritten(header, made), padded)
+
+
+def _info(tensor: Tensor, before: Info | None) -> Info:
+    """What the header says of a tensor, its offset apart."""
+    number = NUMBERS.get(tensor.dtype)
+    same = before is not None and before.stored_as == (tensor.shape, tensor.dtype)
+    if same or number is None:
+        assert before is not None, "bytes are only kept"
+        return before
+    return Info(tensor.name, tensor.shape, number, 0)
 
 
 def _is_indexed(base: Base) -> bool:

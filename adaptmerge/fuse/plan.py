@@ -154,9 +154,10 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     plan, said = _plan_edits(adapters, base, weights, heads, options)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
-    wishes = Wishes(asked, options.keep_tied, tied, view.packed, wide)
+    wishes = Wishes(asked, options.keep_tied, tied, view.packed, wide, view.spelled)
     targets = targets_of(plan, stored, base, view.stored, wishes)
-    kept = view.stored if view.packed and wide is None else stored
+    own_names = view.spelled or (view.packed and wide is None)
+    kept = view.stored if own_names else stored
     shards = shards_of(kept, targets.tensors, targets.added, asked)
     notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]

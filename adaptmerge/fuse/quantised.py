@@ -10,6 +10,7 @@ from adaptmerge.files.dtypes import BF16, F16, DType
 from adaptmerge.files.refs import TensorRef, computed, join
 from adaptmerge.graph import Site
 from adaptmerge.packed import Dequantised, Packed, named, scheme_of, stacked
+from adaptmerge.spelling import Spelled
 
 QUANTISATION = ("quantization_config", "quantization", "compression_config")
 
@@ -18,14 +19,15 @@ QUANTISATION = ("quantization_config", "quantization", "compression_config")
 class View:
     """A base with the values of its packed weights in place of the tensors that store them.
 
-    base: the view; stored: the base as it is. packed: the packed weights by the name of their values, one of
-    a stack as NAME[3].
+    base: the view; stored: the base as it is. packed: the packed weights by the name of their values, one
+    of a stack as NAME[3]. spelled: how parameters are stored that have another name in the checkpoint.
     """
 
     base: Base
     stored: Base
     scheme: str | None = None
     packed: Mapping[str, Packed] = field(default_factory=dict)
+    spelled: Mapping[str, Spelled] = field(default_factory=dict)
 
 
 def view_of(stored: Base) -> View:
@@ -34,11 +36,26 @@ def view_of(stored: Base) -> View:
     if scheme is None:
         return View(stored, stored)
     packed = {named(one): one for one in scheme.find(stored).values()}
+    spelled = scheme.spelled(stored)
     inside = {stacked(name)[0] for one in packed.values() for name in one.tensors}
+    inside |= {stacked(one.name)[0] for one in spelled.values()}
     tensors = {name: ref for name, ref in stored.tensors.items() if name not in inside}
-    tensors |= _values(packed, stored)
+    tensors |= _respelled(spelled, stored) | _values(packed, stored)
     config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
-    return View(replace(stored, tensors=tensors, config=config), stored, scheme.name, packed)
+    return View(
+        replace(stored, tensors=tensors, config=config), stored, scheme.name, packed, spelled
+    )
+
+
+def _respelled(spelled: Mapping[str, Spelled], stored: Base) -> dict[str, TensorRef]:
+    """Parameters as their modules have them."""
+    found: dict[str, TensorRef] = {}
+    for name, one in spelled.items():
+        whole, entry = stacked(one.name)
+        ref = stored.tensors.get(whole)
+        if ref is not None:
+            found[name] = one.seen(ref if entry is None else ref.entry(entry))
+    return found
 
 
 def _values(packed: Mapping[str, Packed], stored: Base) -> dict[str, TensorRef]:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.disk import tensor_bytes
-from adaptmerge.files.dtypes import DType
-from adaptmerge.files.refs import Reshape, Slice, Stored, TensorRef, read_span
+from adaptmerge.files.dtypes import U8, DType
+from adaptmerge.files.refs import Reshape, Slice, Stored, TensorRef, constant, read_span
 from adaptmerge.files.safetensors import write_pieces
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.fuse.layout import Copy, Fused, Repacked, Shard
@@ -179,10 +179,12 @@ def _pieces(shard: Shard, repacked: Mapping[str, TensorRef]) -> Iterator[Piece]:
                 number += part.leads
                 continue
             whole = [(0, part.matrix.shape[0])]
-            ranges = whole if part.transposed else part.matrix.row_ranges()
+            ranges = part.matrix.row_ranges() if part.in_order else whole
             for rows in ranges:
                 yield Piece(number, rows, tensor.dtype, None, part)
             number += 1
+        if tensor.gap:
+            yield from _runs(constant(0.0, (tensor.gap,), U8), U8)
 
 
 def _runs(ref: TensorRef, dtype: DType) -> Iterator[Piece]:
@@ -225,7 +227,7 @@ def _compute(
     assert piece.number is not None
     choice = choices[piece.number]
     found = settle_rows(piece.part.matrix, piece.rows, choice.rounding, settings.seed)
-    value = found.value.T if piece.part.transposed else found.value
+    value = found.value if piece.part.in_order else piece.part.stored(found.value)
     return piece, (tensor_bytes(value), found.measured)
 
 

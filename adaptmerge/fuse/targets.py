@@ -19,6 +19,7 @@ from adaptmerge.heads import is_vocabulary
 from adaptmerge.packed import Dequantised, Packed, named, stacked
 from adaptmerge.plan import Plan, Step
 from adaptmerge.registry import Method
+from adaptmerge.spelling import Spelled
 
 HEADS = ("lm_head", "embed_out", "output_embeddings")  # heads that a config can untie
 QUANTISED_THERE = ", and quantised in the base: pass --quant bf16, or --heads drop"
@@ -56,7 +57,8 @@ class Wishes:
     """How weights are to be written: in which dtype if not their own, and whether tied ones stay one.
 
     tied: whether the model computes with one matrix for tokens and head. packed: the packed weights of the
-    base by name; wide: the dtype that these are written in instead.
+    base by name; wide: the dtype that these are written in instead. spelled: how parameters are stored
+    that have another name in the checkpoint.
     """
 
     dtype: DType | None = None
@@ -64,6 +66,7 @@ class Wishes:
     tied: bool = False
     packed: Mapping[str, Packed] = field(default_factory=dict)
     wide: DType | None = None
+    spelled: Mapping[str, Spelled] = field(default_factory=dict)
 
 
 def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wishes) -> Targets:
@@ -88,15 +91,21 @@ def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wish
         module, _, param = name.rpartition(".")
         site = Site(module, param)
         by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
-    repacked: dict[str, Repacked] = {}
+    parts: dict[str, Tensor] = {}
     for name, here in by_name.items():
         packed = {} if wishes.wide is not None else _packed_in(name, here, wishes.packed)
         for expert, one in packed.items():
-            repacked.update(_repacked(one, here[expert][1]))
+            parts.update(_repacked(one, here[expert][1]))
         if not packed:
-            found.tensors[name] = _tensor(name, here, base, trained, wishes, found)
-    found.tensors.update(_packed_tensors(repacked, stored))
+            tensor = _tensor(name, here, base, trained, wishes, found)
+            parts[tensor.name] = tensor
+    found.tensors.update(_assembled(parts, stored))
+    found.added = {_spelled(name, wishes).name: beside for name, beside in found.added.items()}
     return found
+
+
+def _spelled(name: str, wishes: Wishes) -> Spelled:
+    return wishes.spelled.get(name) or Spelled(name)
 
 
 def _packed_in(
@@ -109,27 +118,29 @@ def _packed_in(
     return {expert: packed[own] for expert, own in names.items() if own in packed}
 
 
-def _packed_tensors(parts: Mapping[str, Repacked], stored: Base) -> dict[str, Tensor]:
-    """The stored tensors that hold these parts, and what else is in them."""
+def _assembled(parts: Mapping[str, Tensor], stored: Base) -> dict[str, Tensor]:
+    """The tensors of the output: those given, and stacks of which some entries are."""
     found: dict[str, Tensor] = {}
-    for name in dict.fromkeys(stacked(part)[0] for part in parts):
-        ref = stored.tensors[name]
-        own: tuple[Copy | Repacked, ...] = (parts[name],) if name in parts else ()
-        if not own:
-            entries = [ref.slice(0, i, i + 1).reshape(*ref.shape[1:]) for i in range(ref.shape[0])]
-            own = tuple(parts.get(f"{name}[{i}]", Copy(one)) for i, one in enumerate(entries))
-        found[name] = Tensor(name, ref.dtype, ref.shape, own)
+    for name, tensor in parts.items():
+        whole, entry = stacked(name)
+        if entry is None:
+            found[name] = tensor
+        elif whole not in found:
+            ref = stored.tensors[whole]
+            entries = [parts.get(f"{whole}[{i}]") for i in range(ref.shape[0])]
+            held = tuple(e.parts[0] if e else Copy(ref.entry(i)) for i, e in enumerate(entries))
+            found[whole] = Tensor(whole, tensor.dtype, (len(held), *tensor.shape), held)
     return found
 
 
-def _repacked(packed: Packed, change: Change) -> dict[str, Repacked]:
+def _repacked(packed: Packed, change: Change) -> dict[str, Tensor]:
     """What a packed weight is stored as, by name, all made anew together."""
     if change.value is not None or change.tokens:
         raise CannotMerge(f"is stored whole by an adapter{QUANTISED_THERE}", where=str(change.site))
     weight = computed(Dequantised(packed), named(packed))
     packing = Packing(packed, Matrix(change.site, weight, weight.dtype, change.parts))
     return {
-        name: Repacked(packing, name, ref, leads=number == 0)
+        name: Tensor(name, ref.dtype, ref.shape, (Repacked(packing, name, ref, number == 0),))
         for number, (name, ref) in enumerate(packed.tensors.items())
     }
 
@@ -259,11 +270,15 @@ def _tensor(
     dtype = output_dtype(source if source is not None else start, wishes.dtype)
     if name in wishes.packed and wishes.wide is not None:
         dtype = wishes.wide
+    spelled = _spelled(name, wishes)
     computed = change.parts or change.tokens or start.dtype != dtype
     if not computed and isinstance(start.source, IN_FILES):
-        return Tensor(name, dtype, start.shape, (Copy(start),))
-    matrix = _matrix(start, place, change, dtype)
-    return Tensor(name, dtype, start.shape, (Fused(matrix, place.transposed),))
+        kept = spelled.kept(start)
+        return Tensor(spelled.name, dtype, kept.shape, (Copy(kept),))
+    matrix = _matrix(start.shifted(spelled.added), place, change, dtype)
+    shape = start.shape[::-1] if spelled.turned else start.shape
+    part = Fused(matrix, place.transposed != spelled.turned, spelled.heads)
+    return Tensor(spelled.name, dtype, shape, (part,))
 
 
 def _matrix(start: TensorRef, place: Place, change: Change, dtype: DType) -> Matrix:

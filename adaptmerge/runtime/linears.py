@@ -15,7 +15,7 @@ def quantised_modules(base_dir: Path) -> list[str]:
     and what is tied to an embedding."""
     from transformers.pytorch_utils import Conv1D
 
-    model = _without_weights(base_dir)
+    model = without_weights(base_dir)
     kept = _kept(model)
     return [
         name
@@ -25,7 +25,8 @@ def quantised_modules(base_dir: Path) -> list[str]:
     ]
 
 
-def _without_weights(base_dir: Path) -> torch.nn.Module:
+def without_weights(base_dir: Path) -> torch.nn.Module:
+    """The model of a checkpoint on the meta device. Raises InputError where there is no class for it."""
     config = model_config(base_dir)
     with quietly(), in_one_sentence(str(base_dir)), torch.device("meta"):
         model: torch.nn.Module = model_class(config)(config)
@@ -36,7 +37,7 @@ def ties_head(base_dir: Path) -> bool | None:
     """Whether the head of a model computes with the matrix of its input embedding, as its class and config
     say together; None where there is no such class."""
     try:
-        model: Any = _without_weights(base_dir)
+        model: Any = without_weights(base_dir)
     except InputError:
         return None
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()

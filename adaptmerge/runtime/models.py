@@ -13,6 +13,7 @@ from adaptmerge.graph import Adapter
 from adaptmerge.lazy import torch
 
 CONFIG = "config.json"
+GGUF = ".gguf"
 SHOWN = 5  # names listed in a message
 # The classes that have a head of one kind, by what PEFT calls the task.
 TASKS = {
@@ -59,6 +60,8 @@ def load_model(
 def model_config(base_dir: Path) -> Any:
     """The `transformers` config of a folder. Raises InputError when it asks for remote code."""
     where = str(base_dir)
+    if base_dir.suffix == GGUF:
+        return _gguf_config(base_dir)
     listing = Listing.of(base_dir, where)
     if listing.single or not listing.has(CONFIG):
         raise InputError("is not a model folder: expected config.json in it", where=where)
@@ -72,6 +75,17 @@ def model_config(base_dir: Path) -> Any:
 
     with quietly(), in_one_sentence(where):
         return AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+
+
+def _gguf_config(path: Path) -> Any:
+    """The config that a GGUF model's metadata states."""
+    from transformers import AutoConfig
+
+    from adaptmerge.gguf_model import config_of
+
+    said = config_of(path)
+    with quietly(), in_one_sentence(str(path)):
+        return AutoConfig.for_model(said.pop("model_type"), **said)
 
 
 def model_class(config: Any) -> Any:

@@ -13,11 +13,11 @@ matrices when it reads them, into a parameter M.experts.gate_up_proj (experts, i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from adaptmerge.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import Stored, TensorRef, stored
+from adaptmerge.files.refs import TensorRef
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
 from adaptmerge.packed import Packed, Scheme
@@ -103,17 +103,8 @@ def _experts(blocks: TensorRef, powers: TensorRef) -> Iterator[Mxfp4]:
     count, rows, groups, _ = blocks.shape
     parameter = blocks.name.removesuffix(BLOCKS)
     for expert in range(count):
-        own = _slice(blocks, expert), _slice(powers, expert)
+        own = blocks.entry(expert), powers.entry(expert)
         yield Mxfp4(parameter, expert, (rows, groups * GROUP), *own)
-
-
-def _slice(ref: TensorRef, expert: int) -> TensorRef:
-    """One entry of the first axis, as a ref of which rows can be read without the others."""
-    shape, name = ref.shape[1:], f"{ref.name}[{expert}]"
-    if isinstance(ref.source, Stored) and not ref.steps:
-        part = ref.source.rows(expert, expert + 1)
-        return stored(part.path, part.offset, shape, ref.dtype, name)
-    return replace(ref.slice(0, expert, expert + 1).reshape(*shape), name=name)
 
 
 SCHEME = Scheme("mxfp4", "MXFP4", URL, _detect, _find)

@@ -160,7 +160,7 @@ def _why_not_copied(name: str, stored: TensorRef) -> str:
 
 def _finding(name: str, part: Fused, stored: TensorRef) -> Finding:
     """How a stored matrix agrees with weight plus delta."""
-    ref = stored.T if part.transposed else stored.reshape(*part.matrix.shape)
+    ref = part.seen(stored)
     dtype = ref.dtype.torch
 
     def nearest(target: torch.Tensor, _: tuple[int, int]) -> torch.Tensor:

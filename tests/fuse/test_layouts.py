@@ -16,7 +16,7 @@ from adaptmerge.inputs import InputSpec
 from adaptmerge.packed import dequantised
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "quantised"
-# stacked experts have tests of their own; two values a weight, with scales that cannot be moved, leave no room
+# stacked experts have tests of their own; two values a weight, with scales that stay, leave no room
 LEFT_OUT = {"mxfp4", "hqq-1bit-straddling"}
 LAYOUTS = sorted(p.name for p in FOLDER.iterdir() if p.name not in LEFT_OUT)
 RANK, RATIO = 2, 0.05

@@ -1,4 +1,4 @@
-"""Experts that gpt-oss stacks in MXFP4: fused, and reloaded by transformers, beside PEFT on the same base."""
+"""Experts that gpt-oss stacks in MXFP4: fused, and reloaded by transformers, beside PEFT on that base."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def in_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks (experts, out, in / 32, 16) and scales of a stack (experts, in, out), by the plain definition."""
+    """Blocks (experts, out, in / 32, 16) and scales of a stack (experts, in, out), by their definition."""
     groups = weight.transpose(1, 2).unflatten(2, (-1, GROUP))
     exponent = (groups.abs().amax(3).log2().floor() - 2).clamp(-127, 127)
     scaled = groups / 2 ** exponent[..., None]

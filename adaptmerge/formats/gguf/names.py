@@ -19,12 +19,14 @@ class Architecture:
     """What llama.cpp makes of one model type of `transformers`.
 
     permuted: rows of q and k are reordered for its rotary embedding. tied: the head is the
-    embedding unless the config says otherwise. prefix: of the modules below the head.
+    embedding unless the config says otherwise. shifted: 1 is added to norms. prefix: of the modules
+    below the head.
     """
 
     name: str
     permuted: bool = False
     tied: bool = False
+    shifted: bool = False
     prefix: str = "model"
 
 
@@ -35,16 +37,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "cohere": Architecture("command-r", tied=True),
     "cohere2": Architecture("cohere2", tied=True),
     "exaone4": Architecture("exaone4"),
-    "gemma": Architecture("gemma", tied=True),
-    "gemma2": Architecture("gemma2", tied=True),
-    "gemma3_text": Architecture("gemma3", tied=True),
+    "gemma": Architecture("gemma", tied=True, shifted=True),
+    "gemma2": Architecture("gemma2", tied=True, shifted=True),
+    "gemma3_text": Architecture("gemma3", tied=True, shifted=True),
     "glm4": Architecture("glm4"),
     "gpt2": Architecture("gpt2", tied=True, prefix="transformer"),
     "granite": Architecture("granite", permuted=True),
     "llama": Architecture("llama", permuted=True),
     "mistral": Architecture("llama", permuted=True),
     "mixtral": Architecture("llama", permuted=True),
-    "nemotron": Architecture("nemotron"),
+    "nemotron": Architecture("nemotron", shifted=True),
     "olmo": Architecture("olmo", permuted=True),
     "olmo2": Architecture("olmo2"),
     "phi": Architecture("phi2"),
@@ -130,20 +132,6 @@ class Names:
         """A checkpoint's name as a model with a head has it."""
         start = f"{self.architecture.prefix}."
         return module if module == "lm_head" or module.startswith(start) else start + module
-
-
-def interleaved(ref: TensorRef, heads: int) -> TensorRef:
-    """Rows of each head from two halves (transformers) to alternating pairs (llama.cpp)."""
-    rows, columns = ref.shape
-    halves = ref.reshape(heads, 2, rows // heads // 2, columns)
-    return halves.permute(0, 2, 1, 3).reshape(rows, columns)
-
-
-def halved(ref: TensorRef, heads: int) -> TensorRef:
-    """The inverse of `interleaved`."""
-    rows, columns = ref.shape
-    pairs = ref.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.permute(0, 2, 1, 3).reshape(rows, columns)
 
 
 def rows_problem(module: str, ref: TensorRef, heads: int) -> list[str]:

@@ -1,0 +1,105 @@
+"""How llama.cpp stores the weights of a model: per row, blocks of codes with their scales.
+
+| tensor | holds |
+|---|---|
+| of a block type (Q4_0, Q4_K, ...) | bytes (..., out, blocks of a row), see `CODECS` |
+| of a float type | values (..., out, in) |
+
+Rows of q and k lie in llama.cpp's order in some architectures, experts are stacked in one tensor, and norms
+may have 1 added. One packed weight is a matrix as its module has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adaptmerge.base import Base
+from adaptmerge.errors import CannotMerge
+from adaptmerge.files.gguf import TYPES, type_name
+from adaptmerge.files.refs import TensorRef
+from adaptmerge.gguf_model import GgufModel
+from adaptmerge.grids import BlockGrid
+from adaptmerge.lazy import torch
+from adaptmerge.packed import Packed, Scheme, stacked
+from adaptmerge.schemes.gguf.blocks import CODECS, Codec
+from adaptmerge.spelling import Spelled, halved, interleaved
+
+URL = "https://github.com/ggml-org/llama.cpp/blob/master/docs/development/HOWTO-add-model.md"
+WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Ggml:
+    """A matrix in blocks of one type; `raw` is its bytes (out, bytes of a row) in the file's order of
+    rows."""
+
+    module: str
+    shape: tuple[int, int]
+    type: int
+    spelled: Spelled
+    raw: TensorRef
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        return {self.spelled.name: self.raw}
+
+    @property
+    def _codec(self) -> Codec:
+        """Raises CannotMerge for a type whose blocks cannot be made anew."""
+        found = CODECS.get(self.type)
+        if found is None:
+            known = ", ".join(codec.name for codec in CODECS.values())
+            raise CannotMerge(
+                f"is stored as {type_name(self.type)}, which cannot be fused into (known: {known}): give a "
+                "model that is quantised otherwise",
+                where=self.module,
+            )
+        return found
+
+    @property
+    def _ordered(self) -> TensorRef:
+        """The bytes with rows as the module has them."""
+        heads = self.spelled.heads
+        return halved(self.raw, heads) if heads else self.raw
+
+    def grid(self, rows: tuple[int, int]) -> tuple[torch.Tensor, BlockGrid]:
+        return self._codec.grid(self._ordered.slice(0, *rows).read())
+
+    def pack(self, codes: torch.Tensor, grid: BlockGrid) -> dict[str, torch.Tensor]:
+        made = self._codec.pack(self._ordered.read(), codes, grid)
+        heads = self.spelled.heads
+        return {self.spelled.name: interleaved(made, heads).contiguous() if heads else made}
+
+    def nearest_scales(self, scale: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor | None:
+        return self._codec.nearest_scales(self._ordered.slice(0, *rows).read(), scale)
+
+
+def _detect(base: Base) -> bool:
+    return isinstance(base, GgufModel)
+
+
+def _spelled(base: Base) -> dict[str, Spelled]:
+    from adaptmerge.schemes.gguf.names import spelled
+
+    assert isinstance(base, GgufModel)
+    return spelled(base)
+
+
+def _find(base: Base) -> dict[str, Packed]:
+    """The matrices that are stored in blocks."""
+    assert isinstance(base, GgufModel)
+    found: dict[str, Packed] = {}
+    for name, spelled in _spelled(base).items():
+        whole, entry = stacked(spelled.name)
+        info = base.infos.get(whole)
+        if info is not None and TYPES[info.type].width > 1 and name.endswith(WEIGHT):
+            stored = base.tensors[whole]
+            raw = stored if entry is None else stored.entry(entry)
+            rows, columns = info.shape[-2:]
+            module = name.removesuffix(WEIGHT)
+            found[module] = Ggml(module, (rows, columns), info.type, spelled, raw)
+    return found
+
+
+SCHEME = Scheme("gguf", "GGUF", URL, _detect, _find, _spelled)

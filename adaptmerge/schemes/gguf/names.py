@@ -1,0 +1,57 @@
+"""The parameters of a GGUF model by the names that modules have in `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from adaptmerge import experts
+from adaptmerge.errors import InputError
+from adaptmerge.formats.gguf.names import HEAD, Names
+from adaptmerge.gguf_model import GgufModel
+from adaptmerge.graph import Site
+from adaptmerge.runtime.linears import without_weights
+from adaptmerge.spelling import Spelled
+
+EXPERTS = {experts.GATE: "ffn_gate_exps", experts.UP: "ffn_up_exps", experts.DOWN: "ffn_down_exps"}
+NORM = "norm.weight"
+
+
+def spelled(base: GgufModel) -> dict[str, Spelled]:
+    """How each parameter of the model is stored, by its name in `transformers`; of experts, of which
+    llama.cpp stacks all matrices, each by itself.
+
+    Raises InputError where llama.cpp's names are not known, MissingExtra without gguf-py.
+    """
+    names = Names.of(base, lambda problem: InputError(problem, where=str(base.path)))
+    model = without_weights(base.path)
+    found: dict[str, Spelled] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        one = _spelled(name, base, names)
+        if one is not None:
+            found[name] = one
+    return found | dict(_experts(base, names.architecture.prefix))
+
+
+def _spelled(name: str, base: GgufModel, names: Names) -> Spelled | None:
+    """How a parameter is stored; None where it is not, or is a part of others."""
+    module, _, param = name.rpartition(".")
+    at = f"{names.table.get_name(module)}.{param}"
+    if at not in base.infos and at != HEAD:
+        return None
+    added = 1.0 if names.architecture.shifted and at.endswith(NORM) else 0.0
+    return Spelled(at, names.heads(at) or 0, added, base.is_transposed(Site(module, param)))
+
+
+def _experts(base: GgufModel, prefix: str) -> Iterator[tuple[str, Spelled]]:
+    """The matrices of single experts."""
+    style = experts.STYLES.get(base.architecture or "")
+    layers: Any = base.config.get("num_hidden_layers", 0)
+    for layer in range(layers if style is not None else 0):
+        assert style is not None
+        for part, tensor in EXPERTS.items():
+            name = f"blk.{layer}.{tensor}.weight"
+            if name in base.infos:
+                block = f"{prefix}.layers.{layer}.{style.block or 'mlp'}.experts"
+                for i in range(base.infos[name].shape[0]):
+                    yield f"{block}.{i}.{style.leaves[part]}.weight", Spelled(f"{name}[{i}]")
