@@ -14,9 +14,10 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.gguf import GgufFile, Info, read_header
 from adaptmerge.files.paths import missing
 from adaptmerge.files.refs import TensorRef
-from adaptmerge.formats.gguf.names import ARCHITECTURES, EMBEDDING, HEAD
+from adaptmerge.llama_cpp import ARCHITECTURES, EMBEDDING, HEAD
 
 SUFFIX = ".gguf"
+LIBRARY = "gguf"  # what a model card calls its library
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 # Keys of llama.cpp (gguf-py's constants.py), less the architecture's name, as configs spell them.
 KEYS: Mapping[str, Sequence[str]] = {
@@ -48,9 +49,10 @@ BIASED = {"attn_q.bias": "attention_bias", "ffn_up.bias": "mlp_bias"}
 @dataclass(frozen=True)
 class GgufModel(Base):
     """A base whose files are GGUF; `path` is the first of them, tensors have llama.cpp's names and those of
-    blocks are bytes (..., bytes of a row)."""
+    blocks are bytes (..., bytes of a row). parameters: the names that its class in `transformers` has."""
 
     headers: tuple[GgufFile, ...] = ()
+    parameters: tuple[str, ...] = ()
 
     @cached_property
     def infos(self) -> Mapping[str, Info]:

@@ -22,7 +22,7 @@ LAYERS = (
     ("factors", "fit", "blocks"),
     ("graph",),
     ("edits", "families"),
-    ("names", "base", "experts"),
+    ("names", "base", "experts", "llama_cpp", "gguf_model", "spelling"),
     ("registry", "grids", "packed"),
     ("formats", "methods", "schemes", "rounding"),
     ("align", "lower", "weights", "inputs", "request", "heads", "stacks", "tied")
@@ -42,7 +42,8 @@ APART = {"formats", "methods", "schemes", "rounding"}
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 FORMAT_NAMES = {"peft", "gguf", "adapterhub", "native"}
-CONTAINERS = {"files": {"gguf"}}  # also a container, which files/ tells by its first bytes
+# also a container, which files/ tells by its first bytes, and of base models
+CONTAINERS = {"files": {"gguf"}, "gguf_model": {"gguf"}, "schemes": {"gguf"}, "llama_cpp": {"gguf"}}
 KIND_BLIND = ("align", "plan", "run", "fuse")
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 35, 450
 

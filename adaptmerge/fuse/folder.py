@@ -16,7 +16,7 @@ from adaptmerge.fuse.layout import INDEX, INDEXES, index_of
 from adaptmerge.fuse.plan import SAME, FusePlan
 from adaptmerge.fuse.quantised import QUANTISATION
 from adaptmerge.fuse.report import FuseReport
-from adaptmerge.gguf_model import GgufModel
+from adaptmerge.gguf_model import LIBRARY, GgufModel
 from adaptmerge.graph import Kind, Labels, Note
 from adaptmerge.heads import is_vocabulary, owner_of
 from adaptmerge.plan import Step
@@ -225,7 +225,7 @@ def card(plan: FusePlan, report: FuseReport) -> str:
     base = next((i.adapter.base.name for i in plan.inputs if i.adapter.base.name), None)
     one = next(iter(named.values())) if len(set(named.values())) == 1 else None
     head = ["---", "tags: [merged, adapter]"]
-    head += [f"library_name: {'gguf' if _is_gguf(plan) else 'transformers'}"]
+    head += [f"library_name: {LIBRARY if _is_gguf(plan) else 'transformers'}"]
     head += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
     head += [f"license: {one}"] if one else []
     return "\n".join(

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from adaptmerge.base import Base
 from adaptmerge.files.dtypes import BF16, F16, DType
 from adaptmerge.files.refs import TensorRef, computed, join
+from adaptmerge.gguf_model import GgufModel
 from adaptmerge.graph import Site
 from adaptmerge.packed import Dequantised, Packed, named, scheme_of, stacked
+from adaptmerge.runtime.linears import parameters_of
 from adaptmerge.spelling import Spelled
 
 QUANTISATION = ("quantization_config", "quantization", "compression_config")
@@ -32,6 +34,8 @@ class View:
 
 def view_of(stored: Base) -> View:
     """The view of a base; itself where nothing is quantised. Raises InputError for unknown layouts."""
+    if isinstance(stored, GgufModel):
+        stored = replace(stored, parameters=parameters_of(stored.path))
     scheme = scheme_of(stored)
     if scheme is None:
         return View(stored, stored)

@@ -15,7 +15,7 @@ def quantised_modules(base_dir: Path) -> list[str]:
     and what is tied to an embedding."""
     from transformers.pytorch_utils import Conv1D
 
-    model = without_weights(base_dir)
+    model = _without_weights(base_dir)
     kept = _kept(model)
     return [
         name
@@ -25,7 +25,13 @@ def quantised_modules(base_dir: Path) -> list[str]:
     ]
 
 
-def without_weights(base_dir: Path) -> torch.nn.Module:
+def parameters_of(base_dir: Path) -> tuple[str, ...]:
+    """The names of all parameters of a model, tied ones under each."""
+    model = _without_weights(base_dir)
+    return tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
+
+
+def _without_weights(base_dir: Path) -> torch.nn.Module:
     """The model of a checkpoint on the meta device. Raises InputError where there is no class for it."""
     config = model_config(base_dir)
     with quietly(), in_one_sentence(str(base_dir)), torch.device("meta"):
@@ -37,7 +43,7 @@ def ties_head(base_dir: Path) -> bool | None:
     """Whether the head of a model computes with the matrix of its input embedding, as its class and config
     say together; None where there is no such class."""
     try:
-        model: Any = without_weights(base_dir)
+        model: Any = _without_weights(base_dir)
     except InputError:
         return None
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()

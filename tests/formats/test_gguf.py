@@ -21,9 +21,9 @@ from adaptmerge.errors import AdaptmergeError, CannotStore, InputError, MissingE
 from adaptmerge.files.gguf import read_header
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.gguf import FORMAT
-from adaptmerge.formats.gguf.names import ARCHITECTURES, Names
 from adaptmerge.graph import Adapter
 from adaptmerge.inputs import open_input, parse_input
+from adaptmerge.llama_cpp import ARCHITECTURES, Names
 from adaptmerge.merge import Options, combine
 from adaptmerge.registry import ReadOptions
 

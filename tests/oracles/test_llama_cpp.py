@@ -17,7 +17,8 @@ from oracles import llama_cpp
 from peft_cases import CASES, PeftCase
 from safetensors.torch import load_file, save_file
 
-from adaptmerge.formats.gguf import names, write
+from adaptmerge import llama_cpp as names
+from adaptmerge.formats.gguf import write
 from adaptmerge.inputs import parse_input
 from adaptmerge.merge import Options, combine
 

@@ -17,9 +17,9 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.gguf import MAGIC, read_header
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.gguf import write
-from adaptmerge.formats.gguf.names import Names
 from adaptmerge.formats.gguf.read import Contents, base_reference, check_kind
 from adaptmerge.graph import Adapter, Bundle, bundle_of
+from adaptmerge.llama_cpp import Names
 from adaptmerge.registry import Format, ReadOptions
 
 LEGACY = b"algg"  # "ggla" as a little-endian number: llama.cpp's adapters of 2023

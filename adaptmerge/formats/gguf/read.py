@@ -12,9 +12,9 @@ from adaptmerge.factors import low_rank
 from adaptmerge.files.gguf import GgufFile
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.files.strict_json import capped, quoted
-from adaptmerge.formats.gguf.names import EMBEDDING, Names, rows_problem
 from adaptmerge.formats.gguf.write import HUB
 from adaptmerge.graph import BaseReference, Edit, Kind, Layer, Note, Site
+from adaptmerge.llama_cpp import EMBEDDING, Names, rows_problem
 from adaptmerge.registry import ReadOptions
 from adaptmerge.spelling import halved
 

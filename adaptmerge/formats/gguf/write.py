@@ -12,9 +12,9 @@ from adaptmerge.factors import as_low_rank
 from adaptmerge.files.disk import tensor_bytes, writing
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.files.strict_json import capped
-from adaptmerge.formats.gguf.names import EMBEDDING, HEAD, Names, library, rows_problem
 from adaptmerge.graph import Adapter, BaseReference, Bundle, Edit
 from adaptmerge.lazy import numpy
+from adaptmerge.llama_cpp import EMBEDDING, HEAD, Names, library, rows_problem
 from adaptmerge.registry import Output, Stores, WriteOptions
 from adaptmerge.spelling import interleaved
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from adaptmerge import experts
 from adaptmerge.errors import InputError
-from adaptmerge.formats.gguf.names import HEAD, Names
 from adaptmerge.gguf_model import GgufModel
 from adaptmerge.graph import Site
-from adaptmerge.runtime.linears import without_weights
+from adaptmerge.llama_cpp import HEAD, Names
 from adaptmerge.spelling import Spelled
 
 EXPERTS = {experts.GATE: "ffn_gate_exps", experts.UP: "ffn_up_exps", experts.DOWN: "ffn_down_exps"}
@@ -24,9 +23,8 @@ def spelled(base: GgufModel) -> dict[str, Spelled]:
     Raises InputError where llama.cpp's names are not known, MissingExtra without gguf-py.
     """
     names = Names.of(base, lambda problem: InputError(problem, where=str(base.path)))
-    model = without_weights(base.path)
     found: dict[str, Spelled] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name in base.parameters:
         one = _spelled(name, base, names)
         if one is not None:
             found[name] = one
