@@ -64,6 +64,32 @@ class Scheme:
     url: str
     detect: Callable[[Base], bool]
     find: Callable[[Base], Mapping[str, Packed]]
+    refused: bool = False  # known by name only, and never read
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The linear layers that are not quantised: those that libraries leave by themselves, and others."""
+
+    usual: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A way to quantise weights anew, as a scheme's own library does it: one of the FRESH of its module.
+
+    quantise: the packed weight, of computed tensors, of a module's values (out, in), where a model computes
+    in a dtype; raises CannotStore for shapes that the layout has no room for. config: the
+    quantization_config of a model of that dtype in which some linear layers stay as they are: those that
+    the library leaves by itself, and others. conv1d: whether layers that are stored as (in, out) can be
+    quantised.
+    """
+
+    name: str
+    quantise: Callable[[str, TensorRef, DType], Packed]
+    config: Callable[[Kept, DType], Mapping[str, Any]]
+    conv1d: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +147,26 @@ def dequantised(packed: Packed, rows: tuple[int, int]) -> torch.Tensor:
 @cache
 def schemes() -> Mapping[str, Scheme]:
     """All schemes by name."""
-    root = importlib.import_module("adaptmerge.schemes")
-    names = sorted(info.name for info in pkgutil.iter_modules(root.__path__))
-    modules: list[Any] = [importlib.import_module(f"adaptmerge.schemes.{name}") for name in names]
     found: dict[str, Scheme] = {}
-    for module in modules:
+    for module in _modules():
         for scheme in (getattr(module, "SCHEME", None), *getattr(module, "SCHEMES", ())):
             if scheme is not None and scheme.name in found:
                 raise AdaptmergeError(f"two schemes are named {scheme.name!r}")
             if scheme is not None:
                 found[scheme.name] = scheme
     return found
+
+
+@cache
+def fresh() -> Mapping[str, Fresh]:
+    """All ways to quantise weights anew, by name."""
+    return {one.name: one for module in _modules() for one in getattr(module, "FRESH", ())}
+
+
+def _modules() -> list[Any]:
+    root = importlib.import_module("adaptmerge.schemes")
+    names = sorted(info.name for info in pkgutil.iter_modules(root.__path__))
+    return [importlib.import_module(f"adaptmerge.schemes.{name}") for name in names]
 
 
 def scheme_of(base: Base) -> Scheme | None:
@@ -148,8 +183,9 @@ def scheme_of(base: Base) -> Scheme | None:
     said = base.config.get("quantization_config")
     if isinstance(said, Mapping):
         how = said.get("quant_method") or "unknown"
+        known = ", ".join(name for name, scheme in schemes().items() if not scheme.refused)
         raise InputError(
-            f"is quantised ({how}), which cannot be fused into (known: {', '.join(schemes())}): give the "
+            f"is quantised ({how}), which cannot be fused into (known: {known}): give the "
             "original base, with --trained-on for an adapter that was trained on a quantised one",
             where=str(base.path),
         )

@@ -16,7 +16,6 @@ from adaptmerge.fuse import folder
 from adaptmerge.fuse.executors import EXECUTORS, Job
 from adaptmerge.fuse.journal import Journal, unpacked
 from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
-from adaptmerge.fuse.quantised import running_dtype
 from adaptmerge.fuse.report import (
     AdapterLoss,
     FuseReport,
@@ -233,7 +232,7 @@ def _report(
     files: Mapping[str, str],
     digests: Mapping[str, Mapping[str, str]],
 ) -> FuseReport:
-    adapters = losses(lines, running_dtype(plan.view))
+    adapters = losses(lines, plan.running)
     named, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
     notes += _backward(plan, lines)

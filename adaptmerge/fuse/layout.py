@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,9 +124,12 @@ def shards_of(
     tensors: Mapping[str, Tensor],
     added: Mapping[str, str],
     asked: DType | None,
+    gone: Collection[str] = (),
 ) -> list[Shard]:
     """The files of the output. tensors: those that change or are new. added: new names, each with that of
-    a tensor whose file it goes into."""
+    a tensor whose file it goes into. gone: names that are no more.
+
+    Where any are added wide elements come first, so that every tensor is aligned to its own elements."""
     shards, files = [], files_of(base)
     last = list(files.values())[-1][-1]
     for path, names in files.items():
@@ -136,8 +139,12 @@ def shards_of(
             if anchor in names:
                 here.insert(here.index(anchor) + 1, new)
         found = tuple(
-            tensors.get(name) or _copied(name, base.tensors[name], asked) for name in here
+            tensors.get(name) or _copied(name, base.tensors[name], asked)
+            for name in here
+            if name not in gone
         )
+        if len(here) > len(names):
+            found = tuple(sorted(found, key=lambda tensor: -tensor.dtype.bits))
         name = output_name(Path(path).name) if len(files) > 1 or _is_indexed(base) else SINGLE
         shards.append(Shard(name, _header(base, path, found), found))
     return shards

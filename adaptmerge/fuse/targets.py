@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from adaptmerge.base import Base, Place
 from adaptmerge.edits import factor_of
-from adaptmerge.errors import CannotMerge
+from adaptmerge.errors import CannotMerge, CannotStore
 from adaptmerge.files.compare import same_values
-from adaptmerge.files.dtypes import DType
+from adaptmerge.files.dtypes import F32, DType
 from adaptmerge.files.refs import IN_FILES, TensorRef
+from adaptmerge.fuse.fresh import Anew, tensors_of
 from adaptmerge.fuse.layout import Copy, Fused, Repacked, Tensor, output_dtype
 from adaptmerge.fuse.matrix import Matrix, Part
 from adaptmerge.fuse.repack import Packing
@@ -41,11 +42,12 @@ class Change:
 
 @dataclass
 class Targets:
-    """The tensors that change, new ones with the tensor that they are stored beside, the entries of the
-    config that follow from them, and Notes."""
+    """The tensors that change, new ones with the tensor that they are stored beside, names that are no
+    more, the entries of the config that follow from them, and Notes."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
     config: dict[str, object] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
 
@@ -55,7 +57,7 @@ class Wishes:
     """How weights are to be written: in which dtype if not their own, and whether tied ones stay one.
 
     tied: whether the model computes with one matrix for tokens and head. packed: the packed weights of the
-    base by name; wide: the dtype that these are written in instead.
+    base by name; wide: the dtype that these are written in instead. anew: how linear layers are quantised.
     """
 
     dtype: DType | None = None
@@ -63,6 +65,7 @@ class Wishes:
     tied: bool = False
     packed: Mapping[str, Packed] = field(default_factory=dict)
     wide: DType | None = None
+    anew: Anew | None = None
 
 
 def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets:
@@ -78,30 +81,57 @@ def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets
         by_name.setdefault(place.name, {})[place.expert] = (place, change)
     quantised = {name for name, ref in base.tensors.items() if trained.tensors[name] != ref}
     quantised |= wishes.packed.keys() if wishes.wide is not None else set()
+    quantised |= wishes.anew.names if wishes.anew is not None else set()
     for name in sorted(quantised - by_name.keys()):
         module, _, param = name.rpartition(".")
         site = Site(module, param)
         by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
+    problems: list[str] = []
     for name, here in by_name.items():
-        if name in wishes.packed and wishes.wide is None:
-            found.tensors.update(_repacked(wishes.packed[name], here[None][1], base.tensors[name]))
+        if wishes.anew is not None and name in wishes.anew.names:
+            _quantise(name, *here[None], trained, wishes.anew, found, problems)
+        elif name in wishes.packed and wishes.wide is None:
+            found.tensors.update(_repacked(name, *here[None], base, wishes.packed[name]))
         else:
             found.tensors[name] = _tensor(name, here, base, trained, wishes, found)
+    if problems:
+        raise CannotStore(problems)
+    found.config |= {} if wishes.anew is None else wishes.anew.config()
     return found
 
 
-def _repacked(packed: Packed, change: Change, weight: TensorRef) -> dict[str, Tensor]:
+def _quantise(
+    name: str,
+    place: Place,
+    change: Change,
+    trained: Base,
+    anew: Anew,
+    found: Targets,
+    problems: list[str],
+) -> None:
+    """The tensors that a weight is stored as once it is quantised, in place of its own."""
+    start = change.value if change.value is not None else trained.tensors[name]
+    try:
+        tensors = tensors_of(anew.packing(name, _matrix(start, place, change, F32)))
+    except CannotStore as problem:
+        problems += problem.problems
+        return
+    found.tensors |= tensors
+    found.added |= {one: name for one in reversed(tensors) if one != name}
+    found.gone |= {name} - tensors.keys()
+
+
+def _repacked(
+    name: str, place: Place, change: Change, base: Base, packed: Packed
+) -> dict[str, Tensor]:
     """The tensors that a packed weight is stored as, all of them made anew together."""
     if change.value is not None or change.tokens:
         raise CannotMerge(
             "is stored whole by an adapter, and quantised in the base: pass --quant bf16, or --heads drop",
             where=str(change.site),
         )
-    packing = Packing(packed, Matrix(change.site, weight, weight.dtype, change.parts))
-    return {
-        name: Tensor(name, ref.dtype, ref.shape, (Repacked(packing, ref, leads=number == 0),))
-        for number, (name, ref) in enumerate(packed.tensors.items())
-    }
+    weight = base.tensors[name]
+    return tensors_of(Packing(packed, _matrix(weight, place, change, weight.dtype)))
 
 
 def _changes(plan: Plan, base: Base) -> dict[Place, Change]:

@@ -175,8 +175,8 @@ def _packed_finding(name: str, packing: Packing, stored: Packed) -> Finding:
     columns = slice(0, packing.matrix.shape[1])
 
     def nearest(target: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        _, grid = packing.packed.grid(rows)
-        codes = grid.codes(target.float(), columns)
+        codes, grid = packing.packed.grid(rows)
+        codes = codes if packing.fresh else grid.codes(target.float(), columns)
         return grid.values(codes, columns, torch.empty(target.shape)).double()
 
     grid = packed_error(packing.packed)
