@@ -24,6 +24,7 @@ Examples:
   adaptmerge fuse ./llama ./adapter -o fused
   adaptmerge fuse ./llama sql=./a:0.7 chat=./b:0.3 --dtype bf16 -o fused
   adaptmerge fuse ./llama ./qlora --trained-on nf4,double -o fused
+  adaptmerge fuse ./llama ./adapter --quant nf4 -o fused
   adaptmerge fuse ./fused ./adapter:-1 -o original-again
   adaptmerge verify fused --base ./llama
 """
@@ -47,7 +48,8 @@ Examples:
     "--quant",
     default="same",
     show_default=True,
-    help="Of a quantised base: same, or bf16, fp16, fp32 to store its weights dequantised.",
+    help="same (as the base is); bf16, fp16, fp32 (a quantised base's weights dequantised); or anew: nf4, "
+    "nf4,double, fp4, fp4,double, int8, int4-g128, int8-channel, fp8-channel.",
 )
 @click.option(
     "--scales",
