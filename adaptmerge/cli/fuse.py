@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptmerge.cli.options import allowed, heads_option, json_option, merging_options
+from adaptmerge.cli.options import (
+    allowed,
+    heads_option,
+    json_option,
+    merging_options,
+    percentage,
+)
 from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, table
 from adaptmerge.errors import AdaptmergeError
 
@@ -67,6 +73,14 @@ Examples:
 @click.option(
     "--max-loss", default=0.25, show_default=True, help="Largest error in an adapter's input space."
 )
+@click.option(
+    "--max-growth",
+    metavar="PERCENT",
+    default="0%",
+    show_default=True,
+    help="How much larger a quantised output may get by layers that stay in 16 bits where they would lose "
+    "an adapter.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of stochastic rounding.")
 @click.option(
     "--allow",
@@ -88,6 +102,7 @@ def fuse(
     output: str,
     rules: tuple[str, ...],
     allow: str,
+    max_growth: str,
     dry_run: bool,
     as_json: bool,
     **given: Any,
@@ -98,7 +113,10 @@ def fuse(
     from adaptmerge.weights import parse_rule
 
     options = library.FuseOptions(
-        rules=tuple(parse_rule(rule) for rule in rules), allow=allowed(allow), **given
+        rules=tuple(parse_rule(rule) for rule in rules),
+        allow=allowed(allow),
+        max_growth=percentage("--max-growth", max_growth),
+        **given,
     )
     specs = [parse_input(text) for text in adapters]
     if dry_run:

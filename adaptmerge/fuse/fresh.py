@@ -7,6 +7,7 @@ own grid.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adaptmerge.errors import CannotStore
@@ -76,12 +77,12 @@ class MergedRows:
 class Anew:
     """How the linear layers of a base are quantised.
 
-    names: of their weights. dtype: what the model computes in. usual: the linear layers that libraries
-    leave as they are.
+    modules: what the model calls them, by the names of their weights. dtype: what the model computes in.
+    usual: the linear layers that libraries leave as they are.
     """
 
     fresh: Fresh
-    names: frozenset[str]
+    modules: Mapping[str, str]
     dtype: DType
     usual: tuple[str, ...]
 
@@ -98,9 +99,10 @@ class Anew:
             return source.ref
         return computed(Merged(matrix), name) if matrix.parts else matrix.weight
 
-    def config(self) -> dict[str, object]:
-        """The entries of the config that say how layers are quantised."""
-        return {QUANTISATION: dict(self.fresh.config(Kept(self.usual), self.dtype))}
+    def config(self, plain: Sequence[str] = ()) -> dict[str, object]:
+        """The entries of the config that say how layers are quantised, but for the weights named."""
+        kept = Kept(self.usual, tuple(self.modules[name] for name in plain))
+        return {QUANTISATION: dict(self.fresh.config(kept, self.dtype))}
 
 
 def anew(view: View, name: str, asked: DType | None) -> Anew | None:
@@ -112,9 +114,8 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
     if way is None:
         return None
     base, layers = view.base, linear_layers(view.base.path)
-    modules = (base.locate(module) for module in layers.quantised)
-    names = [f"{module}.weight" for module in modules if module is not None]
-    held = [one for one in names if one in base.tensors]
+    names = {f"{base.locate(module)}.weight": module for module in layers.quantised}
+    held = {name: module for name, module in names.items() if name in base.tensors}
     turned = [one for one in held if base.is_transposed(Site(one.removesuffix(".weight")))]
     if turned and not way.conv1d:
         raise CannotStore(
@@ -123,7 +124,7 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
         )
     stored = [ref.dtype for one in held if one not in view.packed and (ref := base.tensors[one])]
     usual = running_dtype(view.stored.config) or F32 if view.packed else widest(stored or [BF16])
-    return Anew(way, frozenset(held), asked or usual, tuple(layers.kept))
+    return Anew(way, held, asked or usual, tuple(layers.kept))
 
 
 def tensors_of(packing: Packing) -> dict[str, Tensor]:

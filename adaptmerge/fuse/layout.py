@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from adaptmerge.base import Base
@@ -129,7 +130,7 @@ def shards_of(
     """The files of the output. tensors: those that change or are new. added: new names, each with that of
     a tensor whose file it goes into. gone: names that are no more.
 
-    Where any are added wide elements come first, so that every tensor is aligned to its own elements."""
+    Where one would not be aligned to its own elements wide ones come first."""
     shards, files = [], files_of(base)
     last = list(files.values())[-1][-1]
     for path, names in files.items():
@@ -143,11 +144,17 @@ def shards_of(
             for name in here
             if name not in gone
         )
-        if len(here) > len(names):
+        if not _is_aligned(found):
             found = tuple(sorted(found, key=lambda tensor: -tensor.dtype.bits))
         name = output_name(Path(path).name) if len(files) > 1 or _is_indexed(base) else SINGLE
         shards.append(Shard(name, _header(base, path, found), found))
     return shards
+
+
+def _is_aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor begins at a multiple of the size of its elements."""
+    offsets = accumulate((tensor.nbytes for tensor in tensors), initial=0)
+    return not any(8 * start % one.dtype.bits for one, start in zip(tensors, offsets, strict=False))
 
 
 def _is_indexed(base: Base) -> bool:

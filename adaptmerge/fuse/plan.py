@@ -18,6 +18,7 @@ from adaptmerge.files import dtypes
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import forget
 from adaptmerge.fuse.fresh import anew
+from adaptmerge.fuse.growth import check_growth, plain, spared
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
 from adaptmerge.fuse.provenance import (
     ORIGINAL,
@@ -28,6 +29,7 @@ from adaptmerge.fuse.provenance import (
 )
 from adaptmerge.fuse.quantised import View, running_dtype, view_of
 from adaptmerge.fuse.repack import SCALES, SOLVE
+from adaptmerge.fuse.run import Settings
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
@@ -39,6 +41,7 @@ from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
 from adaptmerge.rounding import ROUNDINGS
+from adaptmerge.run import workers_default
 from adaptmerge.runtime.linears import quantised_modules, ties_head
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
@@ -65,6 +68,8 @@ class FuseOptions:
     trained_on: str | None = None
     keep_tied: bool = False
     max_loss: float = 0.25
+    max_growth: float = 0.0  # a share of the bytes of the output
+    plain: tuple[str, ...] | None = None  # weights that stay in 16 bits; None: see max_growth
     seed: int = 0
     allow: frozenset[str] = frozenset()
     strict: bool = False
@@ -88,6 +93,7 @@ class FusePlan:
     options: FuseOptions
     notes: tuple[Note, ...] = ()
     trained_on: str | None = None
+    plain: tuple[str, ...] = ()  # weights that are not quantised, though others are
     _hash: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -173,11 +179,13 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     fresh = anew(view, options.quant, asked)
     wide = fresh.dtype if fresh else dtypes.SPELLINGS.get(options.quant)
-    targets = targets_of(
-        plan, stored, base, Wishes(asked, options.keep_tied, tied, view.packed, wide, fresh)
-    )
-    kept = view.stored if view.packed and wide is None else stored
-    shards = shards_of(kept, targets.tensors, targets.added, asked, targets.gone)
+    check_growth(options.max_growth, view, fresh)
+    wishes = Wishes(asked, options.keep_tied, tied, view.packed, wide, fresh)
+    targets, shards = _laid_out(plan, view, stored, base, wishes)
+    sparing = _sparing(shards, options)
+    if sparing:
+        wishes = replace(wishes, plain=plain(sparing, shards, view, fresh))
+        targets, shards = _laid_out(plan, view, stored, base, wishes)
     notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
@@ -193,6 +201,34 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
         options,
         tuple(notes),
         trained_on,
+        tuple(sparing),
+    )
+
+
+def _laid_out(
+    plan: Plan, view: View, stored: Base, trained: Base, wishes: Wishes
+) -> tuple[Targets, list[Shard]]:
+    """What changes, and the files that it goes into."""
+    targets = targets_of(plan, stored, trained, wishes)
+    kept = view.stored if view.packed and wishes.wide is None else stored
+    return targets, shards_of(kept, targets.tensors, targets.added, wishes.dtype, targets.gone)
+
+
+def _sparing(shards: Sequence[Shard], options: FuseOptions) -> Sequence[str]:
+    """The names of weights that are not quantised, as was decided, or as is decided now."""
+    if options.plain is not None or not options.max_growth:
+        return options.plain or ()
+    return spared(shards, options.max_growth, options.max_loss, settings_of(options))
+
+
+def settings_of(options: FuseOptions) -> Settings:
+    """How shards are written."""
+    return Settings(
+        options.rounding,
+        options.seed,
+        options.jobs or workers_default(),
+        "nonfinite" in options.allow,
+        options.scales,
     )
 
 

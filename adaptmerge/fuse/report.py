@@ -21,6 +21,7 @@ from adaptmerge.graph import Note
 from adaptmerge.report import FILE
 
 VERSION = 1
+KEPT = 0.9  # of an adapter's delta must arrive
 COMMAND = "fuse"
 
 

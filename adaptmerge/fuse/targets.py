@@ -12,6 +12,7 @@ from adaptmerge.files.compare import same_values
 from adaptmerge.files.dtypes import F32, DType
 from adaptmerge.files.refs import IN_FILES, TensorRef
 from adaptmerge.fuse.fresh import Anew, tensors_of
+from adaptmerge.fuse.growth import Plain
 from adaptmerge.fuse.layout import Copy, Fused, Repacked, Tensor, output_dtype
 from adaptmerge.fuse.matrix import Matrix, Part
 from adaptmerge.fuse.repack import Packing
@@ -57,7 +58,8 @@ class Wishes:
     """How weights are to be written: in which dtype if not their own, and whether tied ones stay one.
 
     tied: whether the model computes with one matrix for tokens and head. packed: the packed weights of the
-    base by name; wide: the dtype that these are written in instead. anew: how linear layers are quantised.
+    base by name; wide: the dtype that these are written in instead. anew: how linear layers are quantised;
+    plain: those that are not.
     """
 
     dtype: DType | None = None
@@ -66,6 +68,7 @@ class Wishes:
     packed: Mapping[str, Packed] = field(default_factory=dict)
     wide: DType | None = None
     anew: Anew | None = None
+    plain: Plain | None = None
 
 
 def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets:
@@ -81,14 +84,16 @@ def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets
         by_name.setdefault(place.name, {})[place.expert] = (place, change)
     quantised = {name for name, ref in base.tensors.items() if trained.tensors[name] != ref}
     quantised |= wishes.packed.keys() if wishes.wide is not None else set()
-    quantised |= wishes.anew.names if wishes.anew is not None else set()
+    quantised |= wishes.anew.modules.keys() if wishes.anew is not None else set()
     for name in sorted(quantised - by_name.keys()):
         module, _, param = name.rpartition(".")
         site = Site(module, param)
         by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
     problems: list[str] = []
     for name, here in by_name.items():
-        if wishes.anew is not None and name in wishes.anew.names:
+        if wishes.plain is not None and name in wishes.plain.growth:
+            _store_plain(name, *here[None], trained, wishes, wishes.plain, found)
+        elif wishes.anew is not None and name in wishes.anew.modules:
             _quantise(name, *here[None], trained, wishes.anew, found, problems)
         elif name in wishes.packed and wishes.wide is None:
             found.tensors.update(_repacked(name, *here[None], base, wishes.packed[name]))
@@ -97,7 +102,30 @@ def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets
     if problems:
         raise CannotStore(problems)
     found.config |= {} if wishes.anew is None else wishes.anew.config()
+    found.config |= {} if wishes.plain is None else wishes.plain.config
     return found
+
+
+def _store_plain(
+    name: str,
+    place: Place,
+    change: Change,
+    trained: Base,
+    wishes: Wishes,
+    plain: Plain,
+    found: Targets,
+) -> None:
+    """A weight in 16 bits, in place of the tensors that it was, or was to be, packed in."""
+    start = change.value if change.value is not None else trained.tensors[name]
+    matrix = _matrix(start, place, change, plain.dtype)
+    shape = matrix.shape[::-1] if place.transposed else matrix.shape
+    found.tensors[name] = Tensor(name, plain.dtype, shape, (Fused(matrix, place.transposed),))
+    what = f"stored in {plain.dtype}, {plain.growth[name]:,} bytes more"
+    found.notes.append(Note(Kind.INFO, what, site=change.site.module))
+    if wishes.wide is None:
+        before = wishes.packed[name].tensors
+        found.gone |= before.keys() - {name}
+        found.added |= {} if name in before else {name: next(iter(before))}
 
 
 def _quantise(

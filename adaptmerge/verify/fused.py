@@ -221,7 +221,9 @@ def _rows(
     differ = (stored != nearest)[kept] & ~(stored.isnan() & nearest.isnan())[kept]
     gap = (stored - nearest).abs()[kept]
     # a near tie lies as far from the one as from the other value
-    blur = RESOLVED * (weight.abs() + added.abs())[kept]
+    # a delta is a sum itself, whose terms may cancel
+    terms = added.abs() + added.square().mean(1, keepdim=True).sqrt()
+    blur = RESOLVED * (weight.abs() + terms)[kept]
     tie = error.abs() - (nearest - weight - added).abs()[kept] <= NEAR * gap + blur
     double = weight.to(value.dtype) + added.to(value.dtype)
     twice = bool((double.double() == stored)[kept].all())

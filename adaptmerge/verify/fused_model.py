@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from adaptmerge.files.listing import sha256_of
 from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
 from adaptmerge.fuse.quantised import View, view_of
 from adaptmerge.fuse.report import FuseReport
-from adaptmerge.graph import Adapter
+from adaptmerge.graph import Adapter, Site
 from adaptmerge.inputs import InputSpec
 from adaptmerge.lazy import torch
 from adaptmerge.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict
@@ -74,6 +74,7 @@ def options_in(report: FuseReport) -> FuseOptions:
     said = dict(report.options)
     rules = tuple(SiteRule(**_with_tuples(rule)) for rule in said.pop("rules"))
     said.pop("weights")
+    said["plain"] = None if said.get("plain") is None else tuple(said["plain"])
     said["allow"] = frozenset(said["allow"]) | {"base", "loss"}
     return FuseOptions(**said, rules=rules)
 
@@ -115,7 +116,7 @@ def _config(plan: FusePlan, fused: View) -> Check:
     """Whether the config is the base's, but for what follows from the tensors: tied or not, how many
     layers, the vocabulary."""
     wanted = {**plan.base.config, **plan.targets.config}
-    free = FREE - ({"quantization_config"} if plan.quantised else set())
+    free = FREE - plan.targets.config.keys()
     said = fused.stored.config
     wrong = [
         f"{key} is {said[key]!r}, expected {wanted[key]!r}"
@@ -145,12 +146,12 @@ class Noise:
         return whole_term(self.dense())
 
 
-def _noisy(adapter: Adapter, found: Looked) -> Adapter:
-    """The adapter with noise of the size of the rounding in every matrix."""
+def _noisy(adapter: Adapter, found: Looked, settled: Collection[Site]) -> Adapter:
+    """The adapter with noise of the size of the rounding in every matrix but those that are settled."""
     sizes = [(f.matrix.site, f.matrix.shape, math.sqrt(f.measured.error)) for f in found.findings]
     noise = []
     for site, shape, size in [*sizes, *found.cast]:
-        if size > 0 and 1 not in shape:
+        if size > 0 and 1 not in shape and site not in settled:
             seed = int.from_bytes(hashlib.sha256(str(site).encode()).digest()[:7], "big")
             noise.append(Add(site, Noise(shape, size, seed)))
     return adapter.with_edits((*adapter.edits, *noise))
@@ -168,7 +169,7 @@ def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwi
         bench = Bench.of(plan.view.base, name, streamed, tokens)
         model = bench.model(wanted)
         y_base, y_ref = bench.run(model, against.base), bench.run(model, wanted)
-        y_noisy = y_ref if against.apart else bench.run(model, _noisy(wanted, found))
+        y_noisy = bench.run(model, _noisy(wanted, found, against.settled))
         del model
         bench = replace(bench, base=fused.base, layerwise=layerwise or fused.scheme is not None)
         y = bench.run(bench.model())
