@@ -20,7 +20,7 @@ from adaptmerge.fuse.quantised import View, running_dtype
 from adaptmerge.fuse.repack import Packing
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Fresh, Kept, fresh
+from adaptmerge.packed import Fresh, Kept, Packed, fresh
 from adaptmerge.runtime.linears import linear_layers
 
 QUANTISATION = "quantization_config"
@@ -88,16 +88,14 @@ class Anew:
 
     def packing(self, name: str, matrix: Matrix) -> Packing:
         """A matrix as it is packed. Raises CannotStore for shapes that there is no room for."""
-        values = self._scaled_for(name, matrix)
-        packed = self.fresh.quantise(name.removesuffix(".weight"), values, self.dtype)
-        return Packing(packed, replace(matrix, dtype=F32), fresh=True)
-
-    def _scaled_for(self, name: str, matrix: Matrix) -> TensorRef:
-        """The values that scales are taken of."""
-        source = matrix.weight.source
+        source, matrix = matrix.weight.source, replace(matrix, dtype=F32)
         if isinstance(source, RoundTrip) and source.trained_on == self.fresh.name:
-            return source.ref
-        return computed(Merged(matrix), name) if matrix.parts else matrix.weight
+            return Packing(self._packed(name, source.ref), matrix, fresh=not matrix.parts)
+        values = computed(Merged(matrix), name) if matrix.parts else matrix.weight
+        return Packing(self._packed(name, values), matrix, fresh=True)
+
+    def _packed(self, name: str, values: TensorRef) -> Packed:
+        return self.fresh.quantise(name.removesuffix(".weight"), values, self.dtype)
 
     def config(self, plain: Sequence[str] = ()) -> dict[str, object]:
         """The entries of the config that say how layers are quantised, but for the weights named."""

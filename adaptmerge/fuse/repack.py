@@ -45,7 +45,7 @@ SAMPLE = 64  # rows that a prediction looks at
 
 
 class Packing(NamedTuple):
-    """A packed weight and what is added to it; fresh: its codes are the nearest to that sum already."""
+    """A packed weight and what is added to it; fresh: its grid and codes are of that sum already."""
 
     packed: Packed
     matrix: Matrix
@@ -160,7 +160,8 @@ def _with_row_factor(
     packing: Packing, rows: tuple[int, int], grid: BlockGrid, delta: Delta, scales: str
 ) -> tuple[BlockGrid, bool]:
     """The grid with what multiplies whole rows in its scales, and whether it is: codes then stay right."""
-    factor = row_factor(packing.matrix, delta, rows) if scales == SOLVE else None
+    wanted = scales == SOLVE and not packing.fresh
+    factor = row_factor(packing.matrix, delta, rows) if wanted else None
     if factor is None or bool((factor.abs() < SMALLEST).any()):
         return grid, False
     stored = packing.packed.nearest_scales(grid.scale * factor, rows)

@@ -217,6 +217,19 @@ def test_what_was_trained_on_the_quantised_base_finds_it_again(
     assert all(one.moved == 0.0 and one.error <= 1e-6 * one.weight_norm for one in others)
 
 
+def test_nearest_of_what_was_trained_on_the_quantised_base(
+    wide: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The nearest codes on the grid of the base, and no others than a quantised base gets."""
+    options = {"rounding": "nearest", "allow": frozenset({"loss"})}
+    report = quantised(wide, adapter, tmp_path / "out", "nf4", trained_on="nf4", **options)
+    base = quantised_base(wide, tmp_path / "base", "nf4")
+    same = quantised(base, adapter, tmp_path / "same", "same", **options)
+    one, two = stored(tmp_path / "out"), stored(tmp_path / "same")
+    assert all(bytes_of(one[name]) == bytes_of(two[name]) for name in two)
+    assert report.adapters["a"].gain == pytest.approx(same.adapters["a"].gain, abs=1e-6)
+
+
 @pytest.mark.parametrize("quant", [*BITSANDBYTES, *COMPRESSED])
 def test_verify_proves_it_and_finds_what_is_wrong(
     quant: str, wide: Path, adapter: Path, tmp_path: Path
@@ -265,27 +278,76 @@ def test_a_quantised_base_in_another_layout(
     assert verdict.status == library.PASS, verdict.as_json()
 
 
-def test_layers_that_lie_the_other_way_round(tmp_path: Path) -> None:
-    model: Any = MODELS["gpt2"]()
-    model.bfloat16().save_pretrained(tmp_path / "base")
+def first_matrix(base: Path, theirs: Path) -> str:
+    """A module that is quantised."""
+    mark, before = ".weight.absmax", stored(base)
+    quantised = (n.removesuffix(mark) for n in stored(theirs) if n.endswith(mark))
+    return next(module for module in sorted(quantised) if f"{module}.weight" in before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "qwen2", "mixtral", "qwen2_moe", "gpt_oss"])
+def test_quantised_are_the_layers_that_transformers_quantises(name: str, tmp_path: Path) -> None:
+    """Conv1D, an encoder with a head, biases, and experts, which stay as they are."""
+    from transformers import BitsAndBytesConfig
+
+    model: Any = MODELS[name]().bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    type(model).from_pretrained(
+        tmp_path / "base", quantization_config=four, dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "theirs")
+    module = first_matrix(tmp_path / "base", tmp_path / "theirs")
+    rows, columns = stored(tmp_path / "base")[f"{module}.weight"].shape
+    rows, columns = (columns, rows) if name == "gpt2" else (rows, columns)
+    generator = torch.Generator().manual_seed(3)
+    sides = torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator)
+    said: dict[str, Any] = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    adapter = samples.write(tmp_path / "a", {module: (sides[0], 0.02 * sides[1])}, **said)
+    quantised(tmp_path / "base", adapter, tmp_path / "out", "nf4", allow=frozenset({"loss"}))
+    theirs, ours = stored(tmp_path / "theirs"), stored(tmp_path / "out")
+    assert ours.keys() == theirs.keys()
+    for tensor, value in theirs.items():
+        assert (ours[tensor].dtype, ours[tensor].shape) == (value.dtype, value.shape)
+        if not tensor.startswith(f"{module}."):
+            assert bytes_of(ours[tensor]) == bytes_of(value), tensor
+    base = str(tmp_path / "base")
+    verdict = library.verify(tmp_path / "out", library.Questions(base, {"a": str(adapter)}, "cpu"))
+    assert verdict.status == library.PASS, verdict.as_json()
+    if name == "gpt2":
+        with pytest.raises(CannotStore, match="Conv1D"):
+            quantised(tmp_path / "base", adapter, tmp_path / "no", "int8-channel")
+
+
+def test_a_quantised_base_whose_layers_lie_the_other_way_round(tmp_path: Path) -> None:
+    MODELS["gpt2"]().bfloat16().save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+    base = quantised_base(tmp_path / "plain", tmp_path / "base", "nf4")
     module = "transformer.h.0.attn.c_attn"
     generator = torch.Generator().manual_seed(3)
     down, up = (torch.randn(shape, generator=generator) for shape in ((2, 64), (192, 2)))
-    adapter = samples.write(tmp_path / "a", {module: (down, 0.02 * up)}, fan_in_fan_out=True)
-    quantised(tmp_path / "base", adapter, tmp_path / "out", "nf4", allow=frozenset({"loss"}))
-    theirs = stored(quantised_base(tmp_path / "base", tmp_path / "theirs", "nf4"))
-    ours = stored(tmp_path / "out")
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert (ours[name].dtype, ours[name].shape) == (value.dtype, value.shape)
-        if "h.0.attn.c_attn" not in name:
-            assert bytes_of(ours[name]) == bytes_of(value), name
+    adapter = samples.write(tmp_path / "a", {module: (down, 0.005 * up)}, fan_in_fan_out=True)
+    quantised(base, adapter, tmp_path / "out", "same", allow=frozenset({"loss"}))
+    moved = values(tmp_path / "out")[module] - values(base)[module]
+    delta = samples.deltas(adapter)[module]
+    assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(1, abs=0.05)
     verdict = library.verify(
-        tmp_path / "out", library.Questions(str(tmp_path / "base"), {"a": str(adapter)}, "cpu")
+        tmp_path / "out", library.Questions(str(base), {"a": str(adapter)}, "cpu")
     )
     assert verdict.status == library.PASS, verdict.as_json()
-    with pytest.raises(CannotStore, match="Conv1D"):
-        quantised(tmp_path / "base", adapter, tmp_path / "no", "int8-channel")
+
+
+@pytest.mark.parametrize("trained_on", [None, "nf4"])
+@pytest.mark.parametrize("name", ["ia3-shakespeare", "lora-r4-dora-embed-cheaders"])
+def test_factors_of_rows_arrive(
+    name: str, trained_on: str | None, fixtures: Path, tmp_path: Path
+) -> None:
+    base, adapter = fixtures / "tinyllama" / "base", fixtures / "tinyllama" / name
+    report = quantised(base, adapter, tmp_path / "out", "nf4", trained_on=trained_on)
+    assert report.adapters["a"].gain == pytest.approx(1, abs=0.01)
+    assert report.noise < 0.11
+    verdict = library.verify(
+        tmp_path / "out", library.Questions(str(base), {"a": str(adapter)}, "cpu")
+    )
+    assert verdict.status == library.PASS, verdict.as_json()
 
 
 def test_the_same_bytes_in_shards_and_whatever_the_workers(
