@@ -94,13 +94,14 @@ class Fresh:
     in a dtype; raises CannotStore for shapes that the layout has no room for. config: the
     quantization_config of a model of that dtype in which some linear layers stay as they are: those that
     the library leaves by itself, and others. conv1d: whether layers that are stored as (in, out) can be
-    quantised.
+    quantised. mixed: whether loaders leave layers as they are that are chosen.
     """
 
     name: str
     quantise: Callable[[str, TensorRef, DType], Packed]
     config: Callable[[Kept, DType], Mapping[str, Any]]
     conv1d: bool = False
+    mixed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,16 @@ HEAD, HEADS, VOCABULARY, SPREAD = 32, 4, 32, 0.02
 PREFIX = "model.layers.0"
 SITE = f"{PREFIX}.mlp.gate_proj"
 RATIOS = (1e-3, 1e-2)
-SCHEMES = ("nf4", "nf4,double", "fp4", "int8", "int4-g128", "int8-channel", "fp8-channel")
+SCHEMES = (
+    "nf4",
+    "nf4,double",
+    "fp4",
+    "int8",
+    "int4-g128",
+    "int8-channel",
+    "fp8-channel",
+    "gptq-int4-g128",
+)
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ Examples:
     default="same",
     show_default=True,
     help="same (as the base is); bf16, fp16, fp32 (a quantised base's weights dequantised); or anew: nf4, "
-    "nf4,double, fp4, fp4,double, int8, int4-g128, int8-channel, fp8-channel.",
+    "nf4,double, fp4, fp4,double, int8, int4-g128, int8-channel, fp8-channel, gptq-int4-g128.",
 )
 @click.option(
     "--scales",

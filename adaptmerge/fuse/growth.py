@@ -66,15 +66,17 @@ def check_growth(share: float, view: View, anew: Anew | None) -> None:
     """Raises UsageError where nothing can be stored plainly."""
     if not share >= 0 or not math.isfinite(share):
         raise UsageError(f"--max-growth {100 * share:g}%: expected a percentage from 0% up")
-    if not share or anew is not None:
+    if not share:
         return
-    if view.scheme is None:
+    if view.scheme is None and anew is None:
         raise UsageError("--max-growth: neither the base nor the output (--quant) is quantised")
-    if schemes()[view.scheme].kept is None:
+    mixed = anew.fresh.mixed if anew else schemes()[view.scheme or ""].kept is not None
+    if not mixed:
         able = ", ".join(name for name, scheme in schemes().items() if scheme.kept is not None)
+        name = anew.fresh.name if anew else view.scheme
         raise UsageError(
-            f"--max-growth: loaders of {view.scheme} quantise all layers or none; those of {able} can "
-            "leave some as they are"
+            f"--max-growth: loaders of {name} quantise all layers or none; those of {able} can leave some "
+            "as they are"
         )
 
 

@@ -198,6 +198,8 @@ def test_layouts_that_cannot_mix(plain: Path, adapter: Path, tmp_path: Path) -> 
         fused(plain, adapter, tmp_path / "out", max_growth=0.1)
     with pytest.raises(UsageError, match="from 0% up"):
         fused(plain, adapter, tmp_path / "out", quant="nf4", max_growth=-0.1)
+    with pytest.raises(UsageError, match="gptq-int4-g128 quantise all layers or none"):
+        fused(plain, adapter, tmp_path / "out", quant="gptq-int4-g128", max_growth=0.1)
     gptq = Path(__file__).parents[2] / "fixtures" / "quantised" / "gptq-v1"
     module, weight = next(iter(load_file(gptq / "expected.safetensors").items()))
     sides = {module: (torch.ones(1, weight.shape[1]), torch.ones(weight.shape[0], 1))}
