@@ -173,7 +173,7 @@ def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
             "site": str(line.matrix.site),
             "tensor": line.tensor,
             "shape": line.matrix.shape,
-            "dtype": str(line.matrix.dtype),
+            "dtype": line.stored_as,
             "weights": {part.adapter: part.weight for part in line.matrix.parts},
             "predicted": list(line.choice.predicted),
             "rounding": line.choice.rounding,

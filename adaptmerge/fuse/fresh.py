@@ -78,13 +78,14 @@ class Anew:
     """How the linear layers of a base are quantised.
 
     modules: what the model calls them, by the names of their weights. dtype: what the model computes in.
-    usual: the linear layers that libraries leave as they are.
+    usual: the linear layers that libraries leave as they are; lost: those that the base does not store.
     """
 
     fresh: Fresh
     modules: Mapping[str, str]
     dtype: DType
     usual: tuple[str, ...]
+    lost: tuple[str, ...] = ()
 
     def packing(self, name: str, matrix: Matrix) -> Packing:
         """A matrix as it is packed. Raises CannotStore for shapes that there is no room for."""
@@ -99,7 +100,8 @@ class Anew:
 
     def config(self, plain: Sequence[str] = ()) -> dict[str, object]:
         """The entries of the config that say how layers are quantised, but for the weights named."""
-        kept = Kept(self.usual, tuple(self.modules[name] for name in plain))
+        chosen = (*self.lost, *(self.modules[name] for name in plain))
+        kept = Kept(self.usual, chosen)
         return {QUANTISATION: dict(self.fresh.config(kept, self.dtype))}
 
 
@@ -112,8 +114,9 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
     if way is None:
         return None
     base, layers = view.base, linear_layers(view.base.path)
-    names = {f"{base.locate(module)}.weight": module for module in layers.quantised}
-    held = {name: module for name, module in names.items() if name in base.tensors}
+    names = {module: f"{base.locate(module)}.weight" for module in layers.quantised}
+    held = {name: module for module, name in names.items() if name in base.tensors}
+    lost = tuple(module for module, name in names.items() if name not in base.tensors)
     turned = [one for one in held if base.is_transposed(Site(one.removesuffix(".weight")))]
     if turned and not way.conv1d:
         raise CannotStore(
@@ -122,7 +125,7 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
         )
     stored = [ref.dtype for one in held if one not in view.packed and (ref := base.tensors[one])]
     usual = running_dtype(view.stored.config) or F32 if view.packed else widest(stored or [BF16])
-    return Anew(way, held, asked or usual, tuple(layers.kept))
+    return Anew(way, held, asked or usual, tuple(layers.kept), lost)
 
 
 def tensors_of(packing: Packing) -> dict[str, Tensor]:

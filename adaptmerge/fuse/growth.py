@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from adaptmerge.errors import UsageError
+from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.files.dtypes import BF16, F16, DType
 from adaptmerge.fuse.fresh import QUANTISATION, Anew
 from adaptmerge.fuse.layout import Repacked, Shard
@@ -41,7 +41,15 @@ class Plain:
 
 
 def plain(names: Sequence[str], shards: Sequence[Shard], view: View, anew: Anew | None) -> Plain:
-    """The named weights as they are stored plainly instead of as the shards have them."""
+    """The named weights as they are stored plainly instead of as the shards have them.
+
+    Raises CannotMerge where no other would be left.
+    """
+    if len(names) == len(anew.modules if anew else view.packed):
+        raise CannotMerge(
+            "every quantised layer loses an adapter and would be stored in 16 bits: pass --quant bf16 (or "
+            "no --quant), or a smaller --max-growth and --allow loss"
+        )
     dtype = anew.dtype if anew else running_dtype(view.stored.config) or BF16
     growth = _growth(shards)
     return Plain(

@@ -100,7 +100,7 @@ def site_of(line: Line) -> FusedSite:
         site=str(matrix.site),
         tensor=line.tensor,
         shape=matrix.shape,
-        dtype=str(matrix.dtype) if line.packed is None else "quantised",
+        dtype=line.stored_as,
         rounding=line.choice.rounding,
         weights={part.adapter: part.weight for part in matrix.parts},
         norms=dict(zip(names, norms, strict=True)),

@@ -53,6 +53,11 @@ class Line(NamedTuple):
     measured: Measured
     packed: Packed | None = None
 
+    @property
+    def stored_as(self) -> str:
+        """The dtype of what is stored, or that it is codes."""
+        return str(self.matrix.dtype) if self.packed is None else "quantised"
+
 
 @dataclass(frozen=True, slots=True)
 class Written:

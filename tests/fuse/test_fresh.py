@@ -12,7 +12,7 @@ import torch
 from fuse.made_models import quantised_base
 from fuse.models import llama_base
 from peft_cases import MODELS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaptmerge import verify as library
@@ -250,8 +250,6 @@ def test_verify_proves_it_and_finds_what_is_wrong(
 
 def spoil(path: Path, name: str) -> None:
     """Swaps two rows of what is stored under a name."""
-    from safetensors.torch import save_file
-
     tensors = load_file(path)
     value = tensors[name].view(torch.uint8)
     half = len(value) // 2
@@ -380,6 +378,18 @@ def test_what_cannot_be_quantised_so(
     with pytest.raises(CannotStore, match="no whole groups of 128") as caught:
         quantised(plain, narrow, tmp_path / "out", "int4-g128")
     assert len(caught.value.problems) == 14
+
+
+def test_layers_that_are_not_stored_are_left_out(wide: Path, adapter: Path, tmp_path: Path) -> None:
+    tensors = stored(wide)
+    lost = "model.layers.0.mlp.gate_proj"
+    del tensors[f"{lost}.weight"]
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "base" / "config.json").write_text((wide / "config.json").read_text())
+    quantised(tmp_path / "base", adapter, tmp_path / "out", "nf4")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head", lost]
 
 
 def test_every_name_is_of_a_scheme_that_is_found_again(

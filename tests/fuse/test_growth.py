@@ -22,6 +22,7 @@ from adaptmerge.fuse import FuseOptions, FuseReport, fuse
 from adaptmerge.fuse.quantised import view_of
 from adaptmerge.inputs import InputSpec
 
+QUANTISED = Path(__file__).parents[2] / "fixtures" / "quantised"
 LAYER = "model.layers.0"
 SMALL, LARGE = f"{LAYER}.self_attn.k_proj", f"{LAYER}.mlp.up_proj"
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
@@ -183,6 +184,45 @@ def test_transformers_loads_the_plain_layers_as_such(
     assert type(model.lm_head) is torch.nn.Linear
 
 
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        ("awq-gemm", "modules_to_not_convert"),
+        ("fp8-block", "modules_to_not_convert"),
+        ("ct-mixed", "ignore"),
+        ("ct-fp8-channel", "ignore"),
+    ],
+)
+def test_other_layouts_list_them_too(layout: str, key: str, tmp_path: Path) -> None:
+    base = QUANTISED / layout
+    expected = load_file(base / "expected.safetensors")
+    module, weight = next(iter(expected.items()))
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(2, weight.shape[1], generator=generator)
+    up = torch.randn(weight.shape[0], 2, generator=generator)
+    up *= RATIO * float(weight.norm()) / float((up @ down).norm())
+    adapter = samples.write(tmp_path / "a", {module: (down, up)})
+    before = config(base).get(key) or ["lm_head"]
+    fused(base, adapter, tmp_path / "out", max_growth=9.0, max_loss=1e-9, allow=frozenset({"loss"}))
+    assert config(tmp_path / "out")[key] == [*before, module]
+    after = tensors(tmp_path / "out")
+    assert [name for name in after if name.startswith(f"{module}.")] == [f"{module}.weight"]
+    wanted = weight.double() + samples.deltas(adapter)[module]
+    assert float((after[f"{module}.weight"].double() - wanted).norm()) < 4e-3 * float(wanted.norm())
+    others = view_of(open_base(str(tmp_path / "out"))).packed
+    assert others.keys() == {f"{name}.weight" for name in expected if name != module}
+
+
+def test_all_layers_are_not_stored_plainly(tmp_path: Path) -> None:
+    base = QUANTISED / "ct-int8"
+    (module, weight), *none = load_file(base / "expected.safetensors").items()
+    assert not none
+    sides = torch.ones(1, weight.shape[1]), torch.ones(weight.shape[0], 1)
+    adapter = samples.write(tmp_path / "a", {module: sides})
+    with pytest.raises(CannotMerge, match="every quantised layer"):
+        fused(base, adapter, tmp_path / "out", max_growth=9.0, max_loss=0.0)
+
+
 def test_every_tensor_is_aligned(nf4: Path, adapter: Path, tmp_path: Path) -> None:
     fused(nf4, adapter, tmp_path / "out", max_growth=9.0)
     path = tmp_path / "out" / "model.safetensors"
@@ -200,7 +240,7 @@ def test_layouts_that_cannot_mix(plain: Path, adapter: Path, tmp_path: Path) -> 
         fused(plain, adapter, tmp_path / "out", quant="nf4", max_growth=-0.1)
     with pytest.raises(UsageError, match="gptq-int4-g128 quantise all layers or none"):
         fused(plain, adapter, tmp_path / "out", quant="gptq-int4-g128", max_growth=0.1)
-    gptq = Path(__file__).parents[2] / "fixtures" / "quantised" / "gptq-v1"
+    gptq = QUANTISED / "gptq-v1"
     module, weight = next(iter(load_file(gptq / "expected.safetensors").items()))
     sides = {module: (torch.ones(1, weight.shape[1]), torch.ones(weight.shape[0], 1))}
     other = samples.write(tmp_path / "other", sides)
