@@ -15,7 +15,7 @@ from adaptmerge.files.staging import Staging
 from adaptmerge.fuse import folder
 from adaptmerge.fuse.executors import EXECUTORS, Job
 from adaptmerge.fuse.journal import Journal, unpacked
-from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion, settings_of
+from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
 from adaptmerge.fuse.report import (
     KEPT,
     AdapterLoss,
@@ -26,7 +26,7 @@ from adaptmerge.fuse.report import (
     noise,
     site_of,
 )
-from adaptmerge.fuse.run import Line, lines_of, survey
+from adaptmerge.fuse.run import Line, lines_of, settings_of, survey
 from adaptmerge.graph import Kind, Note
 from adaptmerge.inputs import InputSpec
 from adaptmerge.merge import check_strict, described_input

@@ -35,6 +35,7 @@ WEIGHTS = (
     ".gguf",
     ".ot",
 ) + (".tflite", ".npz", ".index.json", ".onnx_data")
+QUANTISERS = ("quantize_config.json", "quant_config.json")  # how GPTQ and AWQ quantised the base
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -77,6 +78,8 @@ def carried(plan: FusePlan) -> dict[str, Path]:
     found = {
         name: path for name, path in _files(root) if name not in (CONFIG, CARD, FILE, *INDEXES)
     }
+    if plan.options.quant != SAME:
+        found = {name: path for name, path in found.items() if name not in QUANTISERS}
     found.update(_tokenizer(plan))
     for item in plan.inputs:
         for name in LICENCES:

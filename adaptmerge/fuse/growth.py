@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.files.dtypes import BF16, F16, DType
@@ -21,11 +22,14 @@ from adaptmerge.fuse.matrix import Measured
 from adaptmerge.fuse.quantised import View, running_dtype
 from adaptmerge.fuse.repack import Packing, choose_packed, requantise
 from adaptmerge.fuse.report import KEPT, losses
-from adaptmerge.fuse.run import Line, Settings
+from adaptmerge.fuse.run import Line, Settings, settings_of
 from adaptmerge.linalg import one_thread_each
 from adaptmerge.packed import Kept, schemes
 from adaptmerge.run import ordered
 from adaptmerge.runtime.linears import linear_layers
+
+if TYPE_CHECKING:
+    from adaptmerge.fuse.plan import FuseOptions
 
 PLAIN_BYTES = 2
 
@@ -88,14 +92,16 @@ def check_growth(share: float, view: View, anew: Anew | None) -> None:
         )
 
 
-def spared(shards: Sequence[Shard], share: float, most: float, settings: Settings) -> list[str]:
-    """The names of the weights to be stored plainly, where the files may grow by a share of themselves and
-    an adapter may have `most` of an error in its inputs' space."""
+def spared(shards: Sequence[Shard], options: FuseOptions) -> Sequence[str]:
+    """The names of the weights to be stored plainly: those that were decided on, or that are now."""
+    if options.plain is not None or not options.max_growth:
+        return options.plain or ()
+    settings, most = settings_of(options), options.max_loss
     packings = {name: one for shard in shards for name, one in _adapted(shard)}
     with one_thread_each(), ThreadPoolExecutor(settings.workers) as pool:
         work = partial(_settled, settings=settings)
         lines = list(ordered(pool, settings.workers, work, list(packings.items())))
-    growth, left = _growth(shards), share * sum(shard.nbytes for shard in shards)
+    growth, left = _growth(shards), options.max_growth * sum(shard.nbytes for shard in shards)
     chosen: list[str] = []
     while (at := _next(lines, growth, left, most)) is not None:
         name = lines[at].tensor

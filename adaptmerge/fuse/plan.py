@@ -29,7 +29,6 @@ from adaptmerge.fuse.provenance import (
 )
 from adaptmerge.fuse.quantised import View, running_dtype, view_of
 from adaptmerge.fuse.repack import SCALES, SOLVE
-from adaptmerge.fuse.run import Settings
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
@@ -41,7 +40,6 @@ from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
 from adaptmerge.rounding import ROUNDINGS
-from adaptmerge.run import workers_default
 from adaptmerge.runtime.linears import quantised_modules, ties_head
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
@@ -182,7 +180,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     check_growth(options.max_growth, view, fresh)
     wishes = Wishes(asked, options.keep_tied, tied, view.packed, wide, fresh)
     targets, shards = _laid_out(plan, view, stored, base, wishes)
-    sparing = _sparing(shards, options)
+    sparing = spared(shards, options)
     if sparing:
         wishes = replace(wishes, plain=plain(sparing, shards, view, fresh))
         targets, shards = _laid_out(plan, view, stored, base, wishes)
@@ -212,24 +210,6 @@ def _laid_out(
     targets = targets_of(plan, stored, trained, wishes)
     kept = view.stored if view.packed and wishes.wide is None else stored
     return targets, shards_of(kept, targets.tensors, targets.added, wishes.dtype, targets.gone)
-
-
-def _sparing(shards: Sequence[Shard], options: FuseOptions) -> Sequence[str]:
-    """The names of weights that are not quantised, as was decided, or as is decided now."""
-    if options.plain is not None or not options.max_growth:
-        return options.plain or ()
-    return spared(shards, options.max_growth, options.max_loss, settings_of(options))
-
-
-def settings_of(options: FuseOptions) -> Settings:
-    """How shards are written."""
-    return Settings(
-        options.rounding,
-        options.seed,
-        options.jobs or workers_default(),
-        "nonfinite" in options.allow,
-        options.scales,
-    )
 
 
 def _plan_edits(

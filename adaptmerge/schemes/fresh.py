@@ -17,8 +17,7 @@ from adaptmerge.lazy import torch
 
 PIECE = 1 << 20  # entries that are quantised at once
 SMALL = 16  # entries of a weight for each byte of what is kept when it was read as a whole: scales
-KEPT = 64  # tensors of that kind
-WHOLE = 4  # weights that are quantised as a whole
+KEPT = 32  # of them, and of weights that are quantised as a whole
 
 
 class Quantiser(Protocol):
@@ -90,7 +89,7 @@ def _all_quantised(values: TensorRef, how: Quantiser) -> Mapping[str, torch.Tens
     return how.quantise(values.read())
 
 
-_quantised = remembered(_all_quantised, WHOLE)
+_quantised = remembered(_all_quantised, KEPT)
 
 
 def named(name: str, source: OfRows | OfAll) -> TensorRef:

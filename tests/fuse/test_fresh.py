@@ -264,9 +264,11 @@ def test_a_quantised_base_in_another_layout(
     before: str, after: str, wide: Path, adapter: Path, tmp_path: Path
 ) -> None:
     base = quantised_base(wide, tmp_path / "base", before)
+    (base / "quantize_config.json").write_text("{}")
     quantised(base, adapter, tmp_path / "out", after)
     weights, found = values(base), values(tmp_path / "out")
     assert found.keys() == weights.keys()
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
     for module, weight in weights.items():
         delta = samples.deltas(adapter)[module].double() if module == SITE else 0
         assert float((found[module] - weight - delta).norm()) < 0.12 * float(weight.norm())
