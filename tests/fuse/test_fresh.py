@@ -18,10 +18,14 @@ from torch import Tensor
 from adaptmerge import verify as library
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotStore, InputError, UsageError
+from adaptmerge.files.refs import computed
+from adaptmerge.files.safetensors import read_header
 from adaptmerge.fuse import FuseOptions, FuseReport, fuse
+from adaptmerge.fuse.provenance import RoundTrip
 from adaptmerge.fuse.quantised import view_of
 from adaptmerge.inputs import InputSpec
 from adaptmerge.packed import dequantised, fresh, scheme_of
+from adaptmerge.schemes.bitsandbytes.codes import round_trip
 
 BITSANDBYTES = ("nf4", "nf4,double", "fp4", "fp4,double", "int8")
 OTHERS = ("int4-g128", "int8-channel", "fp8-channel", "gptq-int4-g128")
@@ -215,6 +219,21 @@ def test_what_was_trained_on_the_quantised_base_finds_it_again(
     assert report.adapters["a"].sub == pytest.approx(same.adapters["a"].sub, abs=1e-4)
     others = [site for site in report.sites if site.site != SITE]
     assert all(one.moved == 0.0 and one.error <= 1e-6 * one.weight_norm for one in others)
+
+
+@pytest.mark.parametrize("columns", [192, 96])
+@pytest.mark.parametrize("trained_on", BITSANDBYTES)
+def test_rows_of_what_a_base_was_in_training_are_those_of_the_whole(
+    trained_on: str, columns: int, tmp_path: Path
+) -> None:
+    """Bit for bit, also where blocks do not end with rows."""
+    weight = torch.randn(700, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    ref = read_header(str(tmp_path / "w.safetensors")).refs["w"]
+    found, whole = computed(RoundTrip(ref, trained_on)), round_trip(weight, trained_on)
+    assert torch.equal(found.read(), whole)
+    for start, stop in ((0, 1), (3, 350), (699, 700)):
+        assert torch.equal(found.slice(0, start, stop).read(), whole[start:stop])
 
 
 def test_nearest_of_what_was_trained_on_the_quantised_base(
