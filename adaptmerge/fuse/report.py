@@ -32,7 +32,7 @@ class FusedSite:
     gain: how much of each adapter's delta arrived, 1 is all; sub: the error in the space of its inputs,
     relative to the delta (None: it is of full rank). predicted: the gain that nearest rounding would have
     had. Norms are absolute (Frobenius). grid: |error| / |W| that what it is stored as has by itself. moved:
-    the share of a quantised weight's codes that changed.
+    the share of a quantised weight's codes that changed; of one quantised anew, that are not the nearest.
     """
 
     site: str

@@ -23,6 +23,9 @@ from adaptmerge.plan import Plan, Step
 from adaptmerge.registry import Method
 
 HEADS = ("lm_head", "embed_out", "output_embeddings")  # heads that a config can untie
+EXPERTS = Note(
+    Kind.INFO, "experts are not quantised: transformers holds them stacked, not as linear layers"
+)
 MERGED = "merged"  # what a method adds that is no sum over adapters
 
 
@@ -101,7 +104,9 @@ def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets
             found.tensors[name] = _tensor(name, here, base, trained, wishes, found)
     if problems:
         raise CannotStore(problems)
-    found.config |= {} if wishes.anew is None else wishes.anew.config()
+    if wishes.anew is not None:
+        found.config |= wishes.anew.config()
+        found.notes += [EXPERTS] if base.expert_layout is not None else []
     found.config |= {} if wishes.plain is None else wishes.plain.config
     return found
 
