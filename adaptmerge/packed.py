@@ -58,10 +58,19 @@ class Packed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """The linear layers that are not quantised: those that libraries leave by themselves, and others."""
+
+    usual: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """One layout of quantised weights. find: the packed weights, by module, of a base that it detects;
     raises InputError for what it knows and cannot read. spelled: how parameters are stored, by their names
-    in `transformers`, where a scheme has its own."""
+    in `transformers`, where a scheme has its own. kept: the quantization_config of a base in which further
+    linear layers stay as they are; None where no loader would leave them so."""
 
     name: str
     title: str
@@ -69,6 +78,35 @@ class Scheme:
     detect: Callable[[Base], bool]
     find: Callable[[Base], Mapping[str, Packed]]
     spelled: Callable[[Base], Mapping[str, Spelled]] = lambda _: {}
+    refused: bool = False  # known by name only, and never read
+    kept: Callable[[Mapping[str, Any], Kept], Mapping[str, Any]] | None = None
+
+
+def kept_under(key: str) -> Callable[[Mapping[str, Any], Kept], Mapping[str, Any]]:
+    """A `kept` of configs that list modules under a key: without a list loaders leave the usual ones, with
+    one those that it names."""
+    return lambda config, kept: {
+        **config,
+        key: [*(config.get(key) or kept.usual), *kept.chosen],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A way to quantise weights anew, as a scheme's own library does it: one of the FRESH of its module.
+
+    quantise: the packed weight, of computed tensors, of a module's values (out, in), where a model computes
+    in a dtype; raises CannotStore for shapes that the layout has no room for. config: the
+    quantization_config of a model of that dtype in which some linear layers stay as they are: those that
+    the library leaves by itself, and others. conv1d: whether layers that are stored as (in, out) can be
+    quantised. mixed: whether loaders leave layers as they are that are chosen.
+    """
+
+    name: str
+    quantise: Callable[[str, TensorRef, DType], Packed]
+    config: Callable[[Kept, DType], Mapping[str, Any]]
+    conv1d: bool = False
+    mixed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +175,26 @@ def dequantised(packed: Packed, rows: tuple[int, int]) -> torch.Tensor:
 @cache
 def schemes() -> Mapping[str, Scheme]:
     """All schemes by name."""
-    root = importlib.import_module("adaptmerge.schemes")
-    names = sorted(info.name for info in pkgutil.iter_modules(root.__path__))
-    modules: list[Any] = [importlib.import_module(f"adaptmerge.schemes.{name}") for name in names]
     found: dict[str, Scheme] = {}
-    for module in modules:
+    for module in _modules():
         for scheme in (getattr(module, "SCHEME", None), *getattr(module, "SCHEMES", ())):
             if scheme is not None and scheme.name in found:
                 raise AdaptmergeError(f"two schemes are named {scheme.name!r}")
             if scheme is not None:
                 found[scheme.name] = scheme
     return found
+
+
+@cache
+def fresh() -> Mapping[str, Fresh]:
+    """All ways to quantise weights anew, by name."""
+    return {one.name: one for module in _modules() for one in getattr(module, "FRESH", ())}
+
+
+def _modules() -> list[Any]:
+    root = importlib.import_module("adaptmerge.schemes")
+    names = sorted(info.name for info in pkgutil.iter_modules(root.__path__))
+    return [importlib.import_module(f"adaptmerge.schemes.{name}") for name in names]
 
 
 def scheme_of(base: Base) -> Scheme | None:
@@ -164,8 +211,9 @@ def scheme_of(base: Base) -> Scheme | None:
     said = base.config.get("quantization_config")
     if isinstance(said, Mapping):
         how = said.get("quant_method") or "unknown"
+        known = ", ".join(name for name, scheme in schemes().items() if not scheme.refused)
         raise InputError(
-            f"is quantised ({how}), which cannot be fused into (known: {', '.join(schemes())}): give the "
+            f"is quantised ({how}), which cannot be fused into (known: {known}): give the "
             "original base, with --trained-on for an adapter that was trained on a quantised one",
             where=str(base.path),
         )

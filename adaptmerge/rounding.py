@@ -123,8 +123,20 @@ def round_nearest(
     target: torch.Tensor, grid: Grid, basis: torch.Tensor | None, *, keep: bool = False
 ) -> Rounded:
     """Each entry of (rows, in) to the nearest value on the grid."""
+    codes = grid.codes(target, slice(0, target.shape[1]))
+    return measured_codes(codes, target, grid, basis, keep=keep)
+
+
+def measured_codes(
+    codes: torch.Tensor,
+    target: torch.Tensor,
+    grid: Grid,
+    basis: torch.Tensor | None,
+    *,
+    keep: bool = False,
+) -> Rounded:
+    """Codes (rows, in) that are given, with their error."""
     columns = slice(0, target.shape[1])
-    codes = grid.codes(target, columns)
     values = grid.values(codes, columns, torch.empty_like(target))
     return _measured(codes, values, target, basis, keep=keep)
 

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptmerge.cli.options import allowed, heads_option, json_option, merging_options
+from adaptmerge.cli.options import (
+    allowed,
+    heads_option,
+    json_option,
+    merging_options,
+    percentage,
+)
 from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, table
 from adaptmerge.errors import AdaptmergeError
 
@@ -24,6 +30,7 @@ Examples:
   adaptmerge fuse ./llama ./adapter -o fused
   adaptmerge fuse ./llama sql=./a:0.7 chat=./b:0.3 --dtype bf16 -o fused
   adaptmerge fuse ./llama ./qlora --trained-on nf4,double -o fused
+  adaptmerge fuse ./llama ./adapter --quant nf4 -o fused
   adaptmerge fuse ./fused ./adapter:-1 -o original-again
   adaptmerge verify fused --base ./llama
 """
@@ -47,7 +54,8 @@ Examples:
     "--quant",
     default="same",
     show_default=True,
-    help="Of a quantised base: same, or bf16, fp16, fp32 to store its weights dequantised.",
+    help="same (as the base is); bf16, fp16, fp32 (a quantised base's weights dequantised); or anew: nf4, "
+    "nf4,double, fp4, fp4,double, int8, int4-g128, int8-channel, fp8-channel, gptq-int4-g128.",
 )
 @click.option(
     "--scales",
@@ -64,6 +72,14 @@ Examples:
 @click.option("--keep-tied", is_flag=True, help="Refuse to store a tied head apart.")
 @click.option(
     "--max-loss", default=0.25, show_default=True, help="Largest error in an adapter's input space."
+)
+@click.option(
+    "--max-growth",
+    metavar="PERCENT",
+    default="0%",
+    show_default=True,
+    help="How much larger a quantised output may get by layers that stay in 16 bits where they would lose "
+    "an adapter.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of stochastic rounding.")
 @click.option(
@@ -86,6 +102,7 @@ def fuse(
     output: str,
     rules: tuple[str, ...],
     allow: str,
+    max_growth: str,
     dry_run: bool,
     as_json: bool,
     **given: Any,
@@ -96,7 +113,10 @@ def fuse(
     from adaptmerge.weights import parse_rule
 
     options = library.FuseOptions(
-        rules=tuple(parse_rule(rule) for rule in rules), allow=allowed(allow), **given
+        rules=tuple(parse_rule(rule) for rule in rules),
+        allow=allowed(allow),
+        max_growth=percentage("--max-growth", max_growth),
+        **given,
     )
     specs = [parse_input(text) for text in adapters]
     if dry_run:
@@ -153,7 +173,7 @@ def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
             "site": str(line.matrix.site),
             "tensor": line.tensor,
             "shape": line.matrix.shape,
-            "dtype": str(line.matrix.dtype),
+            "dtype": line.stored_as,
             "weights": {part.adapter: part.weight for part in line.matrix.parts},
             "predicted": list(line.choice.predicted),
             "rounding": line.choice.rounding,

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from adaptmerge.errors import UsageError
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -164,6 +166,14 @@ def budget_of(given: dict[str, Any]) -> Any:
 def allowed(text: str) -> frozenset[str]:
     """The names in a comma-separated --allow."""
     return frozenset(part.strip() for part in text.split(",") if part.strip())
+
+
+def percentage(option: str, text: str) -> float:
+    """A percentage such as "5%" as a share."""
+    try:
+        return float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise UsageError(f"{option} {text}: expected a percentage such as 5%") from None
 
 
 def named_paths(pairs: tuple[str, ...], option: str) -> dict[str, str]:

@@ -17,8 +17,8 @@ from adaptmerge.fuse import folder
 from adaptmerge.fuse.executors import EXECUTORS, Job
 from adaptmerge.fuse.journal import Journal, unpacked
 from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
-from adaptmerge.fuse.quantised import running_dtype
 from adaptmerge.fuse.report import (
+    KEPT,
     AdapterLoss,
     FuseReport,
     is_fused,
@@ -27,13 +27,12 @@ from adaptmerge.fuse.report import (
     noise,
     site_of,
 )
-from adaptmerge.fuse.run import Line, Settings, lines_of, survey
+from adaptmerge.fuse.run import Line, lines_of, settings_of, survey
 from adaptmerge.graph import Kind, Note
 from adaptmerge.inputs import InputSpec
 from adaptmerge.merge import check_strict, described_input
 from adaptmerge.report import FILE
 from adaptmerge.rounding import NEAREST
-from adaptmerge.run import workers_default
 
 __all__ = [
     "FuseOptions",
@@ -47,7 +46,6 @@ __all__ = [
 ]
 
 DEFAULTS = FuseOptions()
-KEPT = 0.9  # of an adapter's delta must arrive
 SPARE = 64 << 20  # bytes of disk beside the tensors
 JOURNAL = "finished"
 Progress = Callable[[int, int], None]
@@ -64,7 +62,7 @@ def predict(plan: FusePlan) -> list[Line]:
     blank = Measured(0.0, 0.0, 0.0, (), (), ())
     found: list[Line] = []
     for shard in plan.shards:
-        choices = survey(shard, _settings(plan.options))
+        choices = survey(shard, settings_of(plan.options))
         found += lines_of(shard, choices, [blank] * len(choices))
     return found
 
@@ -111,16 +109,6 @@ def fuse(
     return report
 
 
-def _settings(options: FuseOptions) -> Settings:
-    return Settings(
-        options.rounding,
-        options.seed,
-        options.jobs or workers_default(),
-        "nonfinite" in options.allow,
-        options.scales,
-    )
-
-
 def _write_shards(
     plan: FusePlan, staging: Staging, options: FuseOptions, progress: Progress
 ) -> tuple[list[Line], dict[str, str]]:
@@ -140,7 +128,7 @@ def _write_shards(
         record = journal.finished(shard.name, path)
         if record is None:
             beside = staging.scratch(f"{shard.name}.packed")
-            jobs.append(Job(shard, path, beside, _settings(options)))
+            jobs.append(Job(shard, path, beside, settings_of(options)))
         else:
             records[shard.name] = record
             advance(shard.nbytes)
@@ -238,7 +226,7 @@ def _report(
     files: Mapping[str, str],
     digests: Mapping[str, Mapping[str, str]],
 ) -> FuseReport:
-    adapters = losses(lines, running_dtype(plan.view))
+    adapters = losses(lines, plan.running)
     named, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
     notes += _backward(plan, lines)
@@ -257,7 +245,9 @@ def _report(
         "heads": plan.heads.as_json(),
         "allow": sorted(plan.options.allow),
     }
-    for unsaid in ("jobs", "force", "strict", "executor", "total"):
+    options |= {"plain": sorted(plan.plain)}
+    grown = () if options["max_growth"] else ("max_growth", "plain")
+    for unsaid in ("jobs", "force", "strict", "executor", "total", *grown):
         del options[unsaid]
     return FuseReport(
         options=options,

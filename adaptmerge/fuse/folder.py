@@ -13,7 +13,7 @@ from adaptmerge.files.dtypes import SPELLINGS
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
 from adaptmerge.fuse.layout import INDEX, INDEXES, index_of
-from adaptmerge.fuse.plan import SAME, FusePlan
+from adaptmerge.fuse.plan import SAME, WIDE, FusePlan
 from adaptmerge.fuse.quantised import QUANTISATION
 from adaptmerge.fuse.report import FuseReport
 from adaptmerge.gguf_model import LIBRARY, GgufModel
@@ -36,6 +36,7 @@ WEIGHTS = (
     ".gguf",
     ".ot",
 ) + (".tflite", ".npz", ".index.json", ".onnx_data")
+QUANTISERS = ("quantize_config.json", "quant_config.json")  # how GPTQ and AWQ quantised the base
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -47,7 +48,7 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
         staging.path(name).write_bytes(source.read_bytes())
     config = changed_config(plan)
     stored = plan.base.path / CONFIG
-    gone = QUANTISATION if plan.options.quant != SAME else ()
+    gone = set(QUANTISATION if plan.options.quant != SAME else ()) - config.keys()
     if config or gone:
         before = json.loads(stored.read_text("utf-8-sig"))
         after = {key: value for key, value in {**before, **config}.items() if key not in gone}
@@ -89,6 +90,8 @@ def carried(plan: FusePlan) -> dict[str, Path]:
     found = {
         name: path for name, path in _files(root) if name not in (CONFIG, CARD, FILE, *INDEXES)
     }
+    if plan.options.quant != SAME:
+        found = {name: path for name, path in found.items() if name not in QUANTISERS}
     found.update(_tokenizer(plan))
     for item in plan.inputs:
         for name in LICENCES:
@@ -158,7 +161,7 @@ def changed_config(plan: FusePlan) -> dict[str, Any]:
     stored = json.loads((plan.base.path / CONFIG).read_text("utf-8-sig"))
     wanted = {k: v for k, v in plan.base.config.items() if stored.get(k) != v}
     wanted |= plan.targets.config
-    if plan.options.quant != SAME:
+    if plan.options.quant in WIDE:
         wanted |= {"torch_dtype": TORCH_NAMES[SPELLINGS[plan.options.quant].name]}
     if plan.options.dtype:
         name = TORCH_NAMES[SPELLINGS[plan.options.dtype].name]
@@ -235,8 +238,7 @@ def card(plan: FusePlan, report: FuseReport) -> str:
             "",
             "# Base model with adapters fused in",
             "",
-            f"Base `{base or plan.base.path.name}`, dtype of weights as stored there"
-            + (f", written as {plan.options.dtype}." if plan.options.dtype else "."),
+            f"Base `{base or plan.base.path.name}`, dtype of weights as stored there{_written(plan)}.",
             "`adaptmerge.json` has the numbers of every tensor; `adaptmerge verify` checks them.",
             "",
             "| adapter | format | weight | licence | gain | sub |",
@@ -248,6 +250,12 @@ def card(plan: FusePlan, report: FuseReport) -> str:
             "",
         ]
     )
+
+
+def _written(plan: FusePlan) -> str:
+    """What weights are written as, where that is not as they are stored."""
+    said = f", written as {plan.options.dtype}" if plan.options.dtype else ""
+    return f"{said}, linear layers quantised as {plan.options.quant}" if plan.quantised else said
 
 
 def _rows(plan: FusePlan, report: FuseReport, named: Mapping[str, str]) -> Sequence[str]:

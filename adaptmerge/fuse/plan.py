@@ -15,7 +15,10 @@ from adaptmerge.base import Base, open_base, replicated
 from adaptmerge.edits import WeightEdit
 from adaptmerge.errors import CannotMerge, InputError, UsageError
 from adaptmerge.files import dtypes
+from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import forget
+from adaptmerge.fuse.fresh import anew
+from adaptmerge.fuse.growth import check_growth, plain, spared
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
 from adaptmerge.fuse.provenance import (
     ORIGINAL,
@@ -24,13 +27,15 @@ from adaptmerge.fuse.provenance import (
     as_trained,
     provenance,
 )
-from adaptmerge.fuse.quantised import View, view_of
+from adaptmerge.fuse.quantised import View, running_dtype, view_of
 from adaptmerge.fuse.repack import SCALES, SOLVE
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
 from adaptmerge.heads import Given, Policies, check_policies, is_vocabulary, policies
 from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
+from adaptmerge.names import did_you_mean
+from adaptmerge.packed import fresh as ways
 from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
@@ -40,6 +45,7 @@ from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_sc
 
 ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
 SAME = "same"  # as the base is quantised
+WIDE = ("bf16", "fp16", "fp32")  # dequantised
 SMOOTHED = "awq"  # a scheme that moves scales from a layer into the one before
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 
@@ -60,6 +66,8 @@ class FuseOptions:
     trained_on: str | None = None
     keep_tied: bool = False
     max_loss: float = 0.25
+    max_growth: float = 0.0  # a share of the bytes of the output
+    plain: tuple[str, ...] | None = None  # weights that stay in 16 bits; None: see max_growth
     seed: int = 0
     allow: frozenset[str] = frozenset()
     strict: bool = False
@@ -83,7 +91,20 @@ class FusePlan:
     options: FuseOptions
     notes: tuple[Note, ...] = ()
     trained_on: str | None = None
+    plain: tuple[str, ...] = ()  # weights that are not quantised, though others are
     _hash: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether linear layers are quantised anew."""
+        return self.options.quant in ways()
+
+    @property
+    def running(self) -> DType | None:
+        """What a quantised output computes with its weights in; None for float32."""
+        if self.view.scheme is None and not self.quantised:
+            return None
+        return running_dtype({**self.view.stored.config, **self.targets.config})
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +163,8 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     view = view_of(open_base(base_source))
     _check_view(view, options)
     inputs = open_inputs(specs, view.base)
-    stored, adapters = _on_copies(view, {item.name: item.adapter for item in inputs})
+    read = {item.name: item.adapter for item in inputs}
+    stored, adapters = _on_copies(view, read, options.quant)
     stored, tied = _with_ties(stored, adapters)
     notes = [*_fingerprints(adapters, view.stored, options), *_smoothed(view, options)]
     trained_on, said = provenance(adapters, options.trained_on)
@@ -153,12 +175,17 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     check_policies(heads, adapters)
     plan, said = _plan_edits(adapters, base, weights, heads, options)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
-    wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
-    wishes = Wishes(asked, options.keep_tied, tied, view.packed, wide, view.spelled)
-    targets = targets_of(plan, stored, base, view.stored, wishes)
-    own_names = view.spelled or (view.packed and wide is None)
-    kept = view.stored if own_names else stored
-    shards = shards_of(kept, targets.tensors, targets.added, asked)
+    fresh = anew(view, options.quant, asked)
+    wide = fresh.dtype if fresh else dtypes.SPELLINGS.get(options.quant)
+    check_growth(options.max_growth, view, fresh)
+    wishes = Wishes(
+        asked, options.keep_tied, tied, view.packed, wide, spelled=view.spelled, anew=fresh
+    )
+    targets, shards = _laid_out(plan, view, stored, base, wishes)
+    sparing = spared(shards, options)
+    if sparing:
+        wishes = replace(wishes, plain=plain(sparing, shards, view, fresh))
+        targets, shards = _laid_out(plan, view, stored, base, wishes)
     notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
@@ -174,7 +201,18 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
         options,
         tuple(notes),
         trained_on,
+        tuple(sparing),
     )
+
+
+def _laid_out(
+    plan: Plan, view: View, stored: Base, trained: Base, wishes: Wishes
+) -> tuple[Targets, list[Shard]]:
+    """What changes, and the files that it goes into."""
+    targets = targets_of(plan, stored, trained, view.stored, wishes)
+    own_names = view.spelled or (view.packed and wishes.wide is None)
+    kept = view.stored if own_names else stored
+    return targets, shards_of(kept, targets.tensors, targets.added, wishes.dtype, targets.gone)
 
 
 def _plan_edits(
@@ -212,12 +250,14 @@ def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
         "--trained-on": (options.trained_on, TRAINED_ON),
         "--dtype": (options.dtype, tuple(dtypes.SPELLINGS)),
         "--executor": (options.executor, ("local", "ray")),
-        "--quant": (options.quant, (SAME, "bf16", "fp16", "fp32")),
         "--scales": (options.scales, SCALES),
     }
     for name, (given, known) in choices.items():
         if given is not None and given not in known:
             raise UsageError(f"{name} {given}: expected {', '.join(known)}")
+    quants = (SAME, *WIDE, *ways())
+    if options.quant not in quants:
+        raise UsageError(f"--quant {options.quant}: {did_you_mean(options.quant, quants)}")
     unknown = sorted(options.allow - set(ALLOWABLE))
     if unknown:
         raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
@@ -226,8 +266,13 @@ def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
 def _check_view(view: View, options: FuseOptions) -> None:
     """Raises where the options are not for this base, or it holds no weights."""
     base = view.base
-    if view.scheme is None and options.quant != SAME:
+    if view.scheme is None and options.quant in WIDE:
         raise UsageError(f"--quant {options.quant}: the base is not quantised: say --dtype")
+    if view.spelled and options.quant in ways():
+        raise UsageError(
+            f"--quant {options.quant}: a GGUF model stays one: say {', '.join(WIDE)}, or give the model that "
+            "it was made of"
+        )
     if view.scheme is not None and options.dtype and options.quant == SAME:
         raise UsageError(
             f"--dtype {options.dtype}: the base is quantised, and its scales have their dtype: say --quant "
@@ -248,15 +293,18 @@ def _check_view(view: View, options: FuseOptions) -> None:
         raise InputError("holds no weights to fuse into", where=str(base.path))
 
 
-def _on_copies(view: View, adapters: Mapping[str, Adapter]) -> tuple[Base, dict[str, Adapter]]:
+def _on_copies(
+    view: View, adapters: Mapping[str, Adapter], quant: str
+) -> tuple[Base, dict[str, Adapter]]:
     """The base with the copies of layers that the adapters are for, where all are for the same."""
     base = view.base
     ranges = {adapter.base.replication for adapter in adapters.values()}
     if len(ranges) != 1 or ranges == {()}:
         return base, dict(adapters)
-    if view.packed:
+    if view.packed or quant in ways():
         raise CannotMerge(
-            "copies of layers of a quantised base cannot be made: give the original base"
+            "copies of layers cannot be made where a base is quantised, or is to be: give the original "
+            "base, and fuse without --quant first"
         )
     flat = {n: replace(a, base=replace(a.base, replication=())) for n, a in adapters.items()}
     return replicated(base, ranges.pop()), flat

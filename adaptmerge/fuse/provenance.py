@@ -15,9 +15,11 @@ from adaptmerge.files.dtypes import F32, DType
 from adaptmerge.files.refs import TensorRef, computed
 from adaptmerge.graph import Adapter, Kind, Note, Site
 from adaptmerge.lazy import torch
+from adaptmerge.packed import DequantisedRows, fresh
 
 ORIGINAL, QUANTISED = "original", "quantised"
 TRAINED_ON = (ORIGINAL, "nf4", "nf4,double", "fp4", "fp4,double", "int8", QUANTISED)
+BY_ROWS = "int8"  # each row is quantised by itself
 MARKS = ("bnb", "4bit", "8bit", "nf4", "int8", "int4", "4-bit", "8-bit", "qlora")
 
 
@@ -25,7 +27,7 @@ MARKS = ("bnb", "4bit", "8bit", "nf4", "int8", "int4", "4-bit", "8-bit", "qlora"
 class RoundTrip:
     """A weight (out, in) as a quantised layer computes with it, in float32."""
 
-    at_once: ClassVar[bool] = True
+    at_once: ClassVar[bool] = False
     ref: TensorRef
     trained_on: str
 
@@ -41,6 +43,13 @@ class RoundTrip:
         from adaptmerge.schemes.bitsandbytes.codes import round_trip
 
         return round_trip(self.ref.read(), self.trained_on)
+
+    def rows(self, start: int, stop: int) -> RoundTrip | DequantisedRows:
+        """Some rows of it, as a source that reads no others but for their scales."""
+        if self.trained_on == BY_ROWS:
+            return RoundTrip(self.ref.slice(0, start, stop), self.trained_on)
+        packed = fresh()[self.trained_on].quantise(self.ref.name, self.ref, F32)
+        return DequantisedRows(packed, start, stop)
 
 
 def as_trained(base: Base, trained_on: str | None, linears: Collection[str]) -> Base:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from adaptmerge.base import Base
 from adaptmerge.files.dtypes import BF16, F16, DType
@@ -79,11 +80,14 @@ def _values(packed: Mapping[str, Packed], stored: Base) -> dict[str, TensorRef]:
     return found | {name: replace(join(parts, 0), name=name) for name, parts in stacks.items()}
 
 
-def running_dtype(view: View) -> DType | None:
-    """What a quantised base computes with its weights in, as its config says; None for float32."""
-    if view.scheme is None:
-        return None
-    config = view.stored.config
+def _laid_out(values: TensorRef, base: Base) -> TensorRef:
+    """Values (out, in) as a checkpoint in full precision holds them."""
+    turned = base.is_transposed(Site(values.name.removesuffix(".weight")))
+    return values.T if turned else values
+
+
+def running_dtype(config: Mapping[str, Any]) -> DType | None:
+    """What a quantised model computes with its weights in, as its config says; None for float32."""
     said = config.get("quantization_config") or {}
     named = said.get("bnb_4bit_compute_dtype") or config.get("torch_dtype") or config.get("dtype")
     return {"float16": F16, "float32": None}.get(str(named).removeprefix("torch."), BF16)

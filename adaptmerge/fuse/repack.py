@@ -33,6 +33,7 @@ from adaptmerge.rounding import (
     NEAREST,
     STOCHASTIC,
     Rounded,
+    measured_codes,
     round_adaptive,
     round_nearest,
 )
@@ -44,10 +45,11 @@ SAMPLE = 64  # rows that a prediction looks at
 
 
 class Packing(NamedTuple):
-    """A packed weight and what is added to it."""
+    """A packed weight and what is added to it; fresh: its grid and codes are of that sum already."""
 
     packed: Packed
     matrix: Matrix
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ def requantise_rows(
         found, grid = _adaptive(packing, rows, target, grid, delta, own, scales)
     elif rounding == STOCHASTIC:
         found = _stochastic(target, grid, delta, _seed(seed, matrix, rows))
+    elif packing.fresh:
+        found = measured_codes(before, target, grid, delta.basis, keep=keep)
     else:
         found = round_nearest(target, grid, delta.basis, keep=keep)
     measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
@@ -156,7 +160,8 @@ def _with_row_factor(
     packing: Packing, rows: tuple[int, int], grid: BlockGrid, delta: Delta, scales: str
 ) -> tuple[BlockGrid, bool]:
     """The grid with what multiplies whole rows in its scales, and whether it is: codes then stay right."""
-    factor = row_factor(packing.matrix, delta, rows) if scales == SOLVE else None
+    wanted = scales == SOLVE and not packing.fresh
+    factor = row_factor(packing.matrix, delta, rows) if wanted else None
     if factor is None or bool((factor.abs() < SMALLEST).any()):
         return grid, False
     stored = packing.packed.nearest_scales(grid.scale * factor, rows)

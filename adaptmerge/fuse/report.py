@@ -21,6 +21,7 @@ from adaptmerge.graph import Note
 from adaptmerge.report import FILE
 
 VERSION = 1
+KEPT = 0.9  # of an adapter's delta must arrive
 COMMAND = "fuse"
 
 
@@ -31,7 +32,7 @@ class FusedSite:
     gain: how much of each adapter's delta arrived, 1 is all; sub: the error in the space of its inputs,
     relative to the delta (None: it is of full rank). predicted: the gain that nearest rounding would have
     had. Norms are absolute (Frobenius). grid: |error| / |W| that what it is stored as has by itself. moved:
-    the share of a quantised weight's codes that changed.
+    the share of a quantised weight's codes that changed; of one quantised anew, that are not the nearest.
     """
 
     site: str
@@ -99,7 +100,7 @@ def site_of(line: Line) -> FusedSite:
         site=str(matrix.site),
         tensor=line.tensor,
         shape=matrix.shape,
-        dtype=str(matrix.dtype) if line.packed is None else "quantised",
+        dtype=line.stored_as,
         rounding=line.choice.rounding,
         weights={part.adapter: part.weight for part in matrix.parts},
         norms=dict(zip(names, norms, strict=True)),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.disk import tensor_bytes
@@ -28,7 +28,10 @@ from adaptmerge.fuse.settle import Choice, choose, settle_rows
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
 from adaptmerge.packed import Packed
-from adaptmerge.run import ordered, short_turns
+from adaptmerge.run import ordered, short_turns, workers_default
+
+if TYPE_CHECKING:
+    from adaptmerge.fuse.plan import FuseOptions
 
 SPAN = 8 << 20  # bytes that are copied at once
 
@@ -43,6 +46,17 @@ class Settings(NamedTuple):
     scales: str = SOLVE
 
 
+def settings_of(options: FuseOptions) -> Settings:
+    """How the shards of a fusion are written."""
+    return Settings(
+        options.rounding,
+        options.seed,
+        options.jobs or workers_default(),
+        "nonfinite" in options.allow,
+        options.scales,
+    )
+
+
 class Line(NamedTuple):
     """What became of one matrix of a tensor: how it was rounded, what nearest rounding would have kept, and
     what rounding did. packed: how it is stored where it is quantised."""
@@ -52,6 +66,11 @@ class Line(NamedTuple):
     choice: Choice
     measured: Measured
     packed: Packed | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """The dtype of what is stored, or that it is codes."""
+        return str(self.matrix.dtype) if self.packed is None else "quantised"
 
 
 @dataclass(frozen=True, slots=True)

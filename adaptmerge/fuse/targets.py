@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from adaptmerge.base import Base, Place
 from adaptmerge.edits import factor_of
-from adaptmerge.errors import CannotMerge
+from adaptmerge.errors import CannotMerge, CannotStore
 from adaptmerge.files.compare import same_values
-from adaptmerge.files.dtypes import DType
+from adaptmerge.files.dtypes import F32, DType
 from adaptmerge.files.refs import IN_FILES, TensorRef, computed
+from adaptmerge.fuse.fresh import Anew, tensors_of
+from adaptmerge.fuse.growth import Plain
 from adaptmerge.fuse.layout import Copy, Fused, Repacked, Tensor, output_dtype
 from adaptmerge.fuse.matrix import Matrix, Part
 from adaptmerge.fuse.repack import Packing
@@ -23,6 +25,9 @@ from adaptmerge.spelling import Spelled
 
 HEADS = ("lm_head", "embed_out", "output_embeddings")  # heads that a config can untie
 QUANTISED_THERE = ", and quantised in the base: pass --quant bf16, or --heads drop"
+EXPERTS = Note(
+    Kind.INFO, "experts are not quantised: transformers holds them stacked, not as linear layers"
+)
 MERGED = "merged"  # what a method adds that is no sum over adapters
 
 
@@ -43,11 +48,12 @@ class Change:
 
 @dataclass
 class Targets:
-    """The tensors that change, new ones with the tensor that they are stored beside, the entries of the
-    config that follow from them, and Notes."""
+    """The tensors that change, new ones with the tensor that they are stored beside, names that are no
+    more, the entries of the config that follow from them, and Notes."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
     config: dict[str, object] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
 
@@ -58,7 +64,8 @@ class Wishes:
 
     tied: whether the model computes with one matrix for tokens and head. packed: the packed weights of the
     base by name; wide: the dtype that these are written in instead. spelled: how parameters are stored
-    that have another name in the checkpoint.
+    that have another name in the checkpoint. anew: how linear layers are quantised; plain: those that
+    are not.
     """
 
     dtype: DType | None = None
@@ -67,6 +74,8 @@ class Wishes:
     packed: Mapping[str, Packed] = field(default_factory=dict)
     wide: DType | None = None
     spelled: Mapping[str, Spelled] = field(default_factory=dict)
+    anew: Anew | None = None
+    plain: Plain | None = None
 
 
 def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wishes) -> Targets:
@@ -83,6 +92,7 @@ def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wish
         by_name.setdefault(place.name, {})[place.expert] = (place, change)
     quantised = {name for name, ref in base.tensors.items() if trained.tensors[name] != ref}
     quantised |= wishes.packed.keys() if wishes.wide is not None else set()
+    quantised |= wishes.anew.modules.keys() if wishes.anew is not None else set()
     for name in sorted(quantised - by_name.keys()):
         whole, expert = stacked(name)
         if expert is not None:
@@ -92,13 +102,25 @@ def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wish
         site = Site(module, param)
         by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
     parts: dict[str, Tensor] = {}
+    problems: list[str] = []
     for name, here in by_name.items():
         packed = {} if wishes.wide is not None else _packed_in(name, here, wishes.packed)
-        for expert, one in packed.items():
-            parts.update(_repacked(one, here[expert][1]))
-        if not packed:
+        if wishes.plain is not None and name in wishes.plain.growth:
+            _store_plain(name, *here[None], trained, wishes, wishes.plain, found)
+        elif wishes.anew is not None and name in wishes.anew.modules:
+            _quantise(name, *here[None], trained, wishes.anew, found, problems)
+        elif packed:
+            for expert, one in packed.items():
+                parts.update(_repacked(one, here[expert][1]))
+        else:
             tensor = _tensor(name, here, base, trained, wishes, found)
             parts[tensor.name] = tensor
+    if problems:
+        raise CannotStore(problems)
+    if wishes.anew is not None:
+        found.config |= wishes.anew.config()
+        found.notes += [EXPERTS] if base.expert_layout is not None else []
+    found.config |= {} if wishes.plain is None else wishes.plain.config
     found.tensors.update(_assembled(parts, stored))
     found.added = {_spelled(name, wishes).name: beside for name, beside in found.added.items()}
     return found
@@ -133,16 +155,57 @@ def _assembled(parts: Mapping[str, Tensor], stored: Base) -> dict[str, Tensor]:
     return found
 
 
+def _store_plain(
+    name: str,
+    place: Place,
+    change: Change,
+    trained: Base,
+    wishes: Wishes,
+    plain: Plain,
+    found: Targets,
+) -> None:
+    """A weight in 16 bits, in place of the tensors that it was, or was to be, packed in."""
+    start = change.value if change.value is not None else trained.tensors[name]
+    matrix = _matrix(start, place, change, plain.dtype)
+    shape = matrix.shape[::-1] if place.transposed else matrix.shape
+    found.tensors[name] = Tensor(name, plain.dtype, shape, (Fused(matrix, place.transposed),))
+    what = f"stored in {plain.dtype}, {plain.growth[name]:,} bytes more"
+    found.notes.append(Note(Kind.INFO, what, site=change.site.module))
+    if wishes.wide is None:
+        before = wishes.packed[name].tensors
+        found.gone |= before.keys() - {name}
+        found.added |= {} if name in before else {name: next(iter(before))}
+
+
+def _quantise(
+    name: str,
+    place: Place,
+    change: Change,
+    trained: Base,
+    anew: Anew,
+    found: Targets,
+    problems: list[str],
+) -> None:
+    """The tensors that a weight is stored as once it is quantised, in place of its own."""
+    start = change.value if change.value is not None else trained.tensors[name]
+    try:
+        tensors = tensors_of(anew.packing(name, _matrix(start, place, change, F32)))
+    except CannotStore as problem:
+        problems += problem.problems
+        return
+    found.tensors |= tensors
+    found.added |= {one: name for one in reversed(tensors) if one != name}
+    found.gone |= {name} - tensors.keys()
+
+
 def _repacked(packed: Packed, change: Change) -> dict[str, Tensor]:
     """What a packed weight is stored as, by name, all made anew together."""
     if change.value is not None or change.tokens:
         raise CannotMerge(f"is stored whole by an adapter{QUANTISED_THERE}", where=str(change.site))
     weight = computed(Dequantised(packed), named(packed))
-    packing = Packing(packed, Matrix(change.site, weight, weight.dtype, change.parts))
-    return {
-        name: Tensor(name, ref.dtype, ref.shape, (Repacked(packing, name, ref, number == 0),))
-        for number, (name, ref) in enumerate(packed.tensors.items())
-    }
+    return tensors_of(
+        Packing(packed, Matrix(change.site, weight, weight.dtype, change.parts, change.tokens))
+    )
 
 
 def _changes(plan: Plan, base: Base) -> dict[Place, Change]:

@@ -60,9 +60,9 @@ class Gptq:
         return dict(self.parts)[f"{self.module}.{suffix}"]
 
     def grid(self, rows: tuple[int, int]) -> tuple[torch.Tensor, BlockGrid]:
-        words = self._stored("qweight").slice(1, *rows).read()
-        codes = affine.unpacked(affine.as_bytes(words.T), self.bits)
-        scale = self._stored("scales").slice(1, *rows).read().float().T.contiguous()
+        words = self._stored("qweight").T.slice(0, *rows).read()
+        codes = affine.unpacked(affine.as_bytes(words), self.bits)
+        scale = self._stored("scales").T.slice(0, *rows).read().float()
         zero = self._zeros()[:, slice(*rows)].float().T.contiguous()
         high = (1 << self.bits) - 1
         return codes, BlockGrid(scale, self._groups(), high=high, zero=zero)

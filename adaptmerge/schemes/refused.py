@@ -60,7 +60,7 @@ def _method(base: Base) -> str | None:
 
 
 def _scheme(method: str, title: str, url: str, reason: str) -> Scheme:
-    return Scheme(method, title, url, _detector(method), _refuser(title, reason))
+    return Scheme(method, title, url, _detector(method), _refuser(title, reason), refused=True)
 
 
 def _detector(method: str) -> Callable[[Base], bool]:

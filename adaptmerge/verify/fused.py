@@ -175,8 +175,8 @@ def _packed_finding(name: str, packing: Packing, stored: Packed) -> Finding:
     columns = slice(0, packing.matrix.shape[1])
 
     def nearest(target: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        _, grid = packing.packed.grid(rows)
-        codes = grid.codes(target.float(), columns)
+        codes, grid = packing.packed.grid(rows)
+        codes = codes if packing.fresh else grid.codes(target.float(), columns)
         return grid.values(codes, columns, torch.empty(target.shape)).double()
 
     grid = packed_error(packing.packed)
@@ -221,7 +221,9 @@ def _rows(
     differ = (stored != nearest)[kept] & ~(stored.isnan() & nearest.isnan())[kept]
     gap = (stored - nearest).abs()[kept]
     # a near tie lies as far from the one as from the other value
-    blur = RESOLVED * (weight.abs() + added.abs())[kept]
+    # a delta is a sum itself, whose terms may cancel
+    terms = added.abs() + added.square().mean(1, keepdim=True).sqrt()
+    blur = RESOLVED * (weight.abs() + terms)[kept]
     tie = error.abs() - (nearest - weight - added).abs()[kept] <= NEAR * gap + blur
     double = weight.to(value.dtype) + added.to(value.dtype)
     twice = bool((double.double() == stored)[kept].all())

@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptmerge.base import Base, open_base
-from adaptmerge.edits import Add, Replace
+from adaptmerge.base import open_base
+from adaptmerge.edits import Add
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.factors import Rows, Term, whole_term
 from adaptmerge.files.dtypes import F32
 from adaptmerge.files.listing import sha256_of
-from adaptmerge.fuse.layout import Fused
 from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
-from adaptmerge.fuse.provenance import RoundTrip
 from adaptmerge.fuse.quantised import View, view_of
 from adaptmerge.fuse.report import FuseReport
-from adaptmerge.graph import Adapter, BaseReference, Edit
+from adaptmerge.graph import Adapter, Site
 from adaptmerge.inputs import InputSpec
 from adaptmerge.lazy import torch
 from adaptmerge.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict
 from adaptmerge.verify.forward import NO_EFFECT, Bench, Comparison, compare, device_named
 from adaptmerge.verify.fused import Looked, check_weights, look
+from adaptmerge.verify.fused_reference import reference
 from adaptmerge.weights import SiteRule
 
 ARRIVED = 0.1  # by which the effect that outputs show may differ from all of it
@@ -65,7 +64,7 @@ def verify_fused(
     if any(check.status == FAIL and check.name == "base" for check in checks):
         return Verdict(output.name, checks, TRUSTED)
     found = look(plan, fused)
-    checks += [_config(plan, fused.base), check_weights(found, report)]
+    checks += [_config(plan, fused), check_weights(found, report)]
     checks.append(_forward(plan, fused, found, device, layerwise=layerwise))
     return Verdict(output.name, checks, TRUSTED)
 
@@ -75,6 +74,7 @@ def options_in(report: FuseReport) -> FuseOptions:
     said = dict(report.options)
     rules = tuple(SiteRule(**_with_tuples(rule)) for rule in said.pop("rules"))
     said.pop("weights")
+    said["plain"] = None if said.get("plain") is None else tuple(said["plain"])
     said["allow"] = frozenset(said["allow"]) | {"base", "loss"}
     return FuseOptions(**said, rules=rules)
 
@@ -112,14 +112,16 @@ def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
     return [Check("base", PASS, f"{plan.base.path.name} fits by fingerprint")]
 
 
-def _config(plan: FusePlan, fused: Base) -> Check:
+def _config(plan: FusePlan, fused: View) -> Check:
     """Whether the config is the base's, but for what follows from the tensors: tied or not, how many
     layers, the vocabulary."""
     wanted = {**plan.base.config, **plan.targets.config}
+    free = FREE - plan.targets.config.keys()
+    said = fused.stored.config
     wrong = [
-        f"{key} is {fused.config[key]!r}, expected {wanted[key]!r}"
-        for key in sorted(wanted.keys() & fused.config.keys())
-        if fused.config[key] != wanted[key] and key not in FREE and not key.endswith("_token_id")
+        f"{key} is {said[key]!r}, expected {wanted[key]!r}"
+        for key in sorted(wanted.keys() & said.keys())
+        if said[key] != wanted[key] and key not in free and not key.endswith("_token_id")
     ]
     if wrong:
         return Check("config", FAIL, "; ".join(wrong))
@@ -144,27 +146,12 @@ class Noise:
         return whole_term(self.dense())
 
 
-def reference(plan: FusePlan) -> Adapter:
-    """The adapters of a plan as one that is attached to the base, with what the base was trained as."""
-    edits: list[Edit] = []
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            for part in tensor.parts:
-                if isinstance(part, Fused) and isinstance(part.matrix.weight.source, RoundTrip):
-                    weight = part.matrix.weight
-                    ref = weight.T if part.transposed else weight
-                    edits.append(Replace(part.matrix.site, ref, role="base copy"))
-    edits += [step.edit for step in plan.plan.steps]
-    replication = plan.inputs[0].adapter.base.replication
-    return Adapter("reference", tuple(edits), BaseReference(replication=replication))
-
-
-def _noisy(adapter: Adapter, found: Looked) -> Adapter:
-    """The adapter with noise of the size of the rounding in every matrix."""
+def _noisy(adapter: Adapter, found: Looked, settled: Collection[Site]) -> Adapter:
+    """The adapter with noise of the size of the rounding in every matrix but those that are settled."""
     sizes = [(f.matrix.site, f.matrix.shape, math.sqrt(f.measured.error)) for f in found.findings]
     noise = []
     for site, shape, size in [*sizes, *found.cast]:
-        if size > 0 and 1 not in shape:
+        if size > 0 and 1 not in shape and site not in settled:
             seed = int.from_bytes(hashlib.sha256(str(site).encode()).digest()[:7], "big")
             noise.append(Add(site, Noise(shape, size, seed)))
     return adapter.with_edits((*adapter.edits, *noise))
@@ -173,15 +160,16 @@ def _noisy(adapter: Adapter, found: Looked) -> Adapter:
 def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwise: bool) -> Check:
     """The fused model's outputs against the base's with the adapters attached."""
     name = device_named(device)
-    wanted = reference(plan)
+    against = reference(plan, fused)
+    wanted = against.whole
     tokens = sorted({t for edit in wanted.edits for t in getattr(edit, "rows", ())})
     try:
         # quantised weights are run as their values: live quantised layers are another code path
         streamed = layerwise or plan.view.scheme is not None
         bench = Bench.of(plan.view.base, name, streamed, tokens)
         model = bench.model(wanted)
-        y_base, y_ref = bench.run(model), bench.run(model, wanted)
-        y_noisy = bench.run(model, _noisy(wanted, found))
+        y_base, y_ref = bench.run(model, against.base), bench.run(model, wanted)
+        y_noisy = bench.run(model, _noisy(wanted, found, against.settled))
         del model
         bench = replace(bench, base=fused.base, layerwise=layerwise or fused.scheme is not None)
         y = bench.run(bench.model())

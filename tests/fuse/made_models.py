@@ -15,6 +15,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "bnb_4bit_use_double_quant": True,
     },
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "fp4,double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": True,
+    },
     "int8": {"load_in_8bit": True},
 }
 

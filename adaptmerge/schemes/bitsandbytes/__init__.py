@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adaptmerge.schemes.bitsandbytes.fresh import FRESH
 from adaptmerge.schemes.bitsandbytes.layout import SCHEMES
 
-__all__ = ["SCHEMES"]
+__all__ = ["FRESH", "SCHEMES"]

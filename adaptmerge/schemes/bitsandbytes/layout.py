@@ -27,7 +27,7 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme
+from adaptmerge.packed import Packed, Scheme, kept_under
 from adaptmerge.schemes.bitsandbytes.codes import INT8_STEP
 
 URL = "https://github.com/bitsandbytes-foundation/bitsandbytes"
@@ -41,7 +41,6 @@ class State(NamedTuple):
     block: int
     shape: tuple[int, int]
     nested_block: int
-    offset: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,11 @@ class FourBit:
         stored = self.absmax.read()
         if self.nested is None:
             return stored.float().flatten()
-        return self._map()[stored.flatten().int()] * self._spread() + self.state.offset
+        return self._map()[stored.flatten().int()] * self._spread() + self._offset()
+
+    def _offset(self) -> float:
+        """What is added to every absmax that is quantised again."""
+        return float(json.loads(_bytes(self.beside[0]).numpy().tobytes()).get("nested_offset", 0.0))
 
     def _map(self) -> torch.Tensor:
         assert self.nested is not None
@@ -136,7 +139,7 @@ class FourBit:
     def _coded(self, absmax: torch.Tensor) -> torch.Tensor:
         """The 8-bit codes nearest to values of absmax; those that are stored where they stand for them."""
         stored = self.absmax.read().flatten()
-        values = (absmax - self.state.offset) / self._spread()
+        values = (absmax - self._offset()) / self._spread()
         table = self._map()
         found = torch.bucketize(values, (table[:-1] + table[1:]) / 2).to(torch.uint8)
         return torch.where(self._scales() == absmax, stored, found)
@@ -149,9 +152,9 @@ class FourBit:
         count = self.shape[1] // self.state.block
         spread = self._spread().view(-1, count)[slice(*rows)]
         table = self._map()
-        values = (scale - self.state.offset) / spread
+        values = (scale - self._offset()) / spread
         codes = torch.bucketize(values, (table[:-1] + table[1:]) / 2)
-        return table[codes] * spread + self.state.offset
+        return table[codes] * spread + self._offset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +174,8 @@ class EightBit:
     def grid(self, rows: tuple[int, int]) -> tuple[torch.Tensor, BlockGrid]:
         codes = (self.weight.slice(0, *rows).read().int() - LOW).to(torch.uint8)
         scale = self.scale.reshape(self.shape[0]).slice(0, *rows).read().float()[:, None]
-        scale *= INT8_STEP
         groups = torch.zeros(self.shape[1], dtype=torch.long)
-        return codes, BlockGrid(scale, groups, low=LOW, high=HIGH)
+        return codes, BlockGrid(scale * INT8_STEP, groups, low=LOW, high=HIGH)
 
     def pack(self, codes: torch.Tensor, grid: BlockGrid) -> dict[str, torch.Tensor]:
         stored = (codes.int() + LOW).to(torch.int8)
@@ -262,7 +264,6 @@ def _state(ref: TensorRef) -> State | None:
             int(found["blocksize"]),
             (int(rows), int(columns)),
             int(found.get("nested_blocksize", 256)),
-            float(found.get("nested_offset", 0.0)),
         )
     except (ValueError, KeyError, TypeError):
         return None
@@ -290,7 +291,8 @@ def _eight_bits(base: Base, problems: list[str]) -> Iterator[EightBit]:
         yield EightBit(module, shape, weight, scale, beside)
 
 
+KEPT = kept_under("llm_int8_skip_modules")
 SCHEMES = (
-    Scheme("bitsandbytes-4bit", "bitsandbytes NF4 and FP4", URL, _is_4bit, _find_4bit),
-    Scheme("bitsandbytes-8bit", "bitsandbytes int8", URL, _is_8bit, _find_8bit),
+    Scheme("bitsandbytes-4bit", "bitsandbytes NF4 and FP4", URL, _is_4bit, _find_4bit, kept=KEPT),
+    Scheme("bitsandbytes-8bit", "bitsandbytes int8", URL, _is_8bit, _find_8bit, kept=KEPT),
 )
