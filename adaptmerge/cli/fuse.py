@@ -53,7 +53,8 @@ Examples:
     "--scales",
     default="solve",
     show_default=True,
-    help="Of a quantised base: solve (move scales so that the adapters arrive exactly) or keep.",
+    help="Of a quantised base: solve (move scales so that the adapters arrive exactly), only (leave "
+    "codes as they are), fit (least squares) or keep.",
 )
 @click.option(
     "--trained-on",

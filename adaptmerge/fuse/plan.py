@@ -25,7 +25,8 @@ from adaptmerge.fuse.provenance import (
     provenance,
 )
 from adaptmerge.fuse.quantised import View, view_of
-from adaptmerge.fuse.repack import SCALES, SOLVE
+from adaptmerge.fuse.repack import Packing
+from adaptmerge.fuse.scales import ONLY, SCALES, SOLVE, check_free
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
@@ -34,7 +35,7 @@ from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
 from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
-from adaptmerge.rounding import ROUNDINGS
+from adaptmerge.rounding import ADAPTIVE, ROUNDINGS
 from adaptmerge.runtime.linears import quantised_modules, ties_head
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
@@ -157,6 +158,8 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     targets = targets_of(
         plan, stored, base, Wishes(asked, options.keep_tied, tied, view.packed, wide)
     )
+    made = [one for tensor in targets.tensors.values() for one in tensor.made]
+    check_free([one.packed for one in made if isinstance(one, Packing)], options.scales)
     kept = view.stored if view.packed and wide is None else stored
     shards = shards_of(kept, targets.tensors, targets.added, asked)
     notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
@@ -218,6 +221,10 @@ def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
     for name, (given, known) in choices.items():
         if given is not None and given not in known:
             raise UsageError(f"{name} {given}: expected {', '.join(known)}")
+    if options.scales == ONLY and options.rounding not in (AUTO, ADAPTIVE):
+        raise UsageError(
+            f"--scales {ONLY} rounds no codes: leave out --rounding {options.rounding}"
+        )
     unknown = sorted(options.allow - set(ALLOWABLE))
     if unknown:
         raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
