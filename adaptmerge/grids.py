@@ -144,6 +144,10 @@ class BlockGrid:
             return stored[:, start : start + 1]
         return stored[:, groups]
 
+    def in_order(self, order: torch.Tensor) -> BlockGrid:
+        """The grid of a matrix whose columns are these (in,) of this one."""
+        return replace(self, groups=self.groups[order])
+
     def rescaled(self, scale: torch.Tensor) -> BlockGrid:
         """The same grid with other scales."""
         return replace(self, scale=scale)
