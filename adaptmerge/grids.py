@@ -144,6 +144,10 @@ class BlockGrid:
             return stored[:, start : start + 1]
         return stored[:, groups]
 
+    def in_order(self, order: torch.Tensor) -> BlockGrid:
+        """The grid of a matrix whose columns are these (in,) of this one."""
+        return replace(self, groups=self.groups[order])
+
     def rescaled(self, scale: torch.Tensor) -> BlockGrid:
         """The same grid with other scales."""
         return replace(self, scale=scale)
@@ -226,6 +230,20 @@ def _turns(blocks: int) -> list[tuple[int, int]]:
         found.append((start, stop))
         start = stop
     return found
+
+
+def fitted_scales(grid: BlockGrid, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Scales (rows, blocks) with which values (rows, in) are nearest to a target, by least squares in each
+    block; at most half as large or half as small again."""
+    if grid.offset is not None:
+        offset = grid.at(grid.offset, slice(0, values.shape[1]))
+        values, target = values - offset, target - offset
+    sums = torch.zeros(2, *grid.scale.shape, dtype=torch.float64)
+    for into, of in zip(sums, (target, values), strict=True):
+        into.index_add_(1, grid.groups, (of.double() * values))
+    along, size = sums
+    factor = torch.where(size > 0, along / size, torch.ones_like(size))
+    return (grid.scale * factor.clamp(1 - MOST, 1 + MOST)).to(grid.scale.dtype)
 
 
 def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.Tensor:

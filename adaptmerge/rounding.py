@@ -9,7 +9,8 @@ with what the errors so far call for:
     M_j = I / strength + sum over i >= j of v_i v_i^T
 
 which gives the codes of GPTQ with H = I + strength V V^T (Frantar et al. 2023) in O(out in R), without
-any (in, in) matrix. Columns are rounded in blocks, M frozen at the start of each.
+any (in, in) matrix. Columns are rounded in blocks, M frozen at the start of each. What the last columns do
+is never made up for, so those that V reads least come last.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ NEAREST, STOCHASTIC, ADAPTIVE = "nearest", "stochastic", "adaptive"
 ROUNDINGS = (NEAREST, STOCHASTIC, ADAPTIVE)
 STRENGTH = 1e4  # of the error in the deltas' directions; above 1e6 noise elsewhere grows
 OWN_STRENGTH = 1e2  # of that along a row's own delta, where more would cost the common directions
+LAST = 32  # columns that wait for the end; more of them gain nothing
 BLOCKS = ((64, 256), (8, 32), (1, 0))  # columns rounded together, until so many are left
 FLAT = 1e-6  # singular values below this share of the largest span no direction
 
@@ -36,6 +38,9 @@ class Grid(Protocol):
 
     def values(self, codes: torch.Tensor, columns: slice, out: torch.Tensor) -> torch.Tensor:
         """The values of what is stored, in working precision, written into `out`."""
+
+    def in_order(self, order: torch.Tensor) -> Grid:
+        """The grid of a matrix whose columns are these (in,) of this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,9 @@ class FloatGrid:
     def values(self, codes: torch.Tensor, columns: slice, out: torch.Tensor) -> torch.Tensor:
         return out.copy_(codes)
 
+    def in_order(self, order: torch.Tensor) -> FloatGrid:
+        return self
+
     def near(self, values: torch.Tensor) -> torch.Tensor:
         """The nearest values of the type, in working precision."""
         return self.codes(values).to(self.work)
@@ -69,11 +77,49 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """In which order columns are rounded: their numbers (in,), and the places where these are not their
+    own."""
+
+    columns: torch.Tensor
+    moved: torch.Tensor
+
+    def take(self, value: torch.Tensor) -> None:
+        """A matrix (rows, in) gets its columns in this order; in place, for few are moved."""
+        _copy_columns(value, self.columns[self.moved], self.moved)
+
+    def put_back(self, value: torch.Tensor) -> torch.Tensor:
+        """The matrix as it was before, in place."""
+        return _copy_columns(value, self.moved, self.columns[self.moved])
+
+
+def _copy_columns(value: torch.Tensor, source: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    # PyTorch copies no columns of 8-bit floats
+    held = value.view(torch.uint8) if value.element_size() == 1 else value
+    held.index_copy_(1, to, held.index_select(1, source))
+    return value
+
+
+def least_read_last(basis: torch.Tensor) -> Order:
+    """Columns as they are, but those with the smallest rows of a basis (in, R) at the end, descending."""
+    count = basis.shape[0]
+    front = count - min(LAST, count)
+    last = torch.linalg.vector_norm(basis, dim=1).argsort(descending=True, stable=True)[front:]
+    order = torch.arange(count)
+    free, rest = last[last < front], order[front:]
+    order[free.sort().values] = rest[~torch.isin(rest, last)]
+    order[front:] = last
+    return Order(order, (order != torch.arange(count)).nonzero().flatten())
+
+
+@dataclass(frozen=True, slots=True)
 class Feedback:
-    """An orthonormal basis (in, R) of the directions whose errors are fed back, and the steps."""
+    """An orthonormal basis (in, R) of the directions whose errors are fed back, and the steps; both for
+    columns in `order`, or as they are."""
 
     basis: torch.Tensor
     steps: Sequence[Step]
+    order: Order | None = None
 
 
 def row_space(downs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -86,16 +132,21 @@ def row_space(downs: Sequence[torch.Tensor]) -> torch.Tensor:
     return basis
 
 
-def feedback(basis: torch.Tensor, work: torch.dtype, strength: float = STRENGTH) -> Feedback:
+def feedback(
+    basis: torch.Tensor,
+    work: torch.dtype,
+    strength: float = STRENGTH,
+    order: Order | None = None,
+) -> Feedback:
     """The feedback for an orthonormal basis (in, R), its gains computed in float64."""
-    basis = basis.double()
+    basis = basis.double() if order is None else basis.double()[order.columns]
     rest = torch.eye(basis.shape[1], dtype=torch.float64) / strength
     steps = []
     for start, stop in reversed(list(column_blocks(basis.shape[0]))):
         block = basis[start:stop]
         rest = rest + block.T @ block
         steps.append(Step(start, stop, torch.linalg.solve(rest, block.T).to(work)))
-    return Feedback(basis.to(work), steps[::-1])
+    return Feedback(basis.to(work), steps[::-1], order)
 
 
 def column_blocks(columns: int) -> Sequence[tuple[int, int]]:
@@ -198,6 +249,22 @@ def round_adaptive(
 
     own: one further direction (rows, in) of each row, unit or zero, orthogonal to the basis.
     """
+    if feed.order is None:
+        return _in_turn(target, grid, feed, own, keep=keep)
+    order, given = feed.order, [target] if own is None else [target, own]
+    for value in given:
+        order.take(value)
+    found = _in_turn(target, grid.in_order(order.columns), feed, own, keep=keep)
+    for value in given:
+        order.put_back(value)
+    error = None if found.error is None else order.put_back(found.error)
+    return found._replace(codes=order.put_back(found.codes), error=error)
+
+
+def _in_turn(
+    target: torch.Tensor, grid: Grid, feed: Feedback, own: torch.Tensor | None, *, keep: bool
+) -> Rounded:
+    """The columns rounded from the first to the last."""
     state = target.new_zeros(target.shape[0], feed.basis.shape[1])
     strength = OWN_STRENGTH if state.shape[1] else STRENGTH
     along = None if own is None else _Own(own, strength)

@@ -18,7 +18,10 @@ from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, ta
 from adaptmerge.errors import AdaptmergeError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from adaptmerge.fuse import FuseReport
+    from adaptmerge.fuse.expected import Expected
     from adaptmerge.fuse.plan import FusePlan
 
 EPILOG = """\b
@@ -61,7 +64,8 @@ Examples:
     "--scales",
     default="solve",
     show_default=True,
-    help="Of a quantised base: solve (move scales so that the adapters arrive exactly) or keep.",
+    help="Of a quantised base: solve (move scales so that the adapters arrive exactly), only (leave "
+    "codes as they are), fit (least squares) or keep.",
 )
 @click.option(
     "--trained-on",
@@ -166,8 +170,10 @@ def _files(count: int) -> str:
 
 def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
     from adaptmerge.fuse import predict
+    from adaptmerge.fuse.expected import expected
 
-    lines = predict(plan)
+    lines, running = predict(plan), plan.running
+    losses = [expected(line, plan.options.scales, running) for line in lines]
     rows = [
         {
             "site": str(line.matrix.site),
@@ -177,8 +183,9 @@ def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
             "weights": {part.adapter: part.weight for part in line.matrix.parts},
             "predicted": list(line.choice.predicted),
             "rounding": line.choice.rounding,
+            "expected": [loss._asdict() for loss in found],
         }
-        for line in lines
+        for line, found in zip(lines, losses, strict=True)
     ]
     if as_json:
         print_json({"plan": rows, "notes": [str(n) for n in plan.notes], "bytes": plan.nbytes})
@@ -191,11 +198,20 @@ def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
             " ".join(f"{w:.4g}" for w in line.matrix.parts and row["weights"].values()),  # type: ignore[attr-defined]
             " ".join("-" if g is None else f"{g:.3f}" for g in line.choice.predicted),
             row["rounding"],
+            *(_each(found, name) for name in ("sub", "floor") if any(losses)),
         )
-        for row, line in zip(rows, lines, strict=True)
+        for row, line, found in zip(rows, lines, losses, strict=True)
     ]
-    table(("site", "dtype", "weights", "gain of nearest", "rounding"), shown, right=(3,))
+    heads = ["site", "dtype", "weights", "gain of nearest", "rounding"]
+    heads += ["sub", "floor"] if any(losses) else []
+    table(heads, shown, right=(3, 5, 6))
     click.echo(
         f"{len(plan.targets.tensors)} tensors in {_files(len(plan.shards))}, "
         f"{plan.nbytes / 1e6:,.1f} MB; nothing was written"
     )
+
+
+def _each(found: Sequence[Expected], name: str) -> str:
+    """One expectation of every adapter."""
+    values = (getattr(loss, name) for loss in found)
+    return " ".join("-" if value is None else f"{value:.2g}" for value in values)

@@ -17,7 +17,7 @@ from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import TensorRef, remembered
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
-from adaptmerge.rounding import STRENGTH, Feedback, feedback, row_space
+from adaptmerge.rounding import STRENGTH, Feedback, feedback, least_read_last, row_space
 
 PIECE = 1 << 20  # entries of a matrix that are worked on at once
 THIN = 4  # a factor is low-rank up to this part of the smaller side
@@ -124,8 +124,12 @@ def _delta_of(matrix: Matrix) -> Delta:
 
 
 def _feedback_of(matrix: Matrix, strength: float = STRENGTH) -> Feedback:
-    """The feedback of errors in the common basis of a matrix."""
-    return feedback(delta_of(matrix).basis, working_dtype(matrix), strength)
+    """The feedback of errors in the common basis of a matrix; in an order that leaves least of them where
+    it is so strong that nothing makes up for them afterwards."""
+    basis = delta_of(matrix).basis
+    last = strength >= STRENGTH and basis.shape[1] > 0
+    order = least_read_last(basis.double()) if last else None
+    return feedback(basis, working_dtype(matrix), strength, order)
 
 
 delta_of = remembered(_delta_of, 8)

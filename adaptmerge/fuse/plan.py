@@ -28,7 +28,8 @@ from adaptmerge.fuse.provenance import (
     provenance,
 )
 from adaptmerge.fuse.quantised import View, running_dtype, view_of
-from adaptmerge.fuse.repack import SCALES, SOLVE
+from adaptmerge.fuse.repack import Packing
+from adaptmerge.fuse.scales import ONLY, SCALES, SOLVE, check_free
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
@@ -39,7 +40,7 @@ from adaptmerge.packed import fresh as ways
 from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
-from adaptmerge.rounding import ROUNDINGS
+from adaptmerge.rounding import ADAPTIVE, ROUNDINGS
 from adaptmerge.runtime.linears import quantised_modules, ties_head
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
@@ -182,6 +183,8 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
         asked, options.keep_tied, tied, view.packed, wide, spelled=view.spelled, anew=fresh
     )
     targets, shards = _laid_out(plan, view, stored, base, wishes)
+    made = [one for tensor in targets.tensors.values() for one in tensor.made]
+    check_free([one.packed for one in made if isinstance(one, Packing)], options.scales)
     sparing = spared(shards, options)
     if sparing:
         wishes = replace(wishes, plain=plain(sparing, shards, view, fresh))
@@ -258,6 +261,10 @@ def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
     quants = (SAME, *WIDE, *ways())
     if options.quant not in quants:
         raise UsageError(f"--quant {options.quant}: {did_you_mean(options.quant, quants)}")
+    if options.scales == ONLY and options.rounding not in (AUTO, ADAPTIVE):
+        raise UsageError(
+            f"--scales {ONLY} rounds no codes: leave out --rounding {options.rounding}"
+        )
     unknown = sorted(options.allow - set(ALLOWABLE))
     if unknown:
         raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
@@ -270,8 +277,8 @@ def _check_view(view: View, options: FuseOptions) -> None:
         raise UsageError(f"--quant {options.quant}: the base is not quantised: say --dtype")
     if view.spelled and options.quant in ways():
         raise UsageError(
-            f"--quant {options.quant}: a GGUF model stays one: say {', '.join(WIDE)}, or give the model that "
-            "it was made of"
+            f"--quant {options.quant}: a GGUF model stays one: say {', '.join(WIDE)}, or give the "
+            "model that it was made of"
         )
     if view.scheme is not None and options.dtype and options.quant == SAME:
         raise UsageError(

@@ -80,12 +80,6 @@ def _values(packed: Mapping[str, Packed], stored: Base) -> dict[str, TensorRef]:
     return found | {name: replace(join(parts, 0), name=name) for name, parts in stacks.items()}
 
 
-def _laid_out(values: TensorRef, base: Base) -> TensorRef:
-    """Values (out, in) as a checkpoint in full precision holds them."""
-    turned = base.is_transposed(Site(values.name.removesuffix(".weight")))
-    return values.T if turned else values
-
-
 def running_dtype(config: Mapping[str, Any]) -> DType | None:
     """What a quantised model computes with its weights in, as its config says; None for float32."""
     said = config.get("quantization_config") or {}

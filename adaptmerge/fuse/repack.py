@@ -24,8 +24,9 @@ from adaptmerge.fuse.matrix import (
     row_factor,
     target_rows,
 )
+from adaptmerge.fuse.scales import FIT, KEEP, ONLY, Rows, fitted, solved
 from adaptmerge.fuse.settle import AUTO, Choice
-from adaptmerge.grids import SOFT, BlockGrid, blocks_of, solved_scales, stored_scales, strength_for
+from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
 from adaptmerge.packed import Packed
 from adaptmerge.rounding import (
@@ -38,8 +39,6 @@ from adaptmerge.rounding import (
     round_nearest,
 )
 
-KEEP, SOLVE = "keep", "solve"
-SCALES = (KEEP, SOLVE)
 SMALLEST = 1e-3  # a factor that a scale is multiplied by: 0 would leave nothing to choose codes for
 SAMPLE = 64  # rows that a prediction looks at
 
@@ -116,8 +115,9 @@ def requantise_rows(
     keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
     if rounding == ADAPTIVE:
         grid, folded = _with_row_factor(packing, rows, grid, delta, scales)
-        own = None if folded else dense
-        found, grid = _adaptive(packing, rows, target, grid, delta, own, scales)
+        here = Rows(packing.packed, rows, grid, target, delta.basis)
+        own = own_direction(delta, rows, dense, target) if keep and not folded else None
+        found, grid = _adaptive(matrix, here, before, own, scales, keep=keep)
     elif rounding == STOCHASTIC:
         found = _stochastic(target, grid, delta, _seed(seed, matrix, rows))
     elif packing.fresh:
@@ -130,37 +130,39 @@ def requantise_rows(
 
 
 def _adaptive(
-    packing: Packing,
-    rows: tuple[int, int],
-    target: torch.Tensor,
-    grid: BlockGrid,
-    delta: Delta,
-    dense: list[torch.Tensor | None] | None,
+    matrix: Matrix,
+    here: Rows,
+    before: torch.Tensor,
+    own: torch.Tensor | None,
     scales: str,
+    *,
+    keep: bool,
 ) -> tuple[Rounded, BlockGrid]:
-    """Codes with feedback, along each row's own delta where `dense` is given; then scales, where they can
-    be chosen, unless that makes things worse."""
-    directions = delta.basis.shape[1]
-    free = scales == SOLVE and directions > 0 and grid.blocks > 1
-    free = free and packing.packed.nearest_scales(grid.scale, rows) is not None
-    width = packing.matrix.shape[1] // max(1, grid.blocks)
-    strength = strength_for(grid.blocks, width, directions) if free else SOFT
-    full = not delta.is_thin or not directions
-    own = None
-    if full and dense is not None and packing.matrix.parts:
-        own = own_direction(delta, rows, dense, target)
-    feed = feedback_of(packing.matrix, strength)
-    found = round_adaptive(target, grid, feed, own, keep=full)
-    if not free:
-        return found, grid
-    return _with_scales(packing.packed, rows, target, grid, delta, found, keep=full)
+    """Codes with feedback, also along each row's `own` direction; and scales as asked, where they can be
+    chosen."""
+    moves = here.moves(scales)
+    if scales == ONLY:
+        settled = solved(here, before) if moves else here.with_codes(before)
+        return settled.rounded(keep=keep), settled.grid
+    feed = feedback_of(matrix, here.strength(scales))
+
+    def on(grid: BlockGrid) -> Rounded:
+        return round_adaptive(here.target, grid, feed, own, keep=keep)
+
+    if not moves:
+        return on(here.grid), here.grid
+    if scales == FIT:
+        settled = fitted(here, lambda grid: on(grid).codes)
+    else:
+        settled = solved(here, on(here.grid).codes)
+    return settled.rounded(keep=keep), settled.grid
 
 
 def _with_row_factor(
     packing: Packing, rows: tuple[int, int], grid: BlockGrid, delta: Delta, scales: str
 ) -> tuple[BlockGrid, bool]:
     """The grid with what multiplies whole rows in its scales, and whether it is: codes then stay right."""
-    wanted = scales == SOLVE and not packing.fresh
+    wanted = scales != KEEP and not packing.fresh
     factor = row_factor(packing.matrix, delta, rows) if wanted else None
     if factor is None or bool((factor.abs() < SMALLEST).any()):
         return grid, False
@@ -168,34 +170,6 @@ def _with_row_factor(
     if stored is None or grid.offset is not None:
         return grid, False
     return grid.rescaled(stored), True
-
-
-def _with_scales(
-    packed: Packed,
-    rows: tuple[int, int],
-    target: torch.Tensor,
-    grid: BlockGrid,
-    delta: Delta,
-    found: Rounded,
-    *,
-    keep: bool,
-) -> tuple[Rounded, BlockGrid]:
-    everywhere = slice(0, target.shape[1])
-    values = grid.values(found.codes, everywhere, torch.empty_like(target))
-    blocks = blocks_of(grid, values, delta.basis)
-    assert found.inside is not None
-    wanted = solved_scales(grid, blocks, found.inside)
-    scale = stored_scales(wanted, grid, blocks, lambda s: packed.nearest_scales(s, rows))
-    better = grid.rescaled(scale)
-    error = better.values(found.codes, everywhere, values).sub_(target)
-    inside = error @ delta.basis
-    worse = inside.square().sum(1) > found.inside.square().sum(1)
-    if bool(worse.any()):
-        better = grid.rescaled(torch.where(worse[:, None], grid.scale, scale))
-        error = better.values(found.codes, everywhere, values).sub_(target)
-        inside = error @ delta.basis
-    squared = float(torch.linalg.vector_norm(error)) ** 2
-    return Rounded(found.codes, inside, squared, error if keep else None), better
 
 
 def _stochastic(target: torch.Tensor, grid: BlockGrid, delta: Delta, seed: int) -> Rounded:

@@ -23,7 +23,8 @@ from adaptmerge.files.safetensors import write_pieces
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.fuse.layout import Copy, Fused, Repacked, Shard
 from adaptmerge.fuse.matrix import Matrix, Measured
-from adaptmerge.fuse.repack import SOLVE, Packing, choose_packed, requantise
+from adaptmerge.fuse.repack import Packing, choose_packed, requantise
+from adaptmerge.fuse.scales import SOLVE
 from adaptmerge.fuse.settle import Choice, choose, settle_rows
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each

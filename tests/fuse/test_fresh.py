@@ -347,7 +347,7 @@ def test_a_quantised_base_whose_layers_lie_the_other_way_round(tmp_path: Path) -
     module = "transformer.h.0.attn.c_attn"
     generator = torch.Generator().manual_seed(3)
     down, up = (torch.randn(shape, generator=generator) for shape in ((2, 64), (192, 2)))
-    adapter = samples.write(tmp_path / "a", {module: (down, 0.005 * up)}, fan_in_fan_out=True)
+    adapter = samples.write(tmp_path / "a", {module: (down, 0.01 * up)}, fan_in_fan_out=True)
     quantised(base, adapter, tmp_path / "out", "same", allow=frozenset({"loss"}))
     moved = values(tmp_path / "out")[module] - values(base)[module]
     delta = samples.deltas(adapter)[module]

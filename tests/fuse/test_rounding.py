@@ -25,6 +25,7 @@ from adaptmerge.rounding import (
     STOCHASTIC,
     FloatGrid,
     feedback,
+    least_read_last,
     round_adaptive,
     round_nearest,
     round_stochastic,
@@ -48,6 +49,9 @@ class Steps:
 
     def values(self, codes: Tensor, columns: slice, out: Tensor) -> Tensor:
         return torch.mul(codes, self.sizes[columns], out=out)
+
+    def in_order(self, order: Tensor) -> Steps:
+        return replace(self, sizes=self.sizes[order])
 
 
 def values_of(grid: rounding.Grid, codes: Tensor) -> Tensor:
@@ -104,6 +108,57 @@ def test_codes_are_those_of_gptq(name: str, strength: float, one_by_one: None) -
     assert found.error is not None and torch.allclose(found.error, error)
     assert found.inside is not None and torch.allclose(found.inside, error @ basis)
     assert found.squared == pytest.approx(float(error.square().sum()))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int4"])
+def test_codes_in_an_order_are_those_of_gptq_in_it(name: str, one_by_one: None) -> None:
+    """Weight, grid and Hessian with their columns in that order, and the codes put back."""
+    rows, columns, rank = 40, 96, 6
+    basis = torch.linalg.qr(random(columns, rank, seed=1))[0]
+    target, grid = random(rows, columns, seed=2), grid_named(name, columns)
+    feed = feedback(basis, F64, 64.0, least_read_last(basis))
+    assert feed.order is not None
+    order = feed.order.columns
+    hessian = torch.eye(columns, dtype=F64) + 64.0 * basis[order] @ basis[order].T
+    there = gptq(target[:, order], grid.in_order(order), hessian)
+    expected = torch.empty_like(there)
+    expected[:, order] = there
+    before = target.clone()
+    found = round_adaptive(target, grid, feed, keep=True)
+    assert torch.equal(found.codes.double(), expected.double())
+    assert torch.equal(target, before)
+    natural = round_adaptive(target, grid, feedback(basis, F64, 64.0)).codes
+    assert not torch.equal(found.codes.double(), natural.double())
+    error = values_of(grid, found.codes) - target
+    assert found.error is not None and torch.allclose(found.error, error)
+    assert found.inside is not None and torch.allclose(found.inside, error @ basis)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 31, 32, 33, 40, 64, 200])
+def test_columns_that_are_read_least_come_last(columns: int) -> None:
+    basis = torch.linalg.qr(random(columns, min(3, columns), seed=1))[0]
+    order = least_read_last(basis).columns
+    assert order.sort().values.tolist() == list(range(columns))
+    size = basis.norm(dim=1)[order]
+    last = size[-rounding.LAST :]
+    assert torch.equal(last, last.sort(descending=True).values)
+    front = order[: -rounding.LAST]
+    assert bool((size[: len(front)] >= last[0]).all())
+    stay = front == torch.arange(len(front))
+    assert int((~stay).sum()) <= rounding.LAST
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int4"])
+def test_the_order_halves_what_is_left(name: str) -> None:
+    columns, rank = 1024, 8
+    basis = torch.linalg.qr(random(columns, rank, seed=1))[0]
+    target, grid = random(128, columns, seed=2), grid_named(name, columns)
+    natural = round_adaptive(target, grid, feedback(basis, F64)).inside
+    ordered = round_adaptive(
+        target, grid, feedback(basis, F64, order=least_read_last(basis))
+    ).inside
+    assert natural is not None and ordered is not None
+    assert float(ordered.norm()) < 0.75 * float(natural.norm())
 
 
 def test_blocks_of_columns_lose_little() -> None:

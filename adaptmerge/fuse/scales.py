@@ -1,0 +1,140 @@
+"""The scales of a quantised weight, which are numbers and no codes: kept, fitted, or solved for.
+
+Rows are independent of each other, and one whose new scales make things worse keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from adaptmerge.errors import CannotMerge
+from adaptmerge.grids import (
+    SOFT,
+    BlockGrid,
+    blocks_of,
+    fitted_scales,
+    solved_scales,
+    stored_scales,
+    strength_for,
+)
+from adaptmerge.lazy import torch
+from adaptmerge.packed import Packed
+from adaptmerge.rounding import Rounded
+
+KEEP, FIT, SOLVE, ONLY = "keep", "fit", "solve", "only"
+SCALES = (KEEP, FIT, SOLVE, ONLY)
+EXACT = (SOLVE, ONLY)  # those that take an error to zero
+
+
+class Settled(NamedTuple):
+    """Codes (rows, in) on a grid, and their error, all of it (rows, in) and in a basis (rows, R)."""
+
+    codes: torch.Tensor
+    grid: BlockGrid
+    error: torch.Tensor
+    inside: torch.Tensor
+
+    def where(self, rows: torch.Tensor, other: Settled) -> Settled:
+        """These rows (rows,) of it, the others of another."""
+        own = rows[:, None]
+        scale = torch.where(own, self.grid.scale, other.grid.scale)
+        return Settled(
+            torch.where(own, self.codes, other.codes),
+            self.grid.rescaled(scale),
+            torch.where(own, self.error, other.error),
+            torch.where(own, self.inside, other.inside),
+        )
+
+    def rounded(self, *, keep: bool) -> Rounded:
+        """What rounding did, as a sum; `keep` its error."""
+        squared = float(torch.linalg.vector_norm(self.error)) ** 2
+        return Rounded(self.codes, self.inside, squared, self.error if keep else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a packed weight, the grid that they start from, what they should be (rows, in), and the
+    basis (in, R) in which errors count most."""
+
+    packed: Packed
+    rows: tuple[int, int]
+    grid: BlockGrid
+    target: torch.Tensor
+    basis: torch.Tensor
+
+    def nearest(self, scale: torch.Tensor) -> torch.Tensor | None:
+        """The storable scales nearest to these; None where they are not free."""
+        return self.packed.nearest_scales(scale, self.rows)
+
+    def moves(self, scales: str) -> bool:
+        """Whether the scales can be moved as asked."""
+        if scales == KEEP or self.nearest(self.grid.scale) is None:
+            return False
+        return scales == FIT or (self.basis.shape[1] > 0 and self.grid.blocks > 1)
+
+    def strength(self, scales: str) -> float:
+        """The strength of feedback: all of it where no scales make up for what is left."""
+        if scales not in EXACT or not self.moves(scales):
+            return SOFT
+        blocks = self.grid.blocks
+        return strength_for(blocks, self.target.shape[1] // blocks, self.basis.shape[1])
+
+    def with_codes(self, codes: torch.Tensor, grid: BlockGrid | None = None) -> Settled:
+        """These codes on a grid, the own one unless another is given."""
+        grid = self.grid if grid is None else grid
+        error = self.values(codes, grid).sub_(self.target)
+        return Settled(codes, grid, error, error @ self.basis)
+
+    def values(self, codes: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
+        """What codes stand for (rows, in)."""
+        return grid.values(codes, slice(0, codes.shape[1]), torch.empty_like(self.target))
+
+
+def solved(rows: Rows, codes: torch.Tensor) -> Settled:
+    """Codes with the scales that take their error in the basis to zero with least noise."""
+    before = rows.with_codes(codes)
+    blocks = blocks_of(rows.grid, rows.values(codes, rows.grid), rows.basis)
+    wanted = solved_scales(rows.grid, blocks, before.inside)
+    scale = stored_scales(wanted, rows.grid, blocks, rows.nearest)
+    after = rows.with_codes(codes, rows.grid.rescaled(scale))
+    return before.where(_squared(after.inside) > _squared(before.inside), after)
+
+
+def fitted(rows: Rows, codes_on: Callable[[BlockGrid], torch.Tensor]) -> Settled:
+    """Codes on scales that fit nearest codes best; a row keeps its own unless it gains by both measures.
+
+    The scales come first, for codes with feedback then are right for them; the other way round what the
+    feedback has brought to zero is there again.
+    """
+    before = rows.with_codes(codes_on(rows.grid))
+    nearest = rows.grid.codes(rows.target, slice(0, rows.target.shape[1]))
+    wanted = fitted_scales(rows.grid, rows.values(nearest, rows.grid), rows.target)
+    scale = rows.nearest(wanted)
+    assert scale is not None
+    grid = rows.grid.rescaled(scale)
+    after = rows.with_codes(codes_on(grid), grid)
+    worse = _squared(after.error) > _squared(before.error)
+    return before.where(worse | (_squared(after.inside) > _squared(before.inside)), after)
+
+
+def _squared(error: torch.Tensor) -> torch.Tensor:
+    return error.square().sum(1)
+
+
+def check_free(packed: Iterable[Packed], scales: str) -> None:
+    """Raises CannotMerge with all weights whose scales alone are to move and are not free to."""
+    bound = [one.module for one in packed if scales == ONLY and not _is_free(one)]
+    if bound:
+        what = "has scales that cannot take up what is added"
+        why = "one a row, for several rows, across rows, or powers of two"
+        problems = [f"{module}: {what}" for module in bound]
+        problems[-1] += f" ({why}): leave out --scales {ONLY}"
+        raise CannotMerge(problems)
+
+
+def _is_free(packed: Packed) -> bool:
+    first = (0, min(1, packed.shape[0]))
+    grid = packed.grid(first)[1]
+    return grid.blocks > 1 and packed.nearest_scales(grid.scale, first) is not None

@@ -1,0 +1,141 @@
+"""What --scales does, on layers whose values are computed by the definition of their format."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from fuse.layers import MODULE, layer, stored, with_lora
+from fuse.made_models import quantised_base
+from fuse.test_layouts import FOLDER, LAYOUTS
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adaptmerge import verify as library
+from adaptmerge.base import open_base
+from adaptmerge.errors import CannotMerge, UsageError
+from adaptmerge.fuse import FuseOptions, fuse
+from adaptmerge.fuse.quantised import view_of
+from adaptmerge.inputs import InputSpec
+
+ROWS, COLUMNS, RANK, BLOCK = 256, 4096, 16, 64
+
+
+@pytest.fixture(scope="module")
+def nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return layer(tmp_path_factory.mktemp("base") / "nf4", "nf4", ROWS, COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return layer(tmp_path_factory.mktemp("base") / "int8", "int8", ROWS, COLUMNS)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1e-2])
+def test_scales_alone_take_up_an_adapter(ratio: float, nf4: Path, tmp_path: Path) -> None:
+    found = with_lora(nf4, tmp_path, ratio, RANK, scales="only")
+    before, after = stored(nf4), stored(tmp_path / "out")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"weight.absmax"}
+    blocks = COLUMNS / BLOCK
+    assert found.sub < 1e-5
+    # derived for Gaussian weights: the least that any scales can do
+    assert found.frob == pytest.approx((BLOCK * blocks / (blocks - RANK)) ** 0.5, rel=0.02)
+    loss = found.report.adapters["a"]
+    assert loss.gain == pytest.approx(1, abs=1e-4)
+    (site,) = found.report.sites
+    assert site.moved == 0
+    assert site.error == pytest.approx(float(found.error.norm()), rel=1e-3)
+
+
+def test_codes_stay_in_a_whole_model(fixtures: Path, tmp_path: Path) -> None:
+    """With two blocks a row in a model so small, which take up two directions of sixteen: most is lost."""
+    base = quantised_base(fixtures / "tinyllama" / "base", tmp_path / "base", "nf4")
+    adapter = fixtures / "tinyllama" / "lora-r16-rslora-qv-perl"
+    spec = [InputSpec(str(adapter), "a", 0.1)]
+    with pytest.raises(CannotMerge, match="rounding leaves"):
+        fuse(str(base), spec, tmp_path / "out", FuseOptions(scales="only"))
+    options = FuseOptions(scales="only", allow=frozenset({"loss"}))
+    report = fuse(str(base), spec, tmp_path / "out", options)
+    before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "out"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"absmax"}
+    assert len(moved) == len(report.sites) == 8
+    questions = library.Questions(str(base), {"a": str(adapter)}, "cpu")
+    verdict = library.verify(tmp_path / "out", questions)
+    assert {c.name: c.status for c in verdict.checks}["files"] == library.PASS
+
+
+REFUSED = {"ct-fp8", "ct-fp8-block", "ct-fp8-channel", "ct-int8", "ct-int8-asymmetric", "ct-mixed"}
+REFUSED |= {"ct-mxfp4", "ct-mxfp8", "ct-w4a8", "ct-w8a8", "ct-w8a8-asymmetric", "fp8-block"}
+REFUSED |= {
+    "fp8-block-ue8m0",
+    "hqq-1bit-straddling",
+    "hqq-8bit-rows",
+    "torchao-int8-rows",
+    "gptq-v1-8bit",
+}
+
+
+@pytest.mark.parametrize("layout", sorted({*LAYOUTS, "hqq-1bit-straddling"}))
+def test_codes_stay_in_every_layout(layout: str, tmp_path: Path) -> None:
+    base = FOLDER / layout
+    packed = view_of(open_base(str(base))).packed
+    sides = {
+        one.module: (torch.ones(1, one.shape[1]), 1e-3 * torch.ones(one.shape[0], 1))
+        for one in packed.values()
+    }
+    adapter = samples.write(tmp_path / "adapter", sides)
+    options = FuseOptions(scales="only", allow=frozenset({"loss", "base"}))
+    work = partial(fuse, str(base), [InputSpec(str(adapter), "a")], tmp_path / "out", options)
+    if layout in REFUSED:
+        with pytest.raises(CannotMerge, match="scales that cannot take up"):
+            work()
+        return
+    work()
+    before, after = tensors_in(base), tensors_in(tmp_path / "out")
+    codes = {next(iter(one.tensors)) for one in packed.values()}
+    assert all(torch.equal(before[name], after[name]) for name in codes)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """All stored tensors, as bytes."""
+    files = [path for path in folder.glob("*.safetensors") if path.name != "expected.safetensors"]
+    tensors = {name: value for path in files for name, value in load_file(path).items()}
+    return {name: value.reshape(-1).view(torch.uint8) for name, value in tensors.items()}
+
+
+def test_scales_that_are_not_free(int8: Path, tmp_path: Path) -> None:
+    with pytest.raises(CannotMerge, match="scales that cannot take up") as caught:
+        with_lora(int8, tmp_path, 1e-2, RANK, scales="only")
+    assert MODULE in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_alone_round_nothing(nf4: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="leave out --rounding nearest"):
+        with_lora(nf4, tmp_path, 1e-2, RANK, scales="only", rounding="nearest")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("ratio", [1e-2, 1.0])
+def test_fitted_scales_make_no_row_worse(
+    kind: str, ratio: float, nf4: Path, int8: Path, tmp_path: Path
+) -> None:
+    base = nf4 if kind == "nf4" else int8
+    fitted = with_lora(base, tmp_path / "fit", ratio, RANK, scales="fit")
+    kept = with_lora(base, tmp_path / "keep", ratio, RANK, scales="keep")
+    basis = torch.linalg.qr(kept.down.T).Q
+    for one, other in ((fitted.error, kept.error), (fitted.error @ basis, kept.error @ basis)):
+        assert bool((one.norm(dim=1) <= 1.0001 * other.norm(dim=1) + 1e-6).all())
+    scale = "SCB" if kind == "int8" else "weight.absmax"
+    assert torch.equal(stored(tmp_path / "keep" / "out")[scale], stored(base)[scale])
+    assert not torch.equal(stored(tmp_path / "fit" / "out")[scale], stored(base)[scale])
+    assert fitted.frob < kept.frob
+    if ratio == 1.0:  # what is added reaches beyond the largest value of the old scales
+        assert fitted.frob < 0.95 * kept.frob
+        assert fitted.sub < 0.9 * kept.sub
