@@ -245,6 +245,8 @@ def _report(
         "quantised": plan.view.scheme,
         "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
     }
+    if plan.original is not None:
+        base["original"] = plan.original.fingerprint
     options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
     options |= {
         "weights": dict(plan.weights.base),
@@ -252,7 +254,7 @@ def _report(
         "heads": plan.heads.as_json(),
         "allow": sorted(plan.options.allow),
     }
-    for unsaid in ("jobs", "force", "strict", "executor", "total"):
+    for unsaid in ("original", "jobs", "force", "strict", "executor", "total"):
         del options[unsaid]
     return FuseReport(
         options=options,

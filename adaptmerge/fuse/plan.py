@@ -27,6 +27,7 @@ from adaptmerge.fuse.provenance import (
 from adaptmerge.fuse.quantised import View, view_of
 from adaptmerge.fuse.repack import SCALES, SOLVE
 from adaptmerge.fuse.settle import AUTO
+from adaptmerge.fuse.smoothing import smoothing_of
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
 from adaptmerge.heads import Given, Policies, check_policies, is_vocabulary, policies
@@ -40,7 +41,7 @@ from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_sc
 
 ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
 SAME = "same"  # as the base is quantised
-SMOOTHED = "awq"  # a scheme that moves scales from a layer into the one before
+SMOOTHED = ("awq", "compressed-tensors")  # schemes that may move scales into the layer before
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 
 
@@ -58,6 +59,7 @@ class FuseOptions:
     quant: str = SAME
     scales: str = SOLVE
     trained_on: str | None = None
+    original: str | None = None
     keep_tied: bool = False
     max_loss: float = 0.25
     seed: int = 0
@@ -83,6 +85,7 @@ class FusePlan:
     options: FuseOptions
     notes: tuple[Note, ...] = ()
     trained_on: str | None = None
+    original: Base | None = None  # what a smoothed base was quantised from
     _hash: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -97,9 +100,12 @@ class FusePlan:
         """
         stats = {path: Path(path).stat() for path in files_of(self.view.stored)}
         stamps = [(Path(p).name, found.st_size, found.st_mtime_ns) for p, found in stats.items()]
-        options = replace(self.options, jobs=None, force=False, strict=False, executor="local")
+        options = replace(
+            self.options, original=None, jobs=None, force=False, strict=False, executor="local"
+        )
         said = (
             self.view.stored.fingerprint,
+            None if self.original is None else self.original.fingerprint,
             stamps,
             sorted((name, sorted(found.items())) for name, found in digests.items()),
             repr(options),
@@ -144,14 +150,17 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     inputs = open_inputs(specs, view.base)
     stored, adapters = _on_copies(view, {item.name: item.adapter for item in inputs})
     stored, tied = _with_ties(stored, adapters)
-    notes = [*_fingerprints(adapters, view.stored, options), *_smoothed(view, options)]
+    notes = [*_fingerprints(adapters, view.stored, options), *_trained_on(view, options)]
     trained_on, said = provenance(adapters, options.trained_on)
     notes += said
     base = as_trained(stored, trained_on, _linears(stored) if trained_on else ())
     weights = _weights(inputs, options)
     heads = policies(options.heads, list(adapters))
     check_policies(heads, adapters)
-    plan, said = _plan_edits(adapters, base, weights, heads, options)
+    sites = [edit.site for adapter in adapters.values() for edit in adapter.edits]
+    smoothing = smoothing_of(stored, options.original, sites)
+    plan, said = _plan_edits(adapters, smoothing.undone(base), weights, heads, options)
+    plan = smoothing.redone(plan, stored)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
     targets = targets_of(
@@ -159,7 +168,13 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     )
     kept = view.stored if view.packed and wide is None else stored
     shards = shards_of(kept, targets.tensors, targets.added, asked)
-    notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
+    notes += [
+        *smoothing.notes,
+        *said,
+        *plan.notes,
+        *targets.notes,
+        *_default_weights(inputs, options),
+    ]
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
     return FusePlan(
@@ -174,6 +189,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
         options,
         tuple(notes),
         trained_on,
+        smoothing.original,
     )
 
 
@@ -237,12 +253,16 @@ def _check_view(view: View, options: FuseOptions) -> None:
         raise UsageError(
             f"--trained-on {QUANTISED}: the base is not: say nf4, nf4,double, fp4 or int8"
         )
-    if view.scheme is not None and options.trained_on == ORIGINAL:
+    if options.original and (view.scheme is None or options.trained_on != ORIGINAL):
         raise UsageError(
-            f"--trained-on {ORIGINAL}: the weights of a quantised base differ from those: fuse into the "
-            "original base, then quantise"
+            f"--original {options.original}: is for --trained-on {ORIGINAL} and a quantised base"
         )
-    if view.scheme is not None and options.trained_on not in (None, QUANTISED):
+    if view.scheme in SMOOTHED and options.trained_on == ORIGINAL and not options.original:
+        raise UsageError(
+            f"--trained-on {ORIGINAL}: the inputs of {view.scheme} layers may be scaled (smoothing), which "
+            "only the original weights tell: say --original DIR"
+        )
+    if view.scheme is not None and options.trained_on not in (None, QUANTISED, ORIGINAL):
         raise UsageError(f"--trained-on {options.trained_on}: the base is quantised already")
     if not base.tensors:
         raise InputError("holds no weights to fuse into", where=str(base.path))
@@ -262,13 +282,16 @@ def _on_copies(view: View, adapters: Mapping[str, Adapter]) -> tuple[Base, dict[
     return replicated(base, ranges.pop()), flat
 
 
-def _smoothed(view: View, options: FuseOptions) -> list[Note]:
-    """A word where the base's inputs are scaled otherwise than those of the model it was made of."""
-    if view.scheme != SMOOTHED or options.trained_on is not None:
+def _trained_on(view: View, options: FuseOptions) -> list[Note]:
+    """A word on bases that adapters may not have been trained on as they are."""
+    if view.scheme is not None and options.trained_on == ORIGINAL:
+        what = "trained on the original weights: what quantising changed in the base stays"
+        return [Note(Kind.INFO, what)]
+    if view.scheme != SMOOTHED[0] or options.trained_on is not None:
         return []
     what = (
         "taken to be trained on this quantised base, whose layers take other inputs than the original's "
-        f"(smoothing): pass --trained-on {QUANTISED} if so; else fuse into the original, then quantise"
+        f"(smoothing): pass --trained-on {QUANTISED} if so; else --trained-on {ORIGINAL} --original DIR"
     )
     return [Note(Kind.ASSUMED, what)]
 
