@@ -17,6 +17,7 @@ from adaptmerge.errors import CannotMerge, InputError, UsageError
 from adaptmerge.files import dtypes
 from adaptmerge.files.refs import forget
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
+from adaptmerge.fuse.moved import with_moved_scales
 from adaptmerge.fuse.provenance import (
     ORIGINAL,
     QUANTISED,
@@ -35,7 +36,7 @@ from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
 from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
-from adaptmerge.rounding import ROUNDINGS
+from adaptmerge.rounding import ADAPTIVE, ROUNDINGS
 from adaptmerge.runtime.linears import quantised_modules, ties_head
 from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 
@@ -163,18 +164,14 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     plan = smoothing.redone(plan, stored)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
+    landing, moved = _landing(plan, stored, view, options)
     targets = targets_of(
-        plan, stored, base, Wishes(asked, options.keep_tied, tied, view.packed, wide)
+        landing, stored, base, Wishes(asked, options.keep_tied, tied, view.packed, wide)
     )
     kept = view.stored if view.packed and wide is None else stored
     shards = shards_of(kept, targets.tensors, targets.added, asked)
-    notes += [
-        *smoothing.notes,
-        *said,
-        *plan.notes,
-        *targets.notes,
-        *_default_weights(inputs, options),
-    ]
+    notes += [*smoothing.notes, *said, *plan.notes, *moved, *targets.notes]
+    notes += _default_weights(inputs, options)
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
     return FusePlan(
@@ -216,6 +213,14 @@ def _plan_edits(
     plan = make_plan(groups, request, list(adapters))
     _refuse_several(plan)
     return plan, notes
+
+
+def _landing(plan: Plan, base: Base, view: View, options: FuseOptions) -> tuple[Plan, list[Note]]:
+    """The plan as weights take it up: on a quantised base scales go where codes can stay."""
+    free = options.rounding in (AUTO, ADAPTIVE) and options.scales == SOLVE
+    if options.quant != SAME or not view.packed or not free:
+        return plan, []
+    return with_moved_scales(plan, base, view.packed)
 
 
 def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
