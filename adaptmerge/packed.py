@@ -55,15 +55,34 @@ class Packed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """The linear layers that are not quantised: those that libraries leave by themselves, and others."""
+
+    usual: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """One layout of quantised weights. find: the packed weights, by module, of a base that it detects;
-    raises InputError for what it knows and cannot read."""
+    raises InputError for what it knows and cannot read. kept: the quantization_config of a base in which
+    further linear layers stay as they are; None where no loader would leave them so."""
 
     name: str
     title: str
     url: str
     detect: Callable[[Base], bool]
     find: Callable[[Base], Mapping[str, Packed]]
+    kept: Callable[[Mapping[str, Any], Kept], Mapping[str, Any]] | None = None
+
+
+def kept_under(key: str) -> Callable[[Mapping[str, Any], Kept], Mapping[str, Any]]:
+    """A `kept` of configs that list modules under a key: without a list loaders leave the usual ones, with
+    one those that it names."""
+    return lambda config, kept: {
+        **config,
+        key: list(dict.fromkeys([*(config.get(key) or kept.usual), *kept.chosen])),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,9 @@ from adaptmerge.base import Base, open_base, replicated
 from adaptmerge.edits import WeightEdit
 from adaptmerge.errors import CannotMerge, InputError, UsageError
 from adaptmerge.files import dtypes
+from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import forget
+from adaptmerge.fuse.growth import Plain, can_mix, plain
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
 from adaptmerge.fuse.moved import with_moved_scales
 from adaptmerge.fuse.provenance import (
@@ -29,6 +31,7 @@ from adaptmerge.fuse.quantised import View, view_of
 from adaptmerge.fuse.repack import SCALES, SOLVE
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.smoothing import smoothing_of
+from adaptmerge.fuse.stored_whole import stored_whole
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
 from adaptmerge.heads import Given, Policies, check_policies, is_vocabulary, policies
@@ -165,11 +168,10 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
     landing, moved = _landing(plan, stored, view, options)
-    targets = targets_of(
-        landing, stored, base, Wishes(asked, options.keep_tied, tied, view.packed, wide)
-    )
+    wishes = Wishes(asked, options.keep_tied, tied, view.packed, wide, _plain(plan, view, wide))
+    targets = targets_of(landing, stored, base, wishes)
     kept = view.stored if view.packed and wide is None else stored
-    shards = shards_of(kept, targets.tensors, targets.added, asked)
+    shards = shards_of(kept, targets.tensors, targets.added, asked, targets.gone)
     notes += [*smoothing.notes, *said, *plan.notes, *moved, *targets.notes]
     notes += _default_weights(inputs, options)
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
@@ -221,6 +223,12 @@ def _landing(plan: Plan, base: Base, view: View, options: FuseOptions) -> tuple[
     if options.quant != SAME or not view.packed or not free:
         return plan, []
     return with_moved_scales(plan, base, view.packed)
+
+
+def _plain(plan: Plan, view: View, wide: DType | None) -> Plain | None:
+    """The weights that cannot stay quantised, being stored whole by an adapter, where that can be told."""
+    names = stored_whole(plan, view.base, view.packed) if wide is None and can_mix(view) else []
+    return plain(names, view) if names else None
 
 
 def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:

@@ -11,6 +11,7 @@ from adaptmerge.errors import CannotMerge
 from adaptmerge.files.compare import same_values
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import IN_FILES, TensorRef
+from adaptmerge.fuse.growth import Plain
 from adaptmerge.fuse.layout import Copy, Fused, Repacked, Tensor, output_dtype
 from adaptmerge.fuse.matrix import Matrix, Part
 from adaptmerge.fuse.repack import Packing
@@ -41,11 +42,12 @@ class Change:
 
 @dataclass
 class Targets:
-    """The tensors that change, new ones with the tensor that they are stored beside, the entries of the
-    config that follow from them, and Notes."""
+    """The tensors that change, new ones with the tensor that they are stored beside, names that are no
+    more, the entries of the config that follow from them, and Notes."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
     config: dict[str, object] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
 
@@ -55,7 +57,7 @@ class Wishes:
     """How weights are to be written: in which dtype if not their own, and whether tied ones stay one.
 
     tied: whether the model computes with one matrix for tokens and head. packed: the packed weights of the
-    base by name; wide: the dtype that these are written in instead.
+    base by name; wide: the dtype that these are written in instead; plain: those stored in 16 bits.
     """
 
     dtype: DType | None = None
@@ -63,6 +65,7 @@ class Wishes:
     tied: bool = False
     packed: Mapping[str, Packed] = field(default_factory=dict)
     wide: DType | None = None
+    plain: Plain | None = None
 
 
 def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets:
@@ -83,11 +86,36 @@ def targets_of(plan: Plan, base: Base, trained: Base, wishes: Wishes) -> Targets
         site = Site(module, param)
         by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
     for name, here in by_name.items():
-        if name in wishes.packed and wishes.wide is None:
+        if wishes.plain is not None and name in wishes.plain.growth:
+            _store_plain(name, *here[None], trained, wishes, wishes.plain, found)
+        elif name in wishes.packed and wishes.wide is None:
             found.tensors.update(_repacked(wishes.packed[name], here[None][1], base.tensors[name]))
         else:
             found.tensors[name] = _tensor(name, here, base, trained, wishes, found)
+    found.config |= {} if wishes.plain is None else wishes.plain.config
     return found
+
+
+def _store_plain(
+    name: str,
+    place: Place,
+    change: Change,
+    trained: Base,
+    wishes: Wishes,
+    plain: Plain,
+    found: Targets,
+) -> None:
+    """A weight in 16 bits, in place of the tensors that it was packed in."""
+    start = change.value if change.value is not None else trained.tensors[name]
+    _note_resize(name, trained.tensors[name], start, found)
+    matrix = _matrix(start, place, change, plain.dtype)
+    shape = matrix.shape[::-1] if place.transposed else matrix.shape
+    found.tensors[name] = Tensor(name, plain.dtype, shape, (Fused(matrix, place.transposed),))
+    what = f"stored in {plain.dtype}, {plain.growth[name]:,} bytes more"
+    found.notes.append(Note(Kind.INFO, what, site=change.site.module))
+    before = wishes.packed[name].tensors
+    found.gone |= before.keys() - {name}
+    found.added |= {} if name in before else {name: next(iter(before))}
 
 
 def _repacked(packed: Packed, change: Change, weight: TensorRef) -> dict[str, Tensor]:

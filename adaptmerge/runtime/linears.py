@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.runtime.models import in_one_sentence, model_class, model_config, quietly
 
 
-def quantised_modules(base_dir: Path) -> list[str]:
-    """The paths of the linear layers that `transformers` quantises with bitsandbytes: all but the head
-    and what is tied to an embedding."""
+class Linears(NamedTuple):
+    """The paths of linear layers: those that are quantised, and those that are kept as they are."""
+
+    quantised: list[str]
+    kept: list[str]
+
+
+def linear_layers(base_dir: Path) -> Linears:
+    """The linear layers of a model as `transformers` quantises them with bitsandbytes: all but the head and
+    what is tied to an embedding."""
     from transformers.pytorch_utils import Conv1D
 
     model = _without_weights(base_dir)
     kept = _kept(model)
-    return [
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, torch.nn.Linear | Conv1D)
-        and not any(name == part or name.startswith(f"{part}.") for part in kept)
-    ]
+    found = Linears([], [])
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            stays = any(name == part or name.startswith(f"{part}.") for part in kept)
+            (found.kept if stays else found.quantised).append(name)
+    return found
+
+
+def quantised_modules(base_dir: Path) -> list[str]:
+    """The paths of the linear layers that `transformers` quantises."""
+    return linear_layers(base_dir).quantised
 
 
 def _without_weights(base_dir: Path) -> torch.nn.Module:

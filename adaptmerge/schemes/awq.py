@@ -20,7 +20,7 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme
+from adaptmerge.packed import Packed, Scheme, kept_under
 from adaptmerge.schemes import affine
 
 URL = "https://github.com/casper-hansen/AutoAWQ"
@@ -125,4 +125,6 @@ def _one(base: Base, module: str, config: Mapping[str, Any], problems: list[str]
     return None if wrong else Awq(module, (outputs, inputs), size, qweight, qzeros, scales)
 
 
-SCHEME = Scheme("awq", "AWQ, version gemm", URL, _detect, _find)
+SCHEME = Scheme(
+    "awq", "AWQ, version gemm", URL, _detect, _find, kept=kept_under("modules_to_not_convert")
+)

@@ -26,7 +26,7 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme
+from adaptmerge.packed import Packed, Scheme, kept_under
 from adaptmerge.schemes.narrow import (
     Fp4,
     Fp8,
@@ -350,4 +350,4 @@ def _names(target: str, module: str) -> bool:
         return False
 
 
-SCHEME = Scheme(METHOD, "compressed-tensors", URL, _detect, _find)
+SCHEME = Scheme(METHOD, "compressed-tensors", URL, _detect, _find, kept=kept_under("ignore"))

@@ -22,7 +22,7 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme
+from adaptmerge.packed import Packed, Scheme, kept_under
 from adaptmerge.schemes.narrow import Fp8, block_of, scales
 
 URL = "https://huggingface.co/docs/transformers/quantization/finegrained_fp8"
@@ -132,4 +132,5 @@ def _problem(name: str, weight: TensorRef, scale: TensorRef, said: list[tuple[in
     return ""
 
 
-SCHEME = Scheme("fp8-block", "FP8 with a scale per block", URL, _detect, _find)
+KEPT = kept_under("modules_to_not_convert")
+SCHEME = Scheme("fp8-block", "FP8 with a scale per block", URL, _detect, _find, kept=KEPT)

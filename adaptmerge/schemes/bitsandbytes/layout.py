@@ -27,7 +27,7 @@ from adaptmerge.errors import InputError
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme
+from adaptmerge.packed import Packed, Scheme, kept_under
 from adaptmerge.schemes.bitsandbytes.codes import INT8_STEP
 
 URL = "https://github.com/bitsandbytes-foundation/bitsandbytes"
@@ -290,7 +290,8 @@ def _eight_bits(base: Base, problems: list[str]) -> Iterator[EightBit]:
         yield EightBit(module, shape, weight, scale, beside)
 
 
+KEPT = kept_under("llm_int8_skip_modules")
 SCHEMES = (
-    Scheme("bitsandbytes-4bit", "bitsandbytes NF4 and FP4", URL, _is_4bit, _find_4bit),
-    Scheme("bitsandbytes-8bit", "bitsandbytes int8", URL, _is_8bit, _find_8bit),
+    Scheme("bitsandbytes-4bit", "bitsandbytes NF4 and FP4", URL, _is_4bit, _find_4bit, kept=KEPT),
+    Scheme("bitsandbytes-8bit", "bitsandbytes int8", URL, _is_8bit, _find_8bit, kept=KEPT),
 )
