@@ -4,6 +4,7 @@ Smoothing (SmoothQuant, Xiao et al. 2023; AWQ, Lin et al. 2024) stores W diag(s)
 by s in the layer before: in a norm, or in the rows of another linear. So a stored weight is
 q(diag(t) W diag(s)) for some t and s, which least squares finds from it and W, whatever the model is.
 Errors of q average out over a row or column of n entries: an estimate is right to |error| / |W| / sqrt(n).
+Entries at the ends of a grid, which were clipped, are left out: they would make all factors seem smaller.
 Where a norm of the layer has the factors that the columns show, these are taken, being exact.
 """
 
@@ -18,9 +19,11 @@ from adaptmerge.files.dtypes import F32, F64, DType
 from adaptmerge.files.refs import TensorRef, computed, remembered
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
+from adaptmerge.packed import Dequantised
 
 TURNS = 6  # of alternating least squares, each of which leaves about 1/sqrt(n) of the error
 FEW = 2.0  # deviations of noise within which factors are the same
+CODES = 8  # of fewer those at the ends are too many to be left out
 KEPT = 4096  # scalings that are remembered: those of all linears of a model
 
 
@@ -100,7 +103,7 @@ def _quotient(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
 
 def _scaling_of(pair: Pair) -> Scaling:
     with one_thread_each():
-        found = _Squares(pair.stored.read().float(), pair.original.read().float())
+        found = _Squares(*_unclipped(pair))
         outputs = torch.ones(pair.stored.shape[0], dtype=torch.float64)
         for _ in range(TURNS):
             inputs = found.inputs(outputs)
@@ -124,6 +127,19 @@ def _scaling_of(pair: Pair) -> Scaling:
 
 
 scaling_of = remembered(_scaling_of, KEPT)
+
+
+def _unclipped(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both matrices, float32, with 0 in both for entries at the ends of a grid of some codes."""
+    stored, original = pair.stored.read().float(), pair.original.read().float()
+    source = pair.stored.source
+    if not isinstance(source, Dequantised):
+        return stored, original
+    codes, grid = source.packed.grid((0, source.shape[0]))
+    if grid.count < CODES:
+        return stored, original
+    ends = (codes == 0) | (codes == grid.count - 1)
+    return stored.masked_fill(ends, 0.0), original.masked_fill(ends, 0.0)
 
 
 def _room(deviation: float, noise: Noise, more: float = 0.0) -> float:

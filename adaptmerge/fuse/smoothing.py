@@ -215,7 +215,7 @@ def _notes(found: Mapping[str, Scaling], count: int) -> list[Note]:
     if guessed:
         worst = max(guessed, key=lambda module: guessed[module])
         what = (
-            f"the scales of {len(guessed)} layers were estimated from their weights, to "
+            f"the scales of {len(guessed)} layers were estimated from their weights, to about "
             f"{100 * guessed[worst]:.2g} % of what is added or better"
         )
         notes.append(Note(Kind.APPROXIMATED, what, site=worst))

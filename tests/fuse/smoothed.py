@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,10 +56,10 @@ def times(weight: Tensor, by: tuple[Tensor | None, Tensor], power: float = 1.0) 
     return value if rows is None else value * (rows**power)[:, None]
 
 
-def awq(weight: Tensor, name: str) -> Tensors:
-    """A weight (out, in) in AWQ's layout, by its nearest codes."""
+def awq(weight: Tensor, name: str, clip: float = 1.0) -> Tensors:
+    """A weight (out, in) in AWQ's layout, by its nearest codes; clip: the part of ranges that is kept."""
     runs = weight.unflatten(1, (-1, SIZE))
-    low, high = runs.amin(2).clamp(max=0), runs.amax(2).clamp(min=0)
+    low, high = clip * runs.amin(2).clamp(max=0), clip * runs.amax(2).clamp(min=0)
     scale = ((high - low) / 15).half()
     zero = (-low / scale.double()).round().clamp(0, 15)
     codes = (runs / scale.double()[..., None]).round() + zero[..., None]
@@ -76,8 +79,10 @@ def int8(weight: Tensor, name: str) -> Tensors:
 
 ARGS: dict[str, object] = {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": True}
 ROWS = {"format": "int-quantized", "targets": ["Linear"], "weights": ARGS}
-KINDS = {
-    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": SIZE, "version": "gemm"}),
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": SIZE, "version": "gemm"}
+KINDS: dict[str, tuple[Callable[[Tensor, str], Tensors], dict[str, Any]]] = {
+    "awq": (awq, AWQ),
+    "clipped awq": (partial(awq, clip=0.8), AWQ),
     "int8": (
         int8,
         {
@@ -99,6 +104,8 @@ def smoothed_base(source: Path, folder: Path, kind: str, *, smooth: bool = True)
     for name, by in factors(config).items():
         weight = tensors.pop(f"{name}.weight").double()
         found |= store(times(weight, by) if smooth else weight, name)
+        if smooth and by[0] is not None and f"{name}.bias" in tensors:
+            tensors[f"{name}.bias"] = tensors[f"{name}.bias"].double() * by[0]
     for name in [name for name in tensors if smooth and "layernorm" in name]:
         tensors[name] = tensors[name].double() / factors(config)[fed_by(name)][1]
     found |= {name: value.half() for name, value in tensors.items()}

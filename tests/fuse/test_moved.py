@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fuse.made_models import quantised_base
-from fuse.models import fuse, llama_base
+from fuse.models import fuse, ia3, llama_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -96,22 +96,6 @@ def test_verify_proves_it(tiny: Path, base: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "out", questions).status != PASS
 
 
-def ia3(base: Path, folder: Path, seed: int) -> Path:
-    """Scales from 0.6 to 1.4 of what goes into down_proj."""
-    from peft import IA3Config, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    modules = ["down_proj"]
-    model = get_peft_model(model, IA3Config(target_modules=modules, feedforward_modules=modules))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "ia3_l" in name:
-            parameter.data = 0.6 + 0.8 * torch.rand(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
-    return folder
-
-
 def scales(adapter: Path, layer: int) -> Tensor:
     tensors = load_file(adapter / "adapter_model.safetensors")
     (found,) = (value for name, value in tensors.items() if f"layers.{layer}.mlp" in name)
@@ -125,7 +109,9 @@ def test_biases_and_several_adapters(tmp_path: Path) -> None:
         tensors[name] = torch.linspace(-1, 1, len(tensors[name]))
     save_file(tensors, plain / "model.safetensors", {"format": "pt"})
     base = quantised_base(plain, tmp_path / "base", "nf4")
-    one, two = (ia3(plain, tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
+    one, two = (
+        ia3(plain, tmp_path / name, seed, ["down_proj"]) for seed, name in enumerate(("one", "two"))
+    )
     fuse(base, {one: 0.7, two: -0.4}, tmp_path / "out")
     before = values(base)
     wanted = dict(before)
