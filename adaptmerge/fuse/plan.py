@@ -30,7 +30,7 @@ from adaptmerge.fuse.provenance import (
 from adaptmerge.fuse.quantised import View, view_of
 from adaptmerge.fuse.repack import SCALES, SOLVE
 from adaptmerge.fuse.settle import AUTO
-from adaptmerge.fuse.smoothing import smoothing_of
+from adaptmerge.fuse.smoothing import Smoothing, smoothing_of
 from adaptmerge.fuse.stored_whole import stored_whole
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
@@ -161,10 +161,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     weights = _weights(inputs, options)
     heads = policies(options.heads, list(adapters))
     check_policies(heads, adapters)
-    sites = [edit.site for adapter in adapters.values() for edit in adapter.edits]
-    smoothing = smoothing_of(stored, options.original, sites)
-    plan, said = _plan_edits(adapters, smoothing.undone(base), weights, heads, options)
-    plan = smoothing.redone(plan, stored)
+    plan, smoothing, said = _plan_edits(adapters, base, weights, heads, options)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     wide = dtypes.SPELLINGS[options.quant] if options.quant != SAME else None
     landing, moved = _landing(plan, stored, view, options)
@@ -172,7 +169,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     targets = targets_of(landing, stored, base, wishes)
     kept = view.stored if view.packed and wide is None else stored
     shards = shards_of(kept, targets.tensors, targets.added, asked, targets.gone)
-    notes += [*smoothing.notes, *said, *plan.notes, *moved, *targets.notes]
+    notes += [*said, *plan.notes, *moved, *targets.notes]
     notes += _default_weights(inputs, options)
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
@@ -198,9 +195,11 @@ def _plan_edits(
     weights: Weights,
     heads: Policies,
     options: FuseOptions,
-) -> tuple[Plan, list[Note]]:
-    """What becomes of every site, as a merge plans it for a target that is the base itself."""
+) -> tuple[Plan, Smoothing, list[Note]]:
+    """What becomes of every site, as a merge plans it for a target that is the base itself; and how that
+    is smoothed."""
     groups, notes = align(adapters, base, options.allow, base.expert_layout)
+    smoothing = smoothing_of(base, options.original, [group.site for group in groups])
     _refuse_activations([edit for group in groups for _, edit in group.members])
     request = Request(
         method=method_named(options.method),
@@ -209,12 +208,12 @@ def _plan_edits(
         stores=TARGET.stores(WriteOptions()),  # type: ignore[misc]
         heads=heads,
         adapters=adapters,
-        base=base,
+        base=smoothing.undone(base),
         allowed=options.allow,
     )
     plan = make_plan(groups, request, list(adapters))
     _refuse_several(plan)
-    return plan, notes
+    return smoothing.redone(plan, base), smoothing, [*smoothing.notes, *notes]
 
 
 def _landing(plan: Plan, base: Base, view: View, options: FuseOptions) -> tuple[Plan, list[Note]]:

@@ -119,3 +119,32 @@ def fed_by(norm: str) -> str:
     """A linear that reads what a norm gives."""
     layer = norm.rpartition(".")[0].rpartition(".")[0]
     return f"{layer}.self_attn.q_proj" if "input" in norm else f"{layer}.mlp.gate_proj"
+
+
+def smoothed_experts(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """A mixture of experts with what they and their router read smoothed, experts in int8; and its values
+    before smoothing."""
+    stored, before = dict(tensors), dict(tensors)
+    for name in [name for name in tensors if "post_attention_layernorm" in name]:
+        layer = name.rpartition(".")[0].rpartition(".")[0]
+        reading = scales(len(tensors[name]), len(layer))
+        stored[name] = (tensors[name].double() / reading).float()
+        router = f"{layer}.mlp.gate.weight"
+        stored[router] = (tensors[router].double() * reading).float()
+        for number, down in enumerate(
+            n for n in tensors if n.startswith(f"{layer}.mlp.experts") and "down" in n
+        ):
+            between = scales(tensors[down].shape[1], number)
+            for part, by in (
+                ("gate_proj", (None, reading)),
+                ("up_proj", (1 / between, reading)),
+                ("down_proj", (None, between)),
+            ):
+                module = down.replace("down_proj", part).removesuffix(".weight")
+                codes = int8(times(stored.pop(f"{module}.weight"), by), module)
+                value = (
+                    codes[f"{module}.weight"].double() * codes[f"{module}.weight_scale"].double()
+                )
+                before[f"{module}.weight"] = times(value, by, -1).float()
+                stored |= codes
+    return stored, before

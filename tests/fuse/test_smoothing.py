@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from fuse.models import ia3, llama_base
-from fuse.smoothed import factors, smoothed_base, times
+from fuse.smoothed import KINDS, factors, smoothed_base, smoothed_experts, times
+from peft_cases import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -163,6 +164,57 @@ def test_clipping_is_no_smoothing(
     assert any("is not smoothed" in note.what for note in report.notes) != smooth
     if smooth:
         assert error(original, base, adapter, tmp_path / "out") < 0.01
+
+
+def loaded(folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    how = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+    return model
+
+
+def test_experts_and_their_router(tmp_path: Path) -> None:
+    """An adapter of stacked experts, over a base that has them one by one; the router stays plain."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model: Any = MODELS["qwen3_moe"]()
+    model.save_pretrained(tmp_path / "original")
+    tensors = load_file(tmp_path / "original" / "model.safetensors")
+    config = json.loads((tmp_path / "original" / "config.json").read_text("utf-8"))
+    wanted = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
+    parameters = [f"mlp.{name}" for name in wanted]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=parameters))
+    randomised(model).save_pretrained(tmp_path / "adapter")
+    stored, before = smoothed_experts(tensors)
+    for name, held, more in (
+        ("base", stored, {"quantization_config": KINDS["int8"][1]}),
+        ("before", before, {}),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(held, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **more}))
+    fused(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        tmp_path / "original",
+        quant="fp32",
+    )
+    plain = outputs(loaded(tmp_path / "before"))
+    under: Any = loaded(tmp_path / "before")
+    truth = outputs(PeftModel.from_pretrained(under, tmp_path / "adapter").eval())
+    found = outputs(loaded(tmp_path / "out"))
+    assert (truth - plain).norm() > 0.01 * plain.norm()
+    assert (found - truth).norm() < 0.01 * (truth - plain).norm()
+
+
+def randomised(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            value.data = 0.1 * torch.randn(value.shape, generator=generator)
+    return model
 
 
 def test_without_the_original_it_would_be_another(
