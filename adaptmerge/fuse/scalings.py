@@ -27,14 +27,17 @@ CODES = 8  # of fewer those at the ends are too many to be left out
 KEPT = 4096  # scalings that are remembered: those of all linears of a model
 
 
+Norm = tuple[TensorRef, TensorRef]  # the weight of a norm as it is stored, and as it was
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A linear (out, in) as it is stored and as it was before it was quantised, and the norms of its layer,
-    (stored, original) each, that its inputs may come through."""
+    """A linear (out, in) as it is stored and as it was before it was quantised, and the norms of its layer
+    that its inputs may come through."""
 
     stored: TensorRef
     original: TensorRef
-    norms: tuple[tuple[TensorRef, TensorRef], ...] = ()
+    norms: tuple[Norm, ...] = ()
 
 
 class Scaling(NamedTuple):
@@ -169,7 +172,7 @@ def _exact(
     return None if best is None else best[1]
 
 
-def _of_norms(norms: Sequence[tuple[TensorRef, TensorRef]]) -> list[tuple[torch.Tensor, float]]:
+def _of_norms(norms: Sequence[Norm]) -> list[tuple[torch.Tensor, float]]:
     """What each norm divides its outputs by beside the original, multiplying by its weight w or by 1 + w,
     and the rounding of what is stored."""
     found = []

@@ -16,7 +16,7 @@ from adaptmerge.factors import Diag, Factor, Leaf, Product, Sum
 from adaptmerge.files.compare import same_values
 from adaptmerge.files.refs import TensorRef, computed
 from adaptmerge.fuse.repack import packed_error
-from adaptmerge.fuse.scalings import Factors, Pair, Scaling, scaling_of, unscaled
+from adaptmerge.fuse.scalings import Factors, Norm, Pair, Scaling, scaling_of, unscaled
 from adaptmerge.graph import Edit, Kind, Note, Site
 from adaptmerge.lazy import torch
 from adaptmerge.names import layer_index
@@ -145,11 +145,13 @@ def smoothing_of(base: Base, source: str | None, sites: Iterable[Site]) -> Smoot
     if source is None:
         return Smoothing()
     original = open_base(source)
+    norms = _norms(base, original)
     problems: list[str] = []
     found: dict[str, Scaling] = {}
     pairs: dict[str, Pair] = {}
     for module in sorted({m for site in sites if (m := base.locate(site.module)) is not None}):
-        pair = _pair(base, original, module, problems)
+        near = norms.get(layer_index(module), ())
+        pair = _pair(base, original, module, near, problems)
         if pair is not None:
             pairs[module], found[module] = pair, scaling_of(pair)
             problems += _misfit(module, pair, found[module])
@@ -159,7 +161,9 @@ def smoothing_of(base: Base, source: str | None, sites: Iterable[Site]) -> Smoot
     return Smoothing(kept, original, tuple(_notes({m: found[m] for m in kept}, len(found))))
 
 
-def _pair(base: Base, original: Base, module: str, problems: list[str]) -> Pair | None:
+def _pair(
+    base: Base, original: Base, module: str, norms: Iterable[Norm], problems: list[str]
+) -> Pair | None:
     """A linear in both; None for one of which the base has the original's own bits, or none."""
     stored, before = base.weight(Site(module)), original.weight(Site(module))
     if stored is None or len(stored.shape) != 2:
@@ -173,22 +177,20 @@ def _pair(base: Base, original: Base, module: str, problems: list[str]) -> Pair 
         return None
     if same_values(before.cast(stored.dtype), stored):
         return None
-    return Pair(stored, before, _norms(base, original, module, stored.shape[1]))
+    own = (norm for norm in norms if norm[0].shape == stored.shape[1:])
+    return Pair(stored, before, tuple(own))
 
 
-def _norms(
-    base: Base, original: Base, module: str, count: int
-) -> tuple[tuple[TensorRef, TensorRef], ...]:
-    """The vectors of a layer that are as long as a linear's inputs, in both."""
-    layer = layer_index(module)
-    found = []
+def _norms(base: Base, original: Base) -> dict[int | None, list[Norm]]:
+    """The norms of each layer, as stored and as they were."""
+    found: dict[int | None, list[Norm]] = {}
     for name, ref in base.tensors.items():
         owner, _, param = name.rpartition(".")
-        if ref.shape == (count,) and param == "weight" and layer_index(owner) == layer:
+        if len(ref.shape) == 1 and param == "weight":
             before = original.parameter(Site(owner))
             if before is not None and before.shape == ref.shape:
-                found.append((ref, before))
-    return tuple(found)
+                found.setdefault(layer_index(owner), []).append((ref, before))
+    return found
 
 
 def _misfit(module: str, pair: Pair, found: Scaling) -> list[str]:
