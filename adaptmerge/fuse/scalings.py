@@ -21,7 +21,7 @@ from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
 from adaptmerge.packed import Dequantised
 
-TURNS = 6  # of alternating least squares, each of which leaves about 1/sqrt(n) of the error
+TURNS = 3  # of alternating least squares, each of which leaves about 1 / sqrt(n) of the error
 FEW = 2.0  # deviations of noise within which factors are the same
 CODES = 8  # of fewer those at the ends are too many to be left out
 KEPT = 4096  # scalings that are remembered: those of all linears of a model

@@ -76,7 +76,9 @@ def options_in(report: FuseReport, original: str | None = None) -> FuseOptions:
     Raises UsageError where it is needed and not given.
     """
     if report.base.get("original") and original is None:
-        raise UsageError("the base was smoothed: pass --original DIR, what it was quantised from")
+        raise UsageError(
+            "was fused with the original beside its base: pass --original DIR, what that was quantised from"
+        )
     said = dict(report.options)
     rules = tuple(SiteRule(**_with_tuples(rule)) for rule in said.pop("rules"))
     said.pop("weights")
