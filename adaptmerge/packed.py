@@ -87,7 +87,7 @@ def kept_under(key: str) -> Callable[[Mapping[str, Any], Kept], Mapping[str, Any
     one those that it names."""
     return lambda config, kept: {
         **config,
-        key: [*(config.get(key) or kept.usual), *kept.chosen],
+        key: list(dict.fromkeys([*(config.get(key) or kept.usual), *kept.chosen])),
     }
 
 

@@ -73,6 +73,11 @@ Examples:
     help="original, quantised, nf4, nf4,double, fp4, fp4,double or int8: what the base was while "
     "training.",
 )
+@click.option(
+    "--original",
+    metavar="DIR",
+    help="With --trained-on original: what a quantised base was made of, to find how it was smoothed.",
+)
 @click.option("--keep-tied", is_flag=True, help="Refuse to store a tied head apart.")
 @click.option(
     "--max-loss", default=0.25, show_default=True, help="Largest error in an adapter's input space."

@@ -42,6 +42,7 @@ Examples:
     help="What should be fused into OUTPUT, a model without a report; repeatable.",
 )
 @click.option("--trained-on", metavar="WHAT", help="With --adapter: what the base was in training.")
+@click.option("--original", metavar="DIR", help="What a smoothed base was quantised from.")
 @device_option
 @click.option("--layerwise", is_flag=True, help="Stream the base; for models that do not fit.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Also write a JUnit XML file.")
@@ -52,6 +53,7 @@ def verify(
     inputs: tuple[str, ...],
     adapters: tuple[str, ...],
     trained_on: str | None,
+    original: str | None,
     device: str,
     layerwise: bool,
     junit: Path | None,
@@ -73,7 +75,7 @@ def verify(
         device,
         layerwise,
         specs,
-        FuseOptions(trained_on=trained_on, total=alone),
+        FuseOptions(trained_on=trained_on, original=original, total=alone),
     )
     try:
         verdict = library.verify(output, questions)

@@ -238,6 +238,8 @@ def _report(
         "quantised": plan.view.scheme,
         "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
     }
+    if plan.original is not None:
+        base["original"] = plan.original.fingerprint
     options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
     options |= {
         "weights": dict(plan.weights.base),
@@ -247,7 +249,7 @@ def _report(
     }
     options |= {"plain": sorted(plan.plain)}
     grown = () if options["max_growth"] else ("max_growth", "plain")
-    for unsaid in ("jobs", "force", "strict", "executor", "total", *grown):
+    for unsaid in ("original", "jobs", "force", "strict", "executor", "total", *grown):
         del options[unsaid]
     return FuseReport(
         options=options,

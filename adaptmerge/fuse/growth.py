@@ -24,7 +24,7 @@ from adaptmerge.fuse.repack import Packing, choose_packed, requantise
 from adaptmerge.fuse.report import KEPT, losses
 from adaptmerge.fuse.run import Line, Settings, settings_of
 from adaptmerge.linalg import one_thread_each
-from adaptmerge.packed import Kept, named, schemes
+from adaptmerge.packed import Kept, Packed, named, schemes
 from adaptmerge.run import ordered
 from adaptmerge.runtime.linears import linear_layers
 
@@ -44,34 +44,47 @@ class Plain:
     config: Mapping[str, object]
 
 
+def can_mix(view: View) -> bool:
+    """Whether loaders of the base's layout leave layers as they are that its config lists."""
+    how = None if view.scheme is None else schemes()[view.scheme].kept
+    return how is not None and QUANTISATION in view.stored.config
+
+
 def plain(names: Sequence[str], shards: Sequence[Shard], view: View, anew: Anew | None) -> Plain:
-    """The named weights as they are stored plainly instead of as the shards have them.
+    """The named weights as they are stored plainly instead of as the shards, or the base, have them.
 
     Raises CannotMerge where no other would be left.
     """
     if len(names) == len(anew.modules if anew else view.packed):
         raise CannotMerge(
-            "every quantised layer loses an adapter and would be stored in 16 bits: pass --quant bf16 (or "
-            "no --quant), or a smaller --max-growth and --allow loss"
+            "every quantised layer would be stored in 16 bits: pass --quant bf16 (or no --quant), or a "
+            "smaller --max-growth and --allow loss"
         )
     dtype = anew.dtype if anew else running_dtype(view.stored.config) or BF16
     growth = _growth(shards)
     return Plain(
-        {name: growth[name] for name in names},
+        {name: growth.get(name) or _growth_of(view.packed[name]) for name in names},
         dtype if dtype in (BF16, F16) else BF16,
         anew.config(names) if anew else _config(view, names),
     )
 
 
+def _growth_of(packed: Packed) -> int:
+    """How many bytes more a packed weight of the base takes in 16 bits."""
+    stored = sum(ref.nbytes for ref in packed.tensors.values())
+    return PLAIN_BYTES * math.prod(packed.shape) - stored
+
+
 def _config(view: View, names: Sequence[str]) -> dict[str, object]:
     layers = linear_layers(view.base.path)
-    called = {view.base.locate(module): module for module in layers.quantised}
+    called = {view.base.locate(module): module for module in (*layers.quantised, *layers.kept)}
     modules = [name.removesuffix(".weight") for name in names]
     chosen = tuple(called.get(module, module) for module in modules)
+    usual = tuple(m for m in layers.kept if f"{view.base.locate(m)}.weight" not in view.packed)
     how = schemes()[view.scheme or ""].kept
     assert how is not None
     before = view.stored.config[QUANTISATION]
-    return {QUANTISATION: dict(how(before, Kept(tuple(layers.kept), chosen)))}
+    return {QUANTISATION: dict(how(before, Kept(usual, chosen)))}
 
 
 def check_growth(share: float, view: View, anew: Anew | None) -> None:

@@ -18,8 +18,9 @@ from adaptmerge.files import dtypes
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import forget
 from adaptmerge.fuse.fresh import anew
-from adaptmerge.fuse.growth import check_growth, plain, spared
+from adaptmerge.fuse.growth import can_mix, check_growth, plain, spared
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
+from adaptmerge.fuse.moved import with_moved_scales
 from adaptmerge.fuse.provenance import (
     ORIGINAL,
     QUANTISED,
@@ -31,6 +32,8 @@ from adaptmerge.fuse.quantised import View, running_dtype, view_of
 from adaptmerge.fuse.repack import Packing
 from adaptmerge.fuse.scales import ONLY, SCALES, SOLVE, check_free
 from adaptmerge.fuse.settle import AUTO
+from adaptmerge.fuse.smoothing import Smoothing, smoothing_of
+from adaptmerge.fuse.stored_whole import stored_whole
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
 from adaptmerge.heads import Given, Policies, check_policies, is_vocabulary, policies
@@ -47,7 +50,7 @@ from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_sc
 ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
 SAME = "same"  # as the base is quantised
 WIDE = ("bf16", "fp16", "fp32")  # dequantised
-SMOOTHED = "awq"  # a scheme that moves scales from a layer into the one before
+SMOOTHED = ("awq", "compressed-tensors")  # schemes that may move scales into the layer before
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 
 
@@ -65,6 +68,7 @@ class FuseOptions:
     quant: str = SAME
     scales: str = SOLVE
     trained_on: str | None = None
+    original: str | None = None
     keep_tied: bool = False
     max_loss: float = 0.25
     max_growth: float = 0.0  # a share of the bytes of the output
@@ -93,6 +97,7 @@ class FusePlan:
     notes: tuple[Note, ...] = ()
     trained_on: str | None = None
     plain: tuple[str, ...] = ()  # weights that are not quantised, though others are
+    original: Base | None = None  # what a smoothed base was quantised from
     _hash: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -119,9 +124,12 @@ class FusePlan:
         """
         stats = {path: Path(path).stat() for path in files_of(self.view.stored)}
         stamps = [(Path(p).name, found.st_size, found.st_mtime_ns) for p, found in stats.items()]
-        options = replace(self.options, jobs=None, force=False, strict=False, executor="local")
+        options = replace(
+            self.options, original=None, jobs=None, force=False, strict=False, executor="local"
+        )
         said = (
             self.view.stored.fingerprint,
+            None if self.original is None else self.original.fingerprint,
             stamps,
             sorted((name, sorted(found.items())) for name, found in digests.items()),
             repr(options),
@@ -167,29 +175,34 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     read = {item.name: item.adapter for item in inputs}
     stored, adapters = _on_copies(view, read, options.quant)
     stored, tied = _with_ties(stored, adapters)
-    notes = [*_fingerprints(adapters, view.stored, options), *_smoothed(view, options)]
+    notes = [*_fingerprints(adapters, view.stored, options), *_trained_on(view, options)]
     trained_on, said = provenance(adapters, options.trained_on)
     notes += said
     base = as_trained(stored, trained_on, _linears(stored) if trained_on else ())
     weights = _weights(inputs, options)
     heads = policies(options.heads, list(adapters))
     check_policies(heads, adapters)
-    plan, said = _plan_edits(adapters, base, weights, heads, options)
+    plan, smoothing, said = _plan_edits(adapters, base, weights, heads, options)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     fresh = anew(view, options.quant, asked)
     wide = fresh.dtype if fresh else dtypes.SPELLINGS.get(options.quant)
     check_growth(options.max_growth, view, fresh)
+    landing, moved = _landing(plan, stored, view, options)
     wishes = Wishes(
         asked, options.keep_tied, tied, view.packed, wide, spelled=view.spelled, anew=fresh
     )
-    targets, shards = _laid_out(plan, view, stored, base, wishes)
+    whole = stored_whole(plan, view.base, view.packed) if wide is None and can_mix(view) else []
+    if whole:
+        wishes = replace(wishes, plain=plain(whole, (), view, None))
+    targets, shards = _laid_out(landing, view, stored, base, wishes)
     made = [one for tensor in targets.tensors.values() for one in tensor.made]
     check_free([one.packed for one in made if isinstance(one, Packing)], options.scales)
     sparing = spared(shards, options)
     if sparing:
-        wishes = replace(wishes, plain=plain(sparing, shards, view, fresh))
-        targets, shards = _laid_out(plan, view, stored, base, wishes)
-    notes += [*said, *plan.notes, *targets.notes, *_default_weights(inputs, options)]
+        wishes = replace(wishes, plain=plain([*whole, *sparing], shards, view, fresh))
+        targets, shards = _laid_out(landing, view, stored, base, wishes)
+    notes += [*said, *plan.notes, *moved, *targets.notes]
+    notes += _default_weights(inputs, options)
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
     return FusePlan(
@@ -205,6 +218,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
         tuple(notes),
         trained_on,
         tuple(sparing),
+        smoothing.original,
     )
 
 
@@ -224,9 +238,11 @@ def _plan_edits(
     weights: Weights,
     heads: Policies,
     options: FuseOptions,
-) -> tuple[Plan, list[Note]]:
-    """What becomes of every site, as a merge plans it for a target that is the base itself."""
+) -> tuple[Plan, Smoothing, list[Note]]:
+    """What becomes of every site, as a merge plans it for a target that is the base itself; and how that
+    is smoothed."""
     groups, notes = align(adapters, base, options.allow, base.expert_layout)
+    smoothing = smoothing_of(base, options.original, [group.site for group in groups])
     _refuse_activations([edit for group in groups for _, edit in group.members])
     request = Request(
         method=method_named(options.method),
@@ -235,12 +251,20 @@ def _plan_edits(
         stores=TARGET.stores(WriteOptions()),  # type: ignore[misc]
         heads=heads,
         adapters=adapters,
-        base=base,
+        base=smoothing.undone(base),
         allowed=options.allow,
     )
     plan = make_plan(groups, request, list(adapters))
     _refuse_several(plan)
-    return plan, notes
+    return smoothing.redone(plan, base), smoothing, [*smoothing.notes, *notes]
+
+
+def _landing(plan: Plan, base: Base, view: View, options: FuseOptions) -> tuple[Plan, list[Note]]:
+    """The plan as weights take it up: on a quantised base scales go where codes can stay."""
+    free = options.rounding in (AUTO, ADAPTIVE) and options.scales == SOLVE
+    if options.quant != SAME or not view.packed or not free:
+        return plan, []
+    return with_moved_scales(plan, base, view.packed)
 
 
 def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
@@ -289,12 +313,16 @@ def _check_view(view: View, options: FuseOptions) -> None:
         raise UsageError(
             f"--trained-on {QUANTISED}: the base is not: say nf4, nf4,double, fp4 or int8"
         )
-    if view.scheme is not None and options.trained_on == ORIGINAL:
+    if options.original and (view.scheme is None or options.trained_on != ORIGINAL):
         raise UsageError(
-            f"--trained-on {ORIGINAL}: the weights of a quantised base differ from those: fuse into the "
-            "original base, then quantise"
+            f"--original {options.original}: is for --trained-on {ORIGINAL} and a quantised base"
         )
-    if view.scheme is not None and options.trained_on not in (None, QUANTISED):
+    if view.scheme in SMOOTHED and options.trained_on == ORIGINAL and not options.original:
+        raise UsageError(
+            f"--trained-on {ORIGINAL}: the inputs of {view.scheme} layers may be scaled (smoothing), which "
+            "only the original weights tell: say --original DIR"
+        )
+    if view.scheme is not None and options.trained_on not in (None, QUANTISED, ORIGINAL):
         raise UsageError(f"--trained-on {options.trained_on}: the base is quantised already")
     if not base.tensors:
         raise InputError("holds no weights to fuse into", where=str(base.path))
@@ -317,13 +345,16 @@ def _on_copies(
     return replicated(base, ranges.pop()), flat
 
 
-def _smoothed(view: View, options: FuseOptions) -> list[Note]:
-    """A word where the base's inputs are scaled otherwise than those of the model it was made of."""
-    if view.scheme != SMOOTHED or options.trained_on is not None:
+def _trained_on(view: View, options: FuseOptions) -> list[Note]:
+    """A word on bases that adapters may not have been trained on as they are."""
+    if view.scheme is not None and options.trained_on == ORIGINAL:
+        what = "trained on the original weights: what quantising changed in the base stays"
+        return [Note(Kind.INFO, what)]
+    if view.scheme != SMOOTHED[0] or options.trained_on is not None:
         return []
     what = (
         "taken to be trained on this quantised base, whose layers take other inputs than the original's "
-        f"(smoothing): pass --trained-on {QUANTISED} if so; else fuse into the original, then quantise"
+        f"(smoothing): pass --trained-on {QUANTISED} if so; else --trained-on {ORIGINAL} --original DIR"
     )
     return [Note(Kind.ASSUMED, what)]
 

@@ -166,6 +166,7 @@ def _store_plain(
 ) -> None:
     """A weight in 16 bits, in place of the tensors that it was, or was to be, packed in."""
     start = change.value if change.value is not None else trained.tensors[name]
+    _note_resize(name, trained.tensors[name], start, found)
     matrix = _matrix(start, place, change, plain.dtype)
     shape = matrix.shape[::-1] if place.transposed else matrix.shape
     found.tensors[name] = Tensor(name, plain.dtype, shape, (Fused(matrix, place.transposed),))

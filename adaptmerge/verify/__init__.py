@@ -48,7 +48,7 @@ class Questions:
     """How to verify: the base to run, where inputs lie if not where the report says, and the device.
 
     adapters: what should have been fused, for a model that has no report of its own; with the dtype it was
-    written in and what the base was trained as (`fuse`).
+    written in and what the base was trained as (`fuse`, which also says where the base's original lies).
     """
 
     base: str | None = None
@@ -127,7 +127,8 @@ def _of_fused(output: Path, questions: Questions) -> Verdict:
         return Verdict(output.name, checks, TRUSTED)
     weights = report.options["weights"]
     specs = [replace(item.spec, weight=weights[item.name]) for item in inputs]
-    found = verify_fused(output, questions.base, specs, options_in(report), report, **how)
+    options = options_in(report, questions.fuse.original)
+    found = verify_fused(output, questions.base, specs, options, report, **how)
     return replace(found, checks=[*checks, *found.checks])
 
 

@@ -69,14 +69,23 @@ def verify_fused(
     return Verdict(output.name, checks, TRUSTED)
 
 
-def options_in(report: FuseReport) -> FuseOptions:
-    """The options that a model was fused with, as its report says."""
+def options_in(report: FuseReport, original: str | None = None) -> FuseOptions:
+    """The options that a model was fused with, as its report says; original: where that model lies.
+
+    Raises UsageError where it is needed and not given.
+    """
+    if report.base.get("original") and original is None:
+        raise UsageError(
+            "was fused with the original beside its base: pass --original DIR, what that was quantised from"
+        )
     said = dict(report.options)
     rules = tuple(SiteRule(**_with_tuples(rule)) for rule in said.pop("rules"))
     said.pop("weights")
     said["plain"] = None if said.get("plain") is None else tuple(said["plain"])
     said["allow"] = frozenset(said["allow"]) | {"base", "loss"}
-    return FuseOptions(**said, rules=rules)
+    return FuseOptions(
+        **said, rules=rules, original=original if report.base.get("original") else None
+    )
 
 
 def _with_tuples(rule: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +117,10 @@ def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
         detail = (
             f"{plan.base.path.name} is not the base that was fused into (its fingerprint differs)"
         )
+        return [Check("base", FAIL, detail)]
+    original = report.base.get("original")
+    if plan.original is not None and original != plan.original.fingerprint:
+        detail = f"{plan.original.path.name} is not the original that was given (its fingerprint differs)"
         return [Check("base", FAIL, detail)]
     return [Check("base", PASS, f"{plan.base.path.name} fits by fingerprint")]
 

@@ -46,6 +46,22 @@ def llama_base(
     return folder
 
 
+def ia3(base: Path, folder: Path, seed: int, modules: list[str]) -> Path:
+    """Scales from 0.6 to 1.4 of outputs, of down_proj of what goes into it."""
+    from peft import IA3Config, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    forward = [module for module in modules if module == "down_proj"]
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, IA3Config(target_modules=modules, feedforward_modules=forward))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "ia3_l" in name:
+            parameter.data = 0.6 + 0.8 * torch.rand(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_in_shards(case: FamilyCase, folder: Path, size: str = SHARD) -> Path:
     """The base of a case; in several files where `transformers` writes it."""
     model: Any = case.base_model()

@@ -205,3 +205,16 @@ def test_the_same_bytes_whatever_the_workers(
         fused(base("nf4,double"), adapter, tmp_path / str(jobs), jobs=jobs)
     one, two = ((tmp_path / str(n) / "model.safetensors").read_bytes() for n in (1, 2))
     assert one == two
+
+
+def test_trained_on_the_original_of_a_base_that_is_not_smoothed(
+    base: Callable[[str], Path], fixtures: Path, tmp_path: Path
+) -> None:
+    adapter = fixtures / "tinyllama" / "lora-r8-perl"
+    report = fused(base("nf4"), adapter, tmp_path / "original", trained_on="original")
+    assert "info: trained on the original weights" in " ".join(map(str, report.notes))
+    fused(base("nf4"), adapter, tmp_path / "quantised", trained_on="quantised")
+    one, two = (tmp_path / n / "model.safetensors" for n in ("original", "quantised"))
+    assert one.read_bytes() == two.read_bytes()
+    questions = library.Questions(str(base("nf4")), {"a": str(adapter)}, "cpu")
+    assert library.verify(tmp_path / "original", questions).status == library.PASS
