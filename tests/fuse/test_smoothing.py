@@ -364,3 +364,9 @@ def test_norms_tell_the_exact_factors(more: float) -> None:
     assert alone.inputs is not None
     assert 0.003 < alone.error < 0.008  # 0.05 / sqrt(96)
     assert float((alone.inputs / wanted - 1).square().mean().sqrt()) < 2 * alone.error
+
+
+def test_weights_of_another_model_fit_in_no_scaling() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(64, 96, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert scaling_of(Pair(ref(one), ref(two))).apart > 0.9
