@@ -26,6 +26,9 @@ ROUNDINGS = (NEAREST, STOCHASTIC, ADAPTIVE)
 STRENGTH = 1e4  # of the error in the deltas' directions; above 1e6 noise elsewhere grows
 OWN_STRENGTH = 1e2  # of that along a row's own delta, where more would cost the common directions
 LAST = 32  # columns that wait for the end; more of them gain nothing
+FEW = (
+    64  # of so many columns one waits: errors gather there, where inputs may be large all the same
+)
 BLOCKS = ((64, 256), (8, 32), (1, 0))  # columns rounded together, until so many are left
 FLAT = 1e-6  # singular values below this share of the largest span no direction
 
@@ -103,7 +106,7 @@ def _copy_columns(value: torch.Tensor, source: torch.Tensor, to: torch.Tensor) -
 def least_read_last(basis: torch.Tensor) -> Order:
     """Columns as they are, but those with the smallest rows of a basis (in, R) at the end, descending."""
     count = basis.shape[0]
-    front = count - min(LAST, count)
+    front = count - min(LAST, count // FEW)
     last = torch.linalg.vector_norm(basis, dim=1).argsort(descending=True, stable=True)[front:]
     order = torch.arange(count)
     free, rest = last[last < front], order[front:]

@@ -16,7 +16,8 @@ from adaptmerge.files.staging import Staging
 from adaptmerge.fuse import folder
 from adaptmerge.fuse.executors import EXECUTORS, Job
 from adaptmerge.fuse.journal import Journal, unpacked
-from adaptmerge.fuse.plan import FuseOptions, FusePlan, plan_fusion
+from adaptmerge.fuse.options import FuseOptions
+from adaptmerge.fuse.plan import FusePlan, plan_fusion
 from adaptmerge.fuse.report import (
     KEPT,
     AdapterLoss,

@@ -13,7 +13,8 @@ from adaptmerge.files.dtypes import SPELLINGS
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
 from adaptmerge.fuse.layout import INDEX, INDEXES, index_of
-from adaptmerge.fuse.plan import SAME, WIDE, FusePlan
+from adaptmerge.fuse.options import SAME, WIDE
+from adaptmerge.fuse.plan import FusePlan
 from adaptmerge.fuse.quantised import QUANTISATION
 from adaptmerge.fuse.report import FuseReport
 from adaptmerge.gguf_model import LIBRARY, GgufModel

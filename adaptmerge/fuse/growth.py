@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.files.dtypes import BF16, F16, DType
 from adaptmerge.fuse.fresh import QUANTISATION, Anew
 from adaptmerge.fuse.layout import Repacked, Shard
 from adaptmerge.fuse.matrix import Measured
+from adaptmerge.fuse.options import FuseOptions
 from adaptmerge.fuse.quantised import View, running_dtype
 from adaptmerge.fuse.repack import Packing, choose_packed, requantise
 from adaptmerge.fuse.report import KEPT, losses
@@ -27,9 +27,6 @@ from adaptmerge.linalg import one_thread_each
 from adaptmerge.packed import Kept, Packed, named, schemes
 from adaptmerge.run import ordered
 from adaptmerge.runtime.linears import linear_layers
-
-if TYPE_CHECKING:
-    from adaptmerge.fuse.plan import FuseOptions
 
 PLAIN_BYTES = 2
 

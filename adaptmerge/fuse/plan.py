@@ -13,7 +13,7 @@ from adaptmerge import __version__
 from adaptmerge.align import align
 from adaptmerge.base import Base, open_base, replicated
 from adaptmerge.edits import WeightEdit
-from adaptmerge.errors import CannotMerge, InputError, UsageError
+from adaptmerge.errors import CannotMerge
 from adaptmerge.files import dtypes
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import forget
@@ -21,64 +21,32 @@ from adaptmerge.fuse.fresh import anew
 from adaptmerge.fuse.growth import can_mix, check_growth, plain, spared
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
 from adaptmerge.fuse.moved import with_moved_scales
+from adaptmerge.fuse.options import SAME, SMOOTHED, FuseOptions, check_options, check_view
 from adaptmerge.fuse.provenance import (
     ORIGINAL,
     QUANTISED,
-    TRAINED_ON,
     as_trained,
     provenance,
 )
 from adaptmerge.fuse.quantised import View, running_dtype, view_of
 from adaptmerge.fuse.repack import Packing
-from adaptmerge.fuse.scales import ONLY, SCALES, SOLVE, check_free
+from adaptmerge.fuse.scales import SOLVE, check_free
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.fuse.smoothing import Smoothing, smoothing_of
 from adaptmerge.fuse.stored_whole import stored_whole
 from adaptmerge.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.graph import Adapter, Edit, Kind, Note
-from adaptmerge.heads import Given, Policies, check_policies, is_vocabulary, policies
+from adaptmerge.heads import Policies, check_policies, is_vocabulary, policies
 from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
-from adaptmerge.names import did_you_mean
 from adaptmerge.packed import fresh as ways
 from adaptmerge.plan import Plan, make_plan
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
-from adaptmerge.rounding import ADAPTIVE, ROUNDINGS
+from adaptmerge.rounding import ADAPTIVE
 from adaptmerge.runtime.linears import quantised_modules, ties_head
-from adaptmerge.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
+from adaptmerge.weights import Weights, base_weights, is_checkpoint_schedule
 
-ALLOWABLE = ("base", "nonfinite", "approximate", "labels", "loss")
-SAME = "same"  # as the base is quantised
-WIDE = ("bf16", "fp16", "fp32")  # dequantised
-SMOOTHED = ("awq", "compressed-tensors")  # schemes that may move scales into the layer before
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
-
-
-@dataclass(frozen=True, slots=True)
-class FuseOptions:
-    """What a user may ask of a fusion; see the command line's help for each."""
-
-    method: str = "linear"
-    weights: str | None = None
-    total: bool = False
-    rules: tuple[SiteRule, ...] = ()
-    heads: Given = None
-    dtype: str | None = None
-    rounding: str = AUTO
-    quant: str = SAME
-    scales: str = SOLVE
-    trained_on: str | None = None
-    original: str | None = None
-    keep_tied: bool = False
-    max_loss: float = 0.25
-    max_growth: float = 0.0  # a share of the bytes of the output
-    plain: tuple[str, ...] | None = None  # weights that stay in 16 bits; None: see max_growth
-    seed: int = 0
-    allow: frozenset[str] = frozenset()
-    strict: bool = False
-    force: bool = False
-    jobs: int | None = None
-    executor: str = "local"
 
 
 @dataclass(frozen=True)
@@ -166,11 +134,11 @@ TARGET = Format(
 def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptions) -> FusePlan:
     """The plan of a fusion. Raises every error that headers can tell."""
     forget()
-    _check(specs, options)
+    check_options(specs, options)
     if is_checkpoint_schedule(options.weights):
         specs = in_natural_order(specs)
     view = view_of(open_base(base_source))
-    _check_view(view, options)
+    check_view(view, options)
     inputs = open_inputs(specs, view.base)
     read = {item.name: item.adapter for item in inputs}
     stored, adapters = _on_copies(view, read, options.quant)
@@ -265,67 +233,6 @@ def _landing(plan: Plan, base: Base, view: View, options: FuseOptions) -> tuple[
     if options.quant != SAME or not view.packed or not free:
         return plan, []
     return with_moved_scales(plan, base, view.packed)
-
-
-def _check(specs: Sequence[InputSpec], options: FuseOptions) -> None:
-    if not specs:
-        raise UsageError("no adapter was given: name at least one after the base")
-    if options.total and (options.weights or any(spec.weight is not None for spec in specs)):
-        raise UsageError("--sum means weight 1 for each: leave it out, or the weights")
-    choices: dict[str, tuple[str | None, Sequence[str]]] = {
-        "--rounding": (options.rounding, (AUTO, *ROUNDINGS)),
-        "--trained-on": (options.trained_on, TRAINED_ON),
-        "--dtype": (options.dtype, tuple(dtypes.SPELLINGS)),
-        "--executor": (options.executor, ("local", "ray")),
-        "--scales": (options.scales, SCALES),
-    }
-    for name, (given, known) in choices.items():
-        if given is not None and given not in known:
-            raise UsageError(f"{name} {given}: expected {', '.join(known)}")
-    quants = (SAME, *WIDE, *ways())
-    if options.quant not in quants:
-        raise UsageError(f"--quant {options.quant}: {did_you_mean(options.quant, quants)}")
-    if options.scales == ONLY and options.rounding not in (AUTO, ADAPTIVE):
-        raise UsageError(
-            f"--scales {ONLY} rounds no codes: leave out --rounding {options.rounding}"
-        )
-    unknown = sorted(options.allow - set(ALLOWABLE))
-    if unknown:
-        raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
-
-
-def _check_view(view: View, options: FuseOptions) -> None:
-    """Raises where the options are not for this base, or it holds no weights."""
-    base = view.base
-    if view.scheme is None and options.quant in WIDE:
-        raise UsageError(f"--quant {options.quant}: the base is not quantised: say --dtype")
-    if view.spelled and options.quant in ways():
-        raise UsageError(
-            f"--quant {options.quant}: a GGUF model stays one: say {', '.join(WIDE)}, or give the "
-            "model that it was made of"
-        )
-    if view.scheme is not None and options.dtype and options.quant == SAME:
-        raise UsageError(
-            f"--dtype {options.dtype}: the base is quantised, and its scales have their dtype: say --quant "
-            f"{options.dtype} to store its weights dequantised"
-        )
-    if view.scheme is None and options.trained_on == QUANTISED:
-        raise UsageError(
-            f"--trained-on {QUANTISED}: the base is not: say nf4, nf4,double, fp4 or int8"
-        )
-    if options.original and (view.scheme is None or options.trained_on != ORIGINAL):
-        raise UsageError(
-            f"--original {options.original}: is for --trained-on {ORIGINAL} and a quantised base"
-        )
-    if view.scheme in SMOOTHED and options.trained_on == ORIGINAL and not options.original:
-        raise UsageError(
-            f"--trained-on {ORIGINAL}: the inputs of {view.scheme} layers may be scaled (smoothing), which "
-            "only the original weights tell: say --original DIR"
-        )
-    if view.scheme is not None and options.trained_on not in (None, QUANTISED, ORIGINAL):
-        raise UsageError(f"--trained-on {options.trained_on}: the base is quantised already")
-    if not base.tensors:
-        raise InputError("holds no weights to fuse into", where=str(base.path))
 
 
 def _on_copies(

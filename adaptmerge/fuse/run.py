@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.disk import tensor_bytes
@@ -23,6 +23,7 @@ from adaptmerge.files.safetensors import write_pieces
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.fuse.layout import Copy, Fused, Repacked, Shard
 from adaptmerge.fuse.matrix import Matrix, Measured
+from adaptmerge.fuse.options import FuseOptions
 from adaptmerge.fuse.repack import Packing, choose_packed, requantise
 from adaptmerge.fuse.scales import SOLVE
 from adaptmerge.fuse.settle import Choice, choose, settle_rows
@@ -30,9 +31,6 @@ from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
 from adaptmerge.packed import Packed
 from adaptmerge.run import ordered, short_turns, workers_default
-
-if TYPE_CHECKING:
-    from adaptmerge.fuse.plan import FuseOptions
 
 SPAN = 8 << 20  # bytes that are copied at once
 

@@ -136,7 +136,7 @@ def _unclipped(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
     """Both matrices, float32, with 0 in both for entries at the ends of a grid of some codes."""
     stored, original = pair.stored.read().float(), pair.original.read().float()
     source = pair.stored.source
-    if not isinstance(source, Dequantised):
+    if not isinstance(source, Dequantised) or pair.stored.steps:
         return stored, original
     codes, grid = source.packed.grid((0, source.shape[0]))
     if grid.count < CODES:

@@ -24,6 +24,7 @@ from adaptmerge.packed import Dequantised
 from adaptmerge.plan import Plan, Step
 
 FAR, MORE = 4.0, 0.01  # a weight is this many times its grid's error, and more, from what it was
+MOST = 0.7  # but no further: one that has nothing to do with it is 1 away
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _misfit(module: str, pair: Pair, found: Scaling) -> list[str]:
     source = pair.stored.source
     grid = packed_error(source.packed) if isinstance(source, Dequantised) else pair.stored.dtype.eps
     positive = all(bool((side > 0).all()) for side in found[:2] if side is not None)
-    if positive and found.apart <= FAR * grid + MORE:
+    if positive and found.apart <= min(MOST, FAR * grid + MORE):
         return []
     return [
         f"{module}: is {100 * found.apart:.3g} % away from that of --original in whatever scaling, and its "
