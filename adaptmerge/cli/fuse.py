@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 An adapter is [NAME=]SOURCE[:WEIGHT], as for combine; BASE a folder of a transformers
-model, one file of its weights, or a hub id.
+model, one file of its weights, a GGUF model, or a hub id.
 
 \b
 Examples:
@@ -34,6 +34,7 @@ Examples:
   adaptmerge fuse ./llama sql=./a:0.7 chat=./b:0.3 --dtype bf16 -o fused
   adaptmerge fuse ./llama ./qlora --trained-on nf4,double -o fused
   adaptmerge fuse ./llama ./adapter --quant nf4 -o fused
+  adaptmerge fuse model-Q4_K_M.gguf ./adapter -o fused
   adaptmerge fuse ./fused ./adapter:-1 -o original-again
   adaptmerge verify fused --base ./llama
 """
