@@ -70,7 +70,8 @@ class Scheme:
     """One layout of quantised weights. find: the packed weights, by module, of a base that it detects;
     raises InputError for what it knows and cannot read. spelled: how parameters are stored, by their names
     in `transformers`, where a scheme has its own. kept: the quantization_config of a base in which further
-    linear layers stay as they are; None where no loader would leave them so."""
+    linear layers stay as they are; None where no loader would leave them so. typed: every stored tensor
+    says itself how it is stored, so that any may be otherwise."""
 
     name: str
     title: str
@@ -79,6 +80,7 @@ class Scheme:
     find: Callable[[Base], Mapping[str, Packed]]
     spelled: Callable[[Base], Mapping[str, Spelled]] = lambda _: {}
     refused: bool = False  # known by name only, and never read
+    typed: bool = False
     kept: Callable[[Mapping[str, Any], Kept], Mapping[str, Any]] | None = None
 
 
@@ -161,6 +163,11 @@ def stacked(name: str) -> tuple[str, int | None]:
     """The tensor that a name is of, and which of the entries of its first axis; None for all of it."""
     whole, bracket, number = name.removesuffix("]").rpartition("[")
     return (whole, int(number)) if bracket else (name, None)
+
+
+def stands_alone(packed: Packed) -> bool:
+    """Whether the tensors of a packed weight hold no other, as those of a stack do."""
+    return all(stacked(name)[1] is None for name in packed.tensors)
 
 
 def dequantised(packed: Packed, rows: tuple[int, int]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from adaptmerge.fuse.repack import Packing, choose_packed, requantise
 from adaptmerge.fuse.report import KEPT, losses
 from adaptmerge.fuse.run import Line, Settings, settings_of
 from adaptmerge.linalg import one_thread_each
-from adaptmerge.packed import Kept, Packed, named, schemes
+from adaptmerge.packed import Kept, Packed, named, schemes, stands_alone
 from adaptmerge.run import ordered
 from adaptmerge.runtime.linears import linear_layers
 
@@ -42,9 +42,15 @@ class Plain:
 
 
 def can_mix(view: View) -> bool:
-    """Whether loaders of the base's layout leave layers as they are that its config lists."""
-    how = None if view.scheme is None else schemes()[view.scheme].kept
-    return how is not None and QUANTISATION in view.stored.config
+    """Whether some layers of the base can be stored otherwise than others: each says how, or loaders leave
+    those as they are that the config lists."""
+    scheme = schemes().get(view.scheme or "")
+    listed = scheme is not None and scheme.kept is not None and QUANTISATION in view.stored.config
+    return listed or _is_typed(view)
+
+
+def _is_typed(view: View) -> bool:
+    return view.scheme is not None and schemes()[view.scheme].typed
 
 
 def plain(names: Sequence[str], shards: Sequence[Shard], view: View, anew: Anew | None) -> Plain:
@@ -57,11 +63,12 @@ def plain(names: Sequence[str], shards: Sequence[Shard], view: View, anew: Anew 
             "every quantised layer would be stored in 16 bits: pass --quant bf16 (or no --quant), or a "
             "smaller --max-growth and --allow loss"
         )
-    dtype = anew.dtype if anew else running_dtype(view.stored.config) or BF16
+    usual = F16 if _is_typed(view) else BF16
+    dtype = anew.dtype if anew else running_dtype(view.stored.config) or usual
     growth = _growth(shards)
     return Plain(
         {name: growth.get(name) or _growth_of(view.packed[name]) for name in names},
-        dtype if dtype in (BF16, F16) else BF16,
+        dtype if dtype in (BF16, F16) else usual,
         anew.config(names) if anew else _config(view, names),
     )
 
@@ -73,6 +80,8 @@ def _growth_of(packed: Packed) -> int:
 
 
 def _config(view: View, names: Sequence[str]) -> dict[str, object]:
+    if _is_typed(view):
+        return {}
     layers = linear_layers(view.base.path)
     called = {view.base.locate(module): module for module in (*layers.quantised, *layers.kept)}
     modules = [name.removesuffix(".weight") for name in names]
@@ -92,9 +101,8 @@ def check_growth(share: float, view: View, anew: Anew | None) -> None:
         return
     if view.scheme is None and anew is None:
         raise UsageError("--max-growth: neither the base nor the output (--quant) is quantised")
-    mixed = anew.fresh.mixed if anew else schemes()[view.scheme or ""].kept is not None
-    if not mixed:
-        able = ", ".join(name for name, scheme in schemes().items() if scheme.kept is not None)
+    if not (anew.fresh.mixed if anew else can_mix(view)):
+        able = ", ".join(n for n, scheme in schemes().items() if scheme.kept or scheme.typed)
         name = anew.fresh.name if anew else view.scheme
         raise UsageError(
             f"--max-growth: loaders of {name} quantise all layers or none; those of {able} can leave some "
@@ -122,9 +130,10 @@ def spared(shards: Sequence[Shard], options: FuseOptions) -> Sequence[str]:
 
 
 def _adapted(shard: Shard) -> list[tuple[str, Packing]]:
-    """The packed weights that anything is added to, by the names that they have unpacked."""
+    """The packed weights that anything is added to, by the names that they have unpacked; none of a stack,
+    which is stored in one way."""
     made = (one for one in shard.made if isinstance(one, Packing) and one.matrix.parts)
-    return [(named(one.packed), one) for one in made]
+    return [(named(one.packed), one) for one in made if stands_alone(one.packed)]
 
 
 def _settled(item: tuple[str, Packing], settings: Settings) -> Line:

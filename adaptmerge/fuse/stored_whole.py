@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from adaptmerge.base import Base
 from adaptmerge.edits import factor_of
-from adaptmerge.packed import Packed
+from adaptmerge.packed import Packed, stands_alone
 from adaptmerge.plan import Plan
 
 
@@ -18,4 +18,5 @@ def stored_whole(plan: Plan, base: Base, packed: Mapping[str, Packed]) -> list[s
     """The names of the packed weights of which a plan replaces values, in order."""
     steps = (step for step in plan.steps if factor_of(step.edit) is None)
     places = (base.place(step.site) for step in steps)
-    return sorted({place.name for place in places if place is not None} & packed.keys())
+    names = {place.name for place in places if place is not None} & packed.keys()
+    return sorted(name for name in names if stands_alone(packed[name]))

@@ -106,7 +106,7 @@ def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wish
     for name, here in by_name.items():
         packed = {} if wishes.wide is not None else _packed_in(name, here, wishes.packed)
         if wishes.plain is not None and name in wishes.plain.growth:
-            _store_plain(name, *here[None], trained, wishes, wishes.plain, found)
+            _store_plain(name, here, base, trained, wishes, wishes.plain, found)
         elif wishes.anew is not None and name in wishes.anew.modules:
             _quantise(name, *here[None], trained, wishes.anew, found, problems)
         elif packed:
@@ -157,25 +157,23 @@ def _assembled(parts: Mapping[str, Tensor], stored: Base) -> dict[str, Tensor]:
 
 def _store_plain(
     name: str,
-    place: Place,
-    change: Change,
+    here: Mapping[int | None, tuple[Place, Change]],
+    base: Base,
     trained: Base,
     wishes: Wishes,
     plain: Plain,
     found: Targets,
 ) -> None:
     """A weight in 16 bits, in place of the tensors that it was, or was to be, packed in."""
-    start = change.value if change.value is not None else trained.tensors[name]
-    _note_resize(name, trained.tensors[name], start, found)
-    matrix = _matrix(start, place, change, plain.dtype)
-    shape = matrix.shape[::-1] if place.transposed else matrix.shape
-    found.tensors[name] = Tensor(name, plain.dtype, shape, (Fused(matrix, place.transposed),))
+    plainly = replace(wishes, dtype=plain.dtype, wide=plain.dtype)
+    tensor = _tensor(name, here, base, trained, plainly, found)
+    found.tensors[tensor.name] = tensor
     what = f"stored in {plain.dtype}, {plain.growth[name]:,} bytes more"
-    found.notes.append(Note(Kind.INFO, what, site=change.site.module))
+    found.notes.append(Note(Kind.INFO, what, site=here[None][1].site.module))
     if wishes.wide is None:
         before = wishes.packed[name].tensors
-        found.gone |= before.keys() - {name}
-        found.added |= {} if name in before else {name: next(iter(before))}
+        found.gone |= before.keys() - {tensor.name}
+        found.added |= {} if tensor.name in before else {name: next(iter(before))}
 
 
 def _quantise(

@@ -371,3 +371,36 @@ def test_a_tied_model_gets_a_head_of_its_own(models: Callable[[str], Path], tmp_
     view = view_of(open_base(str(tmp_path / "out"))).base
     found = runtime.outputs_of(runtime.stream_model(view), tokens(80)).double()
     assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_a_head_stored_whole_is_in_16_bits(tmp_path: Path) -> None:
+    """Every tensor of a GGUF file has its own type: a trained head lies on no grid."""
+    adapter = TINY / "lora-r4-dora-embed-cheaders"
+    base = written(TINY / "base", tmp_path / "base", "Q4_0")
+    report = fuse(base, [adapter], tmp_path / "out", **LOSSY)
+    types = {
+        t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / base.name).tensors
+    }
+    assert types["output.weight"] == "F16"
+    assert types["blk.0.attn_q.weight"] == "Q4_0"
+    stored = load_file(adapter / "adapter_model.safetensors")
+    (head,) = (value for key, value in stored.items() if "lm_head" in key)
+    found = contents(tmp_path / "out" / base.name)["output.weight"]
+    assert np.array_equal(found, head.half().float().numpy())
+    assert any("stored in f16" in note.what for note in report.notes)
+    assert "fail" not in statuses(base, adapter, tmp_path / "out").values()
+
+
+def test_layers_that_lose_most_can_grow(tmp_path: Path) -> None:
+    """Two entries a row's block: codes alone keep little of so small an adapter."""
+    base = written(TINY / "base", tmp_path / "base", {"attn_q": "Q4_0", "ffn": "Q8_0"})
+    how: dict[str, Any] = {"scales": "keep", "max_loss": 0.05}
+    with pytest.raises(CannotMerge):
+        fuse(base, {ADAPTER: 0.1}, tmp_path / "no", **how)
+    report = fuse(base, {ADAPTER: 0.1}, tmp_path / "out", max_growth=0.3, **how)
+    types = {
+        t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / base.name).tensors
+    }
+    assert types["blk.0.attn_q.weight"] == "F16"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+    assert any("stored in f16" in note.what for note in report.notes)

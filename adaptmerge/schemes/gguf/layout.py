@@ -102,4 +102,4 @@ def _find(base: Base) -> dict[str, Packed]:
     return found
 
 
-SCHEME = Scheme("gguf", "GGUF", URL, _detect, _find, _spelled)
+SCHEME = Scheme("gguf", "GGUF", URL, _detect, _find, _spelled, typed=True)
