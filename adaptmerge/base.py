@@ -49,6 +49,7 @@ class Base:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
+    stored: Base | None = None  # the base as it lies, where the tensors are what that stands for
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -183,7 +184,9 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all names, shapes, dtypes and the first and last bytes of every tensor."""
+        """A hash of all names, shapes, dtypes and the first and last bytes of every stored tensor."""
+        if self.stored is not None:
+            return self.stored.fingerprint
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             ref = self.tensors[name]

@@ -67,7 +67,7 @@ class GgufModel(Base):
 def open_model(path: Path) -> GgufModel:
     """The model that a GGUF file is, or is part of. Raises InputError."""
     headers = _headers_of(path)
-    return GgufModel(path, _config(headers, path), _tensors(headers), headers)
+    return GgufModel(path, _config(headers, path), _tensors(headers), headers=headers)
 
 
 def parts_of(path: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from adaptmerge import __version__, carry, outputs
 from adaptmerge.align import align
-from adaptmerge.base import Base, open_base
+from adaptmerge.base import Base
 from adaptmerge.errors import AdaptmergeError, CannotStore, UsageError
 from adaptmerge.experts import LAYOUTS
 from adaptmerge.files import dtypes
@@ -27,6 +27,7 @@ from adaptmerge.inputs import SUFFIXES, Input, InputSpec, in_natural_order, open
 from adaptmerge.lower import lower
 from adaptmerge.names import is_suffix
 from adaptmerge.plan import Plan, make_plan
+from adaptmerge.quantised import open_values
 from adaptmerge.registry import Format, Output, WriteOptions, format_named, formats, method_named
 from adaptmerge.report import (
     FILE,
@@ -94,7 +95,7 @@ def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepa
     _check(specs, options)
     if is_checkpoint_schedule(options.weights):
         specs = in_natural_order(specs)
-    base = open_base(options.base) if options.base else None
+    base = open_values(options.base) if options.base else None
     inputs = open_inputs(specs, base)
     names = [item.name for item in inputs]
     given = [item.spec.weight for item in inputs]

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from adaptmerge.base import open_base
 from adaptmerge.fuse import FuseOptions, fuse
-from adaptmerge.fuse.quantised import view_of
 from adaptmerge.inputs import InputSpec
 from adaptmerge.packed import dequantised
+from adaptmerge.quantised import view_of
 from adaptmerge.rounding import ADAPTIVE, NEAREST
 from bench.shapes import TENSORS, write_config
 from bench.table import markdown

@@ -29,6 +29,7 @@ LAYERS = (
     + ("tokens", "whole", "resolve", "plan"),
     ("run",),
     ("runtime",),
+    ("quantised",),
     ("report", "summary"),
     ("carry", "outputs"),
     ("merge", "extract"),

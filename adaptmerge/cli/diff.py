@@ -19,13 +19,13 @@ from adaptmerge.cli.terminal import print_json, table
 @json_option
 def diff(a: str, b: str, tolerance: float, show_all: bool, base: str | None, as_json: bool) -> None:
     """Compare the deltas of two adapters in any formats; exit code 3 when they differ."""
-    from adaptmerge.base import open_base
     from adaptmerge.inputs import open_input, parse_input
+    from adaptmerge.quantised import open_values
     from adaptmerge.verify.difference import difference
 
     if not 0 <= tolerance < math.inf:
         raise click.UsageError(f"--tolerance {tolerance}: expected a number of at least 0")
-    model = open_base(base) if base else None
+    model = open_values(base) if base else None
     specs = [parse_input(text) for text in (a, b)]
     weighted = [spec.source for spec in specs if spec.weight is not None]
     if weighted:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 @json_option
 def inspect(inputs: tuple[str, ...], values: bool, base: str | None, as_json: bool) -> None:
     """Show formats, families, ranks, scales, heads and notes of adapters; reads headers only."""
-    from adaptmerge.base import open_base
     from adaptmerge.inputs import open_inputs, parse_input
+    from adaptmerge.quantised import open_values
     from adaptmerge.summary import summarise
 
-    model = open_base(base) if base else None
+    model = open_values(base) if base else None
     specs = [parse_input(text) for text in inputs]
     with _all_alive():
         found = [summarise(item, values=values) for item in open_inputs(specs, model)]

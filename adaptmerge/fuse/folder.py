@@ -15,12 +15,12 @@ from adaptmerge.files.staging import Staging
 from adaptmerge.fuse.layout import INDEX, INDEXES, index_of
 from adaptmerge.fuse.options import SAME, WIDE
 from adaptmerge.fuse.plan import FusePlan
-from adaptmerge.fuse.quantised import QUANTISATION
 from adaptmerge.fuse.report import FuseReport
 from adaptmerge.gguf_model import LIBRARY, GgufModel
 from adaptmerge.graph import Kind, Labels, Note
 from adaptmerge.heads import is_vocabulary, owner_of
 from adaptmerge.plan import Step
+from adaptmerge.quantised import QUANTISATION
 from adaptmerge.report import FILE
 
 CARD = "README.md"

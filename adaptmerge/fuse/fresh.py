@@ -16,11 +16,11 @@ from adaptmerge.files.refs import TensorRef, computed
 from adaptmerge.fuse.layout import Repacked, Tensor
 from adaptmerge.fuse.matrix import Matrix, target_rows
 from adaptmerge.fuse.provenance import RoundTrip
-from adaptmerge.fuse.quantised import View, running_dtype
 from adaptmerge.fuse.repack import Packing
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
 from adaptmerge.packed import Fresh, Kept, Packed, fresh
+from adaptmerge.quantised import View, running_dtype
 from adaptmerge.runtime.linears import linear_layers
 
 QUANTISATION = "quantization_config"

@@ -19,12 +19,12 @@ from adaptmerge.fuse.fresh import QUANTISATION, Anew
 from adaptmerge.fuse.layout import Repacked, Shard
 from adaptmerge.fuse.matrix import Measured
 from adaptmerge.fuse.options import FuseOptions
-from adaptmerge.fuse.quantised import View, running_dtype
 from adaptmerge.fuse.repack import Packing, choose_packed, requantise
 from adaptmerge.fuse.report import KEPT, losses
 from adaptmerge.fuse.run import Line, Settings, settings_of
 from adaptmerge.linalg import one_thread_each
 from adaptmerge.packed import Kept, Packed, named, schemes, stands_alone
+from adaptmerge.quantised import View, running_dtype
 from adaptmerge.run import ordered
 from adaptmerge.runtime.linears import linear_layers
 

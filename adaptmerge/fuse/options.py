@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files import dtypes
 from adaptmerge.fuse.provenance import ORIGINAL, QUANTISED, TRAINED_ON
-from adaptmerge.fuse.quantised import View
 from adaptmerge.fuse.scales import ONLY, SCALES, SOLVE
 from adaptmerge.fuse.settle import AUTO
 from adaptmerge.heads import Given
 from adaptmerge.inputs import InputSpec
 from adaptmerge.names import did_you_mean
 from adaptmerge.packed import fresh as ways
+from adaptmerge.quantised import View
 from adaptmerge.rounding import ADAPTIVE, ROUNDINGS
 from adaptmerge.weights import SiteRule
 

@@ -28,7 +28,6 @@ from adaptmerge.fuse.provenance import (
     as_trained,
     provenance,
 )
-from adaptmerge.fuse.quantised import View, running_dtype, view_of
 from adaptmerge.fuse.repack import Packing
 from adaptmerge.fuse.scales import SOLVE, check_free
 from adaptmerge.fuse.settle import AUTO
@@ -40,6 +39,7 @@ from adaptmerge.heads import Policies, check_policies, is_vocabulary, policies
 from adaptmerge.inputs import Input, InputSpec, in_natural_order, open_inputs
 from adaptmerge.packed import fresh as ways
 from adaptmerge.plan import Plan, make_plan
+from adaptmerge.quantised import View, running_dtype, view_of
 from adaptmerge.registry import Format, Stores, WriteOptions, method_named
 from adaptmerge.request import Request
 from adaptmerge.rounding import ADAPTIVE

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.align import align, in_one_layout
-from adaptmerge.base import Base, open_base
+from adaptmerge.base import Base
 from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed
 from adaptmerge.experts import layout_of
 from adaptmerge.files.dtypes import BY_NAME
@@ -26,6 +26,7 @@ from adaptmerge.graph import Adapter, Kind
 from adaptmerge.heads import owner_of
 from adaptmerge.inputs import Input, InputSpec, open_input
 from adaptmerge.names import did_you_mean
+from adaptmerge.quantised import open_values
 from adaptmerge.report import Report, load_report
 from adaptmerge.verify.audit import malformed
 from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
@@ -73,7 +74,7 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     if problems:
         raise InputError(f"its report is damaged: {problems[0]}", where=str(output))
     _check_questions(report, questions)
-    base = open_base(questions.base) if questions.base else None
+    base = open_values(questions.base) if questions.base else None
     find = _tuned if is_extraction(report) else _inputs
     inputs, checks = find(output, report, questions, base)
     results = _results(output, report, base)
@@ -112,7 +113,6 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
 
 def _of_fused(output: Path, questions: Questions) -> Verdict:
     """The verdict on a model that adapters were fused into."""
-    from adaptmerge.fuse.quantised import view_of
     from adaptmerge.verify.fused_model import options_in, verify_fused
 
     how: Any = {"device": questions.device, "layerwise": questions.layerwise}
@@ -121,7 +121,7 @@ def _of_fused(output: Path, questions: Questions) -> Verdict:
         return verify_fused(output, questions.base, questions.adapters, options, None, **how)
     report = load_fuse_report(output)
     _check_questions(report, questions)
-    base = view_of(open_base(questions.base)).base if questions.base else None
+    base = open_values(questions.base) if questions.base else None
     inputs, checks = _inputs(output, report, questions, base)
     if inputs is None:
         return Verdict(output.name, checks, TRUSTED)
@@ -279,13 +279,15 @@ def _model_checks(
     edits = [edit for result in results.values() for edit in result.adapter.edits]
     invoking = [token for edit in edits[:1] for token in getattr(edit, "tokens", ())]
     tokens = invoking + sorted({token for edit in edits for token in getattr(edit, "rows", ())})
-    bench = forward.Bench.of(base, device, questions.layerwise, tokens)
+    # weights that stand for quantised ones are streamed: live quantised layers would be another code path
+    layerwise = questions.layerwise or base.stored is not None
+    bench = forward.Bench.of(base, device, layerwise, tokens)
     dtype = BY_NAME[report.output["dtype"].upper()]
     checks: list[Check] = []
     asked = False
     for name, result in results.items():
         found, y_ref, y_base = forward.check_forward(bench, expected[name], result.adapter, dtype)
-        asked = forward.installed(result.format) and not questions.layerwise
+        asked = forward.installed(result.format) and not layerwise
         if asked:
             found.append(forward.check_native_output(bench, result, y_ref, y_base, dtype))
         checks += _of_adapter(name, found)

@@ -21,7 +21,6 @@ from adaptmerge.files.refs import TensorRef
 from adaptmerge.fuse.layout import Fused, Repacked, Tensor
 from adaptmerge.fuse.matrix import PIECE, Matrix, Measured, delta_of, weight_rows
 from adaptmerge.fuse.plan import FusePlan
-from adaptmerge.fuse.quantised import View
 from adaptmerge.fuse.repack import Packing, packed_error
 from adaptmerge.fuse.report import FusedSite, FuseReport
 from adaptmerge.fuse.settle import GRID_ERROR
@@ -29,6 +28,7 @@ from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
 from adaptmerge.linalg import one_thread_each
 from adaptmerge.packed import Packed, dequantised, named
+from adaptmerge.quantised import View
 from adaptmerge.rounding import NEAREST, FloatGrid
 from adaptmerge.run import ordered, workers_default
 from adaptmerge.verify.checks import FAIL, PASS, Check

@@ -22,11 +22,11 @@ from adaptmerge.files.dtypes import F32
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.fuse.options import FuseOptions
 from adaptmerge.fuse.plan import FusePlan, plan_fusion
-from adaptmerge.fuse.quantised import View, view_of
 from adaptmerge.fuse.report import FuseReport
 from adaptmerge.graph import Adapter, Site
 from adaptmerge.inputs import InputSpec
 from adaptmerge.lazy import torch
+from adaptmerge.quantised import View, view_of
 from adaptmerge.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict
 from adaptmerge.verify.forward import NO_EFFECT, Bench, Comparison, compare, device_named
 from adaptmerge.verify.fused import Looked, check_weights, look

@@ -17,10 +17,10 @@ from adaptmerge.fuse.layout import Fused
 from adaptmerge.fuse.matrix import Matrix, delta_of
 from adaptmerge.fuse.plan import FusePlan
 from adaptmerge.fuse.provenance import RoundTrip
-from adaptmerge.fuse.quantised import View
 from adaptmerge.fuse.repack import Packing
 from adaptmerge.graph import Adapter, BaseReference, Site
 from adaptmerge.lazy import torch
+from adaptmerge.quantised import View
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ from adaptmerge.files.refs import computed
 from adaptmerge.files.safetensors import read_header
 from adaptmerge.fuse import FuseOptions, FuseReport, fuse
 from adaptmerge.fuse.provenance import RoundTrip
-from adaptmerge.fuse.quantised import view_of
 from adaptmerge.inputs import InputSpec
 from adaptmerge.packed import dequantised, fresh, scheme_of
+from adaptmerge.quantised import view_of
 from adaptmerge.schemes.bitsandbytes.codes import round_trip
 
 BITSANDBYTES = ("nf4", "nf4,double", "fp4", "fp4,double", "int8")

@@ -21,7 +21,7 @@ from adaptmerge import runtime
 from adaptmerge import verify as library
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, InputError, UsageError
-from adaptmerge.fuse.quantised import view_of
+from adaptmerge.quantised import view_of
 
 gguf = pytest.importorskip("gguf")
 TINY = Path(__file__).parents[2] / "fixtures" / "tinyllama"

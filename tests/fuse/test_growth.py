@@ -19,8 +19,8 @@ from adaptmerge import verify as library
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.fuse.quantised import view_of
 from adaptmerge.inputs import InputSpec
+from adaptmerge.quantised import view_of
 
 QUANTISED = Path(__file__).parents[2] / "fixtures" / "quantised"
 LAYER = "model.layers.0"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptmerge.base import open_base
 from adaptmerge.fuse.moved import GATED
-from adaptmerge.fuse.quantised import view_of
+from adaptmerge.quantised import view_of
 from adaptmerge.verify import PASS, Questions, verify
 
 pytest.importorskip("peft")

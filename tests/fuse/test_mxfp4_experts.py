@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adaptmerge import verify as library
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge
-from adaptmerge.fuse.quantised import view_of
+from adaptmerge.quantised import view_of
 
 HIDDEN, INTER, EXPERTS, GROUP = 64, 96, 3, 32
 NAMES = ("gate_up_proj", "down_proj")

@@ -17,8 +17,8 @@ from adaptmerge import verify as library
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.fuse.quantised import view_of
 from adaptmerge.inputs import InputSpec
+from adaptmerge.quantised import view_of
 
 KINDS = ("nf4", "nf4,double", "fp4", "int8")
 WEIGHT = 0.1  # of an adapter whose delta then is 3 % of the weights

@@ -18,8 +18,8 @@ from adaptmerge import verify as library
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.fuse import FuseOptions, fuse
-from adaptmerge.fuse.quantised import view_of
 from adaptmerge.inputs import InputSpec
+from adaptmerge.quantised import view_of
 
 ROWS, COLUMNS, RANK, BLOCK = 256, 4096, 16, 64
 

@@ -22,9 +22,9 @@ from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.files.dtypes import F32, F64
 from adaptmerge.files.refs import TensorRef, listed
 from adaptmerge.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.fuse.quantised import view_of
 from adaptmerge.fuse.scalings import Pair, scaling_of
 from adaptmerge.inputs import InputSpec
+from adaptmerge.quantised import view_of
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains

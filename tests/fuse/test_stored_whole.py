@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge
-from adaptmerge.fuse.quantised import view_of
+from adaptmerge.quantised import view_of
 from adaptmerge.verify import FAIL, PASS, Questions, verify
 
 pytest.importorskip("peft")

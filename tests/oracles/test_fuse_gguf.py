@@ -17,8 +17,8 @@ from oracles.test_llama_cpp import PROMPT, TINY
 from adaptmerge import runtime
 from adaptmerge.base import open_base
 from adaptmerge.fuse import FuseOptions, fuse
-from adaptmerge.fuse.quantised import view_of
 from adaptmerge.inputs import InputSpec
+from adaptmerge.quantised import view_of
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")

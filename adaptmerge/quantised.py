@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adaptmerge.base import Base
+from adaptmerge.base import Base, open_base
 from adaptmerge.files.dtypes import BF16, F16, DType
 from adaptmerge.files.refs import TensorRef, computed, join
 from adaptmerge.gguf_model import GgufModel
@@ -48,7 +48,11 @@ def view_of(stored: Base) -> View:
     tensors |= _respelled(spelled, stored) | _values(packed, stored)
     config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
     return View(
-        replace(stored, tensors=tensors, config=config), stored, scheme.name, packed, spelled
+        replace(stored, tensors=tensors, config=config, stored=stored),
+        stored,
+        scheme.name,
+        packed,
+        spelled,
     )
 
 
@@ -78,6 +82,11 @@ def _values(packed: Mapping[str, Packed], stored: Base) -> dict[str, TensorRef]:
         else:
             stacks.setdefault(whole, []).append(value.reshape(1, *value.shape))
     return found | {name: replace(join(parts, 0), name=name) for name, parts in stacks.items()}
+
+
+def open_values(source: str) -> Base:
+    """The base model at a source with quantised weights as what they stand for. Raises InputError."""
+    return view_of(open_base(source)).base
 
 
 def running_dtype(config: Mapping[str, Any]) -> DType | None:
