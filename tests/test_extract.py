@@ -518,7 +518,7 @@ WRONG = {
         t, dict, model_type="mistral"
     ): "is a mistral model and the base base is a llama",
     lambda b, t: (t / WEIGHTS).unlink(): "has no weights",
-    lambda b, t: (t / "config.json").unlink(): "is not a model folder",
+    lambda b, t: (t / "config.json").unlink(): "is not a model:",
 }
 
 
