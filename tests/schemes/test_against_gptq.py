@@ -1,8 +1,8 @@
 """Codes with feedback are those of GPTQ, on the grid of every layout: dense, by the book, in float64.
 
-The textbook (Frantar et al. 2023): H = I + strength V V^T, the upper Cholesky factor of its inverse, one column
-after another, each error fed to the columns that follow. The nearest code is found by looking at all values of
-the grid. Where two of them are as near, up to rounding, either is right: such ties are counted.
+The textbook (Frantar et al. 2023): H = I + strength V V^T, the upper Cholesky factor of its inverse, one
+column after another, each error fed to the columns that follow. The nearest code is found by looking at all
+values of the grid. Where two of them are as near, up to rounding, either is right: such ties are counted.
 """
 
 from __future__ import annotations
