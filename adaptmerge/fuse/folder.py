@@ -49,7 +49,7 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
         staging.path(name).write_bytes(source.read_bytes())
     config = changed_config(plan)
     stored = plan.base.path / CONFIG
-    gone = set(QUANTISATION if plan.options.quant != SAME else ()) - config.keys()
+    gone = set(QUANTISATION if plan.options.quant != SAME else ()) - plan.targets.config.keys()
     if config or gone:
         before = json.loads(stored.read_text("utf-8-sig"))
         after = {key: value for key, value in {**before, **config}.items() if key not in gone}

@@ -436,3 +436,13 @@ def test_only_schemes_that_can_be_fused_into_are_listed(wide: Path, tmp_path: Pa
     with pytest.raises(InputError, match=r"known: .*bitsandbytes-4bit") as caught:
         scheme_of(open_base(str(tmp_path)))
     assert "exl2" not in str(caught.value)
+
+
+def test_a_quantised_base_quantised_the_same_way_anew(fixtures: Path, tmp_path: Path) -> None:
+    """Its config says so before and after."""
+    base = quantised_base(fixtures / "tinyllama" / "base", tmp_path / "base", "nf4")
+    quantised(base, fixtures / "tinyllama" / "lora-r8-perl", tmp_path / "out", "nf4")
+    before, after = (json.loads((p / "config.json").read_text()) for p in (base, tmp_path / "out"))
+    assert after["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert after.keys() == before.keys()
+    assert len(values(tmp_path / "out")) == len(values(base)) > 0
