@@ -28,6 +28,8 @@ from bench.layers import drawn
 from bench.table import markdown
 
 FRESH = "fresh scales"
+WAYS = (NEAREST, FRESH, ADAPTIVE)
+COMPARED = ("base", "unmerged", FRESH, ADAPTIVE)
 RATIOS = (1e-3, 1e-2, 5e-2)
 ROWS, WIDTH, RANK = 512, 4096, 16
 OF_LAYERS = tuple(name for name in FORMATS if "g32" not in name)
@@ -86,9 +88,6 @@ def _layers() -> Iterator[list[str]]:
                 yield [name, values, f"{ratio:.0e}", *cells]
 
 
-WAYS = (NEAREST, FRESH, ADAPTIVE)
-
-
 def ways(name: str, held: Quantised, sides: Sequence[Sides]) -> Mapping[str, torch.Tensor]:
     """The values (out, in) that the weight has after each way of fusing."""
     packing = Packing(held, matrix_of(held, sides))  # type: ignore[arg-type]
@@ -101,6 +100,7 @@ def ways(name: str, held: Quantised, sides: Sequence[Sides]) -> Mapping[str, tor
 
 
 def matrix_of(held: Quantised, sides: Sequence[Sides]) -> Matrix:
+    """A quantised weight with one adapter per pair of sides."""
     parts = [
         Part(str(number), 1.0, low_rank(_ref("up", up), _ref("down", down)))
         for number, (up, down) in enumerate(sides)
@@ -166,15 +166,12 @@ def _rows(
         yield [name, where, f"{ratio:g}", *cells, _kept(of), other]
 
 
-COMPARED = ("base", "unmerged", FRESH, ADAPTIVE)
-
-
 def fused(
     name: str, held: Mapping[str, Quantised], adapters: Sequence[str], ratio: float
 ) -> Mapping[str, Mapping[str, torch.Tensor]]:
     """Per module the values before, with the adapters beside them, and after each way. The adapters keep
     their own proportions between modules."""
-    sides = {module: [] for module in held}  # type: dict[str, list[Sides]]
+    sides: dict[str, list[Sides]] = {module: [] for module in held}
     size = math.sqrt(sum(float(one.values().double().square().sum()) for one in held.values()))
     for adapter in adapters:
         own = {module: (up, down) for module, up, down in factors(adapter, 1.0)}
