@@ -57,7 +57,7 @@ def cells_of(points: torch.Tensor) -> Cells | None:
     owners = cells.of(points).long()
     if len(set(owners.tolist())) < len(points):
         return None
-    held = torch.full((count + 2,), torch.inf).index_put_((owners,), points)
+    held = points.new_full((count + 2,), torch.inf).index_put_((owners,), points)
     before = (owners < torch.arange(count + 2)[:, None]).sum(1)
     return replace(cells, points=held, before=before.to(torch.int32))
 

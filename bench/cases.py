@@ -85,6 +85,7 @@ def cases(data: Data, sizes: Sizes) -> list[Case]:
         *_commands(data, sizes),
         *_fusing(data, sizes),
         *_fusing_memory(data, sizes),
+        *_nf4(sizes),
     ]
 
 
@@ -118,6 +119,7 @@ def rows(sizes: Sizes) -> list[Row]:
         Row(f"`inspect`, {gigabytes} GB, {extreme}", "inspect-many", start, "python", "< 0.4 s"),
         Row("`--help`", "help", start, "python", "< 0.25 s"),
         *_fusing_rows(sizes),
+        *_nf4_rows(sizes),
     ]
 
 
@@ -142,6 +144,34 @@ def _fusing_rows(sizes: Sizes) -> list[Row]:
             for kind in ROUNDINGS
             for size in others
         ),
+    ]
+
+
+def _nf4_rows(sizes: Sizes) -> list[Row]:
+    size, theirs = sizes.square, "bitsandbytes' codes"
+    return [
+        Row(f"NF4 site, {size}x{size}", "nf4-site", theirs, "nf4-bitsandbytes", "<= 1.0 x"),
+        Row(
+            "NF4 codes, nearest",
+            *("nf4-codes", theirs, "nf4-bitsandbytes", ">= 5 x faster"),
+            faster=True,
+        ),
+        *(
+            Row(f"NF4 site, {out}x{width}, rank {rank}", name, "rank 16", "nf4-site", goal)
+            for name, (out, width, rank), goal in _nf4_others(size)
+        ),
+    ]
+
+
+def _nf4_others(size: int) -> list[tuple[str, tuple[int, int, int], str]]:
+    """Sites that are compared with a square one of rank 16: case, (out, in, rank), goal."""
+    half, wide = size // 2, size * 7 // 2
+    return [
+        ("nf4-half", (size, half, 16), "0.5 x"),
+        ("nf4-wide", (size, wide, 16), "3.5 x, < 2 s"),
+        ("nf4-rank-8", (size, size, 8), "linear"),
+        ("nf4-rank-32", (size, size, 32), "linear"),
+        ("nf4-rank-64", (size, size, 64), "linear"),
     ]
 
 
@@ -225,6 +255,22 @@ def _fusing_memory(data: Data, sizes: Sizes) -> list[Case]:
             for size in sizes.models
         ),
         Case("memory-peft", "MB", peft, sizes.large_rounds),
+    ]
+
+
+def _nf4(sizes: Sizes) -> list[Case]:
+    def measure(kind: str, *sides: int) -> float:
+        return _worker(kind, *map(str, sides))
+
+    size, most = sizes.square, sizes.model_rounds
+    return [
+        Case("nf4-bitsandbytes", "s", partial(measure, "nf4-bitsandbytes", size, size), most),
+        Case("nf4-codes", "s", partial(measure, "nf4-codes", size, size), most),
+        Case("nf4-site", "s", partial(measure, "nf4-site", size, size, RANK), most),
+        *(
+            Case(name, "s", partial(measure, "nf4-site", *sides), most)
+            for name, sides, _ in _nf4_others(size)
+        ),
     ]
 
 

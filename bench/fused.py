@@ -60,7 +60,7 @@ def losses(base: str, adapter: str, weight: float, fused: str) -> Mapping[str, L
     """What became of a LoRA of every module, by the plain definitions."""
     before, after = (load_file(Path(folder) / MODEL) for folder in (base, fused))
     found = {}
-    for module, up, down in _factors(adapter, weight):
+    for module, up, down in factors(adapter, weight):
         start, end = (tensors[f"{module}.weight"].double() for tensors in (before, after))
         delta = up @ down
         error = end - start - delta
@@ -85,7 +85,7 @@ def relative(base: str, adapter: str) -> float:
     return math.sqrt(sums.delta / sums.weight)
 
 
-def _factors(adapter: str, weight: float) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def factors(adapter: str, weight: float) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     config = json.loads((Path(adapter) / CONFIG).read_text())
     scale = weight * config["lora_alpha"] / config["r"]
     tensors = load_file(Path(adapter) / TENSORS)

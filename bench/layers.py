@@ -36,8 +36,8 @@ def make_layers(folder: Path, *, width: int, dtype: str) -> Path:
         f"{PREFIX}.mlp.up_proj": (FFN, width),
         f"{PREFIX}.mlp.down_proj": (width, FFN),
     }
-    found = {name: _drawn("Gaussian", shape, random) for name, shape in shapes.items()}
-    found |= {site: _drawn(values, (width, width), random) for values, site in SITES.items()}
+    found = {name: drawn("Gaussian", shape, random) for name, shape in shapes.items()}
+    found |= {site: drawn(values, (width, width), random) for values, site in SITES.items()}
     for name in (f"{PREFIX}.input_layernorm", f"{PREFIX}.post_attention_layernorm", "model.norm"):
         found[name] = torch.ones(width)
     folder.mkdir(parents=True)
@@ -52,8 +52,8 @@ def make_layers_adapter(folder: Path, *, width: int) -> Path:
     random = torch.Generator().manual_seed(1)
     tensors = {}
     for values, site in SITES.items():
-        down = _drawn(values, (RANK, width), random)
-        up = _drawn(values, (width, RANK), random)
+        down = drawn(values, (RANK, width), random)
+        up = drawn(values, (width, RANK), random)
         size = float((up.T @ up).double().mul((down @ down.T).double()).sum().sqrt())
         key = f"base_model.model.{site}"
         tensors[f"{key}.lora_A.weight"] = down
@@ -65,7 +65,7 @@ def make_layers_adapter(folder: Path, *, width: int) -> Path:
     return folder
 
 
-def _drawn(values: str, shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
+def drawn(values: str, shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
     normal = torch.randn(shape, generator=random)
     if values == "Gaussian":
         return normal * SPREAD

@@ -95,6 +95,27 @@ def memory_fuse_peft(output: str, *inputs: str) -> float:
     return _memory_of(lambda: _fuse_with_peft(inputs, output), output, inputs)
 
 
+def nf4_site(out: str, width: str, rank: str) -> float:
+    """Seconds of fusing into one NF4 matrix, from memory."""
+    from bench import sites
+
+    return sites.adaptive(int(out), int(width), int(rank))
+
+
+def nf4_codes(out: str, width: str) -> float:
+    """Seconds of our nearest NF4 codes of a matrix, from memory."""
+    from bench import sites
+
+    return sites.nearest(int(out), int(width))
+
+
+def nf4_bitsandbytes(out: str, width: str) -> float:
+    """The same of bitsandbytes' own."""
+    from bench import sites
+
+    return sites.bitsandbytes(int(out), int(width))
+
+
 def _memory_of(work: Callable[[], object], output: str, inputs: Sequence[str]) -> float:
     _settle(inputs, output)
     with _dropped(output), _peak() as peak:
@@ -235,6 +256,9 @@ MEASURES: dict[str, Callable[..., float]] = {
     "fuse-peft": fuse_peft,
     "memory-fuse": memory_fuse,
     "memory-fuse-peft": memory_fuse_peft,
+    "nf4-site": nf4_site,
+    "nf4-codes": nf4_codes,
+    "nf4-bitsandbytes": nf4_bitsandbytes,
 }
 
 if __name__ == "__main__":

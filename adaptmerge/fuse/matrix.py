@@ -123,11 +123,11 @@ def _delta_of(matrix: Matrix) -> Delta:
     return Delta(thin, dense, basis.to(work))
 
 
-def _feedback_of(matrix: Matrix, strength: float = STRENGTH) -> Feedback:
-    """The feedback of errors in the common basis of a matrix; in an order that leaves least of them where
-    it is so strong that nothing makes up for them afterwards."""
+def _feedback_of(matrix: Matrix, strength: float = STRENGTH, *, ordered: bool = False) -> Feedback:
+    """The feedback of errors in the common basis of a matrix; `ordered`: in an order that leaves least of
+    them, where it is so strong that nothing makes up for them afterwards."""
     basis = delta_of(matrix).basis
-    last = strength >= STRENGTH and basis.shape[1] > 0
+    last = ordered and strength >= STRENGTH and basis.shape[1] > 0
     order = least_read_last(basis.double()) if last else None
     return feedback(basis, working_dtype(matrix), strength, order)
 

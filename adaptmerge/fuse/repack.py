@@ -144,7 +144,7 @@ def _adaptive(
     if scales == ONLY:
         settled = solved(here, before) if moves else here.with_codes(before)
         return settled.rounded(keep=keep), settled.grid
-    feed = feedback_of(matrix, here.strength(scales))
+    feed = feedback_of(matrix, here.strength(scales), ordered=True)
 
     def on(grid: BlockGrid) -> Rounded:
         return round_adaptive(here.target, grid, feed, own, keep=keep)
