@@ -24,7 +24,7 @@ from adaptmerge.fuse.matrix import (
     row_factor,
     target_rows,
 )
-from adaptmerge.fuse.scales import FIT, KEEP, ONLY, Rows, fitted, solved
+from adaptmerge.fuse.scales import FIT, KEEP, ONLY, SOLVE, Rows, fitted, solved
 from adaptmerge.fuse.settle import AUTO, Choice
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
@@ -144,6 +144,7 @@ def _adaptive(
     if scales == ONLY:
         settled = solved(here, before) if moves else here.with_codes(before)
         return settled.rounded(keep=keep), settled.grid
+    here = here.widened(before) if scales == SOLVE else here
     feed = feedback_of(matrix, here.strength(scales), ordered=True)
 
     def on(grid: BlockGrid) -> Rounded:

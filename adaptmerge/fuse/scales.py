@@ -6,7 +6,7 @@ Rows are independent of each other, and one whose new scales make things worse k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adaptmerge.errors import CannotMerge
@@ -25,6 +25,7 @@ from adaptmerge.rounding import Rounded
 
 KEEP, FIT, SOLVE, ONLY = "keep", "fit", "solve", "only"
 SCALES = (KEEP, FIT, SOLVE, ONLY)
+TINY = 1e-30
 EXACT = (SOLVE, ONLY)  # those that take an error to zero
 
 
@@ -67,6 +68,16 @@ class Rows:
     def nearest(self, scale: torch.Tensor) -> torch.Tensor | None:
         """The storable scales nearest to these; None where they are not free."""
         return self.packed.nearest_scales(scale, self.rows)
+
+    def widened(self, codes: torch.Tensor) -> Rows:
+        """The rows on scales by which the target fits into the grid, where it reaches beyond what the codes
+        stand for and scales are free: what is cut off is cut off by feedback, too."""
+        if self.grid.zero is not None or self.grid.offset is not None:
+            return self
+        reach = _largest(self.values(codes, self.grid), self.grid)
+        factor = _largest(self.target, self.grid) / reach.clamp(min=TINY)
+        scale = self.nearest(self.grid.scale * torch.where(reach > 0, factor.clamp(min=1), 1.0))
+        return self if scale is None else replace(self, grid=self.grid.rescaled(scale))
 
     def moves(self, scales: str) -> bool:
         """Whether the scales can be moved as asked."""
@@ -117,6 +128,13 @@ def fitted(rows: Rows, codes_on: Callable[[BlockGrid], torch.Tensor]) -> Settled
     after = rows.with_codes(codes_on(grid), grid)
     worse = _squared(after.error) > _squared(before.error)
     return before.where(worse | (_squared(after.inside) > _squared(before.inside)), after)
+
+
+def _largest(values: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
+    """The largest magnitude (rows, blocks) in each block."""
+    found = values.new_zeros(grid.scale.shape)
+    groups = grid.groups.expand(len(values), -1)
+    return found.scatter_reduce_(1, groups, values.abs(), "amax")
 
 
 def _squared(error: torch.Tensor) -> torch.Tensor:

@@ -139,3 +139,15 @@ def test_fitted_scales_make_no_row_worse(
     if ratio == 1.0:  # what is added reaches beyond the largest value of the old scales
         assert fitted.frob < 0.95 * kept.frob
         assert fitted.sub < 0.9 * kept.sub
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_scales_grow_where_the_sum_reaches_beyond_them(
+    kind: str, nf4: Path, int8: Path, tmp_path: Path
+) -> None:
+    """A delta as large as half the weight: on the scales that are there its largest entries are cut off."""
+    base = nf4 if kind == "nf4" else int8
+    kept = with_lora(base, tmp_path / "kept", 0.5, scales="keep")
+    solved = with_lora(base, tmp_path / "solved", 0.5)
+    assert solved.frob < (0.95 if kind == "nf4" else 0.8) * kept.frob
+    assert solved.sub <= kept.sub
