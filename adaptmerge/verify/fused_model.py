@@ -34,7 +34,7 @@ from adaptmerge.verify.fused_reference import reference
 from adaptmerge.weights import SiteRule
 
 ARRIVED = 0.1  # by which the effect that outputs show may differ from all of it
-ROOM = 4.0  # times random noise of the size of rounding, which is less evenly spread
+ROOM = 3.0  # times the noise of rounding that outputs may differ by
 # Entries of a config that other tools write as they like, and those of heads and dtypes, whose tensors
 # are compared.
 FREE = frozenset(

@@ -262,14 +262,15 @@ def test_verify_needs_the_original_and_proves_it(
 def test_a_model_without_report_is_verified_with_the_original(
     made: Made, original: Path, small: Path, tmp_path: Path
 ) -> None:
-    fused(made(), small, tmp_path / "out", original)
+    """In int8, whose rounding is small enough beside the adapter to decide."""
+    fused(made("int8"), small, tmp_path / "out", original)
     (tmp_path / "out" / "adaptmerge.json").unlink()
     specs = (InputSpec(str(small), "a", 1.0),)
     for how in ({"trained_on": "original", "original": str(original)}, {}):
         options = FuseOptions(**how)  # type: ignore[arg-type]
-        questions = library.Questions(str(made()), device="cpu", adapters=specs, fuse=options)
+        questions = library.Questions(str(made("int8")), device="cpu", adapters=specs, fuse=options)
         status = library.verify(tmp_path / "out", questions).status
-        assert (status == library.FAIL) is not bool(how)
+        assert status == (library.PASS if how else library.FAIL)
 
 
 def test_a_base_that_is_not_smoothed_keeps_its_inputs(
