@@ -9,14 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptmerge.base import Base
+from adaptmerge.base import GGUF, Base
 from adaptmerge.errors import InputError
 from adaptmerge.files.gguf import GgufFile, Info, read_header
 from adaptmerge.files.paths import missing
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.llama_cpp import ARCHITECTURES, EMBEDDING, HEAD
 
-SUFFIX = ".gguf"
 LIBRARY = "gguf"  # what a model card calls its library
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 # Keys of llama.cpp (gguf-py's constants.py), less the architecture's name, as configs spell them.
@@ -86,7 +85,7 @@ def parts_of(path: Path) -> list[Path]:
 
 def model_in(folder: Path, names: Sequence[str]) -> Path | None:
     """The GGUF model in a folder, by its first file. Raises InputError when there are several."""
-    found = [name for name in names if name.endswith(SUFFIX)]
+    found = [name for name in names if name.endswith(GGUF)]
     firsts = [n for n in found if (m := PART.fullmatch(n)) is None or int(m["number"]) == 1]
     if len(firsts) > 1:
         raise InputError(

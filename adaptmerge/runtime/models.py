@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adaptmerge.base import GGUF
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
 from adaptmerge.graph import Adapter
 from adaptmerge.lazy import torch
 
 CONFIG = "config.json"
-GGUF = ".gguf"
 SHOWN = 5  # names listed in a message
 # The classes that have a head of one kind, by what PEFT calls the task.
 TASKS = {
