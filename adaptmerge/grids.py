@@ -6,11 +6,13 @@ Levels are whole numbers or the entries of a table. What a format stores of it i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from adaptmerge.lazy import torch
+from adaptmerge.rounding import Metric, slack
 
 MOST_CELLS = 4096  # beyond these a search is as fast
 EXACT = 1.5  # blocks per direction from which on the scales can take up every error
@@ -163,14 +165,27 @@ def strength_for(blocks: int, width: int, directions: int) -> float:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Per row and block its scaled values in the basis (rows, blocks, R), and their squared norm."""
+    """Per row and block its scaled values as directions read them (rows, blocks, k + R), the first k those
+    of a sketch, and their squared norm."""
 
     inside: torch.Tensor
     squared: torch.Tensor
+    sketched: int = 0
+
+    @property
+    def directions(self) -> int:
+        """R, how many directions an error must not have."""
+        return self.inside.shape[2] - self.sketched
 
 
-def blocks_of(grid: BlockGrid, values: torch.Tensor, basis: torch.Tensor) -> Blocks:
+def blocks_of(
+    grid: BlockGrid, values: torch.Tensor, basis: torch.Tensor, metric: Metric | None = None
+) -> Blocks:
     """The scaled part of values (rows, in), block by block, in an orthonormal basis (in, R)."""
+    read, sketched = basis, 0
+    if metric is not None:
+        read = torch.cat([metric.sketch.to(basis), basis], dim=1)
+        sketched = metric.sketch.shape[1]
     order = torch.argsort(grid.groups, stable=True)
     counts = torch.bincount(grid.groups, minlength=grid.blocks).tolist()
     inside, squared = [], []
@@ -181,9 +196,10 @@ def blocks_of(grid: BlockGrid, values: torch.Tensor, basis: torch.Tensor) -> Blo
         part = values[:, columns]
         if grid.offset is not None:
             part = part - grid.offset[:, block : block + 1]
-        inside.append(part @ basis[columns])
-        squared.append(part.square().sum(1))
-    return Blocks(torch.stack(inside, 1), torch.stack(squared, 1))
+        inside.append(part @ read[columns])
+        weighted = part if metric is None else part * metric.diagonal[columns].to(part)
+        squared.append((part * weighted).sum(1))
+    return Blocks(torch.stack(inside, 1), torch.stack(squared, 1), sketched)
 
 
 def stored_scales(
@@ -205,7 +221,7 @@ def stored_scales(
         found.inside.double() * (grid.scale.sign() / (scale * size.clamp(min=1e-30)))[:, :, None]
     )
     rest = torch.einsum("nbr,nbs->nrs", along, along)
-    rest = rest + torch.eye(along.shape[2], dtype=torch.float64) / SOFT
+    rest = rest + slack(found.sketched, found.directions, SOFT).diag()
     state = torch.zeros(along.shape[0], along.shape[2], dtype=torch.float64)
     result = wanted.clone()
     for start, stop in _turns(grid.blocks):
@@ -247,19 +263,18 @@ def fitted_scales(grid: BlockGrid, values: torch.Tensor, target: torch.Tensor) -
 
 
 def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.Tensor:
-    """Scales (rows, blocks) that take the error `state` (rows, R) in the basis to zero, with least noise.
+    """Scales (rows, blocks) that take the error `state` (rows, k + R) to zero in the basis.
 
-    The minimum-norm solution of sum over b of d_b p_b = -state for relative changes d; a ridge where there
-    are too few blocks.
+    The solution of least noise of sum over b of d_b p_b = -state for relative changes d; a ridge where there
+    are too few blocks, and along a sketch, where an error counts but need not be zero.
     """
     p, squared = found.inside.double(), found.squared.double()
     weight = torch.where(squared > 0, 1 / squared, torch.zeros_like(squared))
     gram = torch.einsum("nbr,nb,nbs->nrs", p, weight, p)
-    directions = p.shape[2]
     size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
-    eye = torch.eye(directions, dtype=torch.float64)
-    ridge = 1 / SOFT if grid.blocks < EXACT * directions else 0.0
-    gram = gram + (ridge + 1e-12 * size) * eye
+    strength = SOFT if grid.blocks < EXACT * found.directions else math.inf
+    eye = torch.eye(p.shape[2], dtype=torch.float64)
+    gram = gram + slack(found.sketched, found.directions, strength).diag() + 1e-12 * size * eye
     along = torch.linalg.solve(gram, state.double())
     change = -torch.einsum("nbr,nr->nb", p, along) * weight
     return (grid.scale * (1 + change.clamp(-MOST, MOST))).to(grid.scale.dtype)

@@ -11,6 +11,9 @@ with what the errors so far call for:
 which gives the codes of GPTQ with H = I + strength V V^T (Frantar et al. 2023) in O(out in R), without
 any (in, in) matrix. Columns are rounded in blocks, M frozen at the start of each. What the last columns do
 is never made up for, so those that V reads least come last.
+
+Where it is known what flows into a layer, errors count as it makes them felt: with a metric D + U U^T, D
+diagonal, the same recursion runs on the rows of [U, V] with g_j = M_j^-1 u_j / d_j and u_i u_i^T / d_i.
 """
 
 from __future__ import annotations
@@ -116,13 +119,35 @@ def least_read_last(basis: torch.Tensor) -> Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Feedback:
-    """An orthonormal basis (in, R) of the directions whose errors are fed back, and the steps; both for
-    columns in `order`, or as they are."""
+class Metric:
+    """How an error e of a row counts: e (D + U U^T) e^T, from D (in,), at least 1, and U (in, k); both
+    float64."""
 
-    basis: torch.Tensor
+    diagonal: torch.Tensor
+    sketch: torch.Tensor
+
+    def in_order(self, order: Order) -> Metric:
+        """That of columns in another order."""
+        return Metric(self.diagonal[order.columns], self.sketch[order.columns])
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """The directions whose errors are fed back, and the steps; for columns in `order`, or as they are.
+
+    read: (in, k + R), the sketch of a metric, then an orthonormal basis. diagonal: that of the metric.
+    """
+
+    read: torch.Tensor
     steps: Sequence[Step]
     order: Order | None = None
+    sketched: int = 0
+    diagonal: torch.Tensor | None = None
+
+    @property
+    def directions(self) -> int:
+        """R, the size of the basis."""
+        return self.read.shape[1] - self.sketched
 
 
 def row_space(downs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -140,16 +165,29 @@ def feedback(
     work: torch.dtype,
     strength: float = STRENGTH,
     order: Order | None = None,
+    metric: Metric | None = None,
 ) -> Feedback:
     """The feedback for an orthonormal basis (in, R), its gains computed in float64."""
     basis = basis.double() if order is None else basis.double()[order.columns]
-    rest = torch.eye(basis.shape[1], dtype=torch.float64) / strength
+    metric = metric.in_order(order) if metric is not None and order is not None else metric
+    read = basis if metric is None else torch.cat([metric.sketch, basis], dim=1)
+    felt = read if metric is None else read / metric.diagonal[:, None]
+    sketched = read.shape[1] - basis.shape[1]
+    rest = slack(sketched, basis.shape[1], strength).diag()
     steps = []
     for start, stop in reversed(list(column_blocks(basis.shape[0]))):
-        block = basis[start:stop]
-        rest = rest + block.T @ block
-        steps.append(Step(start, stop, torch.linalg.solve(rest, block.T).to(work)))
-    return Feedback(basis.to(work), steps[::-1], order)
+        rest = rest + felt[start:stop].T @ read[start:stop]
+        steps.append(Step(start, stop, torch.linalg.solve(rest, felt[start:stop].T).to(work)))
+    diagonal = None if metric is None else metric.diagonal.to(work)
+    return Feedback(read.to(work), steps[::-1], order, sketched, diagonal)
+
+
+def slack(sketched: int, directions: int, strength: float) -> torch.Tensor:
+    """How much less an error counts in each of k + R directions than if it had to be zero there, float64: 1
+    in those of a sketch, whose size says how much it counts."""
+    found = torch.ones(sketched + directions, dtype=torch.float64)
+    found[sketched:] = 1 / strength
+    return found
 
 
 def column_blocks(columns: int) -> Sequence[tuple[int, int]]:
@@ -268,9 +306,9 @@ def _in_turn(
     target: torch.Tensor, grid: Grid, feed: Feedback, own: torch.Tensor | None, *, keep: bool
 ) -> Rounded:
     """The columns rounded from the first to the last."""
-    state = target.new_zeros(target.shape[0], feed.basis.shape[1])
-    strength = OWN_STRENGTH if state.shape[1] else STRENGTH
-    along = None if own is None else _Own(own, strength)
+    state = target.new_zeros(target.shape[0], feed.read.shape[1])
+    strength = OWN_STRENGTH if feed.directions else STRENGTH
+    along = None if own is None else _Own(own, strength, feed.diagonal)
     codes, errors, squared = None, torch.empty_like(target) if keep else None, 0.0
     for start, stop, gains in feed.steps:
         columns = slice(start, stop)
@@ -280,7 +318,7 @@ def _in_turn(
             wanted -= along.correction(columns)
         stored = grid.codes(wanted, columns)
         error = grid.values(stored, columns, wanted).sub_(meant)
-        state.addmm_(error, feed.basis[columns])
+        state.addmm_(error, feed.read[columns])
         if along is not None:
             along.take(error, columns)
         codes = stored.new_empty(target.shape) if codes is None else codes
@@ -289,21 +327,26 @@ def _in_turn(
         if errors is not None:
             errors[:, columns] = error
     assert codes is not None
-    return Rounded(codes, state, squared, errors)
+    return Rounded(codes, state[:, feed.sketched :], squared, errors)
 
 
 class _Own:
     """The feedback of one direction per row."""
 
-    def __init__(self, direction: torch.Tensor, strength: float) -> None:
+    def __init__(
+        self, direction: torch.Tensor, strength: float, diagonal: torch.Tensor | None
+    ) -> None:
         self._direction, self._slack = direction, 1 / strength
-        self._left = direction.square().sum(1, keepdim=True)
+        self._felt = direction if diagonal is None else direction / diagonal
+        self._left = (direction * self._felt).sum(1, keepdim=True)
         self._state = torch.zeros_like(self._left)
 
     def correction(self, columns: slice) -> torch.Tensor:
-        return self._state / (self._left + self._slack) * self._direction[:, columns]
+        return self._state / (self._left + self._slack) * self._felt[:, columns]
 
     def take(self, error: torch.Tensor, columns: slice) -> None:
         part = self._direction[:, columns]
         self._state += (error * part).sum(1, keepdim=True)
-        self._left = (self._left - part.square().sum(1, keepdim=True)).clamp(min=0)
+        self._left = (self._left - (part * self._felt[:, columns]).sum(1, keepdim=True)).clamp(
+            min=0
+        )

@@ -11,6 +11,7 @@ import click
 
 from adaptmerge import __version__
 from adaptmerge.cli import (
+    calibrate,
     combine,
     convert,
     diff,
@@ -81,6 +82,7 @@ def main() -> None:
 for command in (
     combine.combine,
     fuse.fuse,
+    calibrate.calibrate,
     recipe.run,
     convert.convert,
     extract.extract,

@@ -35,6 +35,7 @@ Examples:
   adaptmerge fuse ./llama ./qlora --trained-on nf4,double -o fused
   adaptmerge fuse ./llama ./adapter --quant nf4 -o fused
   adaptmerge fuse model-Q4_K_M.gguf ./adapter -o fused
+  adaptmerge fuse ./llama-nf4 ./adapter --calibration text.txt -o fused
   adaptmerge fuse ./fused ./adapter:-1 -o original-again
   adaptmerge verify fused --base ./llama
 """
@@ -78,6 +79,12 @@ Examples:
     "--original",
     metavar="DIR",
     help="With --trained-on original: what a quantised base was made of, to find how it was smoothed.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="A text that the base reads first, or what `adaptmerge calibrate` wrote: errors count by what flows "
+    "into a layer.",
 )
 @click.option("--keep-tied", is_flag=True, help="Refuse to store a tied head apart.")
 @click.option(

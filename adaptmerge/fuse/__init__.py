@@ -14,6 +14,7 @@ from adaptmerge.base import GGUF
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
 from adaptmerge.files.staging import Staging
 from adaptmerge.fuse import folder
+from adaptmerge.fuse.calibration import is_text, moments_of_text
 from adaptmerge.fuse.executors import EXECUTORS, Job
 from adaptmerge.fuse.journal import Journal, unpacked
 from adaptmerge.fuse.options import FuseOptions
@@ -80,6 +81,21 @@ def fuse(
     Raises AdaptmergeError; then there is no output. Interrupted work is taken up by the next run with the
     same inputs and options.
     """
+    if not is_text(options.calibration):
+        return _fuse(base, specs, output, options, progress)
+    assert options.calibration is not None
+    unread = plan_fusion(base, specs, replace(options, calibration=None, max_growth=0.0))
+    with moments_of_text(options.calibration, unread.base, unread.shards) as measured:
+        return _fuse(base, specs, output, replace(options, calibration=measured), progress)
+
+
+def _fuse(
+    base: str,
+    specs: Sequence[InputSpec],
+    output: Path,
+    options: FuseOptions,
+    progress: Progress,
+) -> FuseReport:
     if output.suffix == GGUF:
         raise UsageError(
             f"-o {output}: the output is a folder with the model in it, under the name of the base's file"
@@ -231,7 +247,7 @@ def _report(
     named, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
     notes += _backward(plan, lines)
-    base = {
+    base: dict[str, Any] = {
         "name": plan.base.path.name,
         "fingerprint": plan.view.stored.fingerprint,
         "licences": named,
@@ -241,6 +257,8 @@ def _report(
     }
     if plan.original is not None:
         base["original"] = plan.original.fingerprint
+    if plan.moments is not None and plan.moments.file is not None:
+        base["calibration"] = plan.moments.as_json()
     options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
     options |= {
         "weights": dict(plan.weights.base),
@@ -250,7 +268,16 @@ def _report(
     }
     options |= {"plain": sorted(plan.plain)}
     grown = () if options["max_growth"] else ("max_growth", "plain")
-    for unsaid in ("original", "jobs", "force", "strict", "executor", "total", *grown):
+    for unsaid in (
+        "original",
+        "calibration",
+        "jobs",
+        "force",
+        "strict",
+        "executor",
+        "total",
+        *grown,
+    ):
         del options[unsaid]
     return FuseReport(
         options=options,

@@ -17,7 +17,15 @@ from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import TensorRef, remembered
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
-from adaptmerge.rounding import STRENGTH, Feedback, feedback, least_read_last, row_space
+from adaptmerge.moments import Moments, metric_of
+from adaptmerge.rounding import (
+    STRENGTH,
+    Feedback,
+    Metric,
+    feedback,
+    least_read_last,
+    row_space,
+)
 
 PIECE = 1 << 20  # entries of a matrix that are worked on at once
 THIN = 4  # a factor is low-rank up to this part of the smaller side
@@ -37,7 +45,7 @@ class Part:
 class Matrix:
     """A weight (out, in), what is added to it and the rows that are put in its place.
 
-    tokens: (row numbers, values).
+    tokens: (row numbers, values). moments: of what flows into it, where that was measured.
     """
 
     site: Site
@@ -45,6 +53,7 @@ class Matrix:
     dtype: DType
     parts: tuple[Part, ...] = ()
     tokens: tuple[tuple[tuple[int, ...], TensorRef], ...] = ()
+    moments: Moments | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,10 +138,18 @@ def _feedback_of(matrix: Matrix, strength: float = STRENGTH, *, ordered: bool = 
     basis = delta_of(matrix).basis
     last = ordered and strength >= STRENGTH and basis.shape[1] > 0
     order = least_read_last(basis.double()) if last else None
-    return feedback(basis, working_dtype(matrix), strength, order)
+    return feedback(basis, working_dtype(matrix), strength, order, metric_in(matrix))
+
+
+def _metric_in(matrix: Matrix) -> Metric | None:
+    """How errors count in what flows into a matrix; None where they count alike."""
+    if matrix.moments is None:
+        return None
+    return metric_of(matrix.moments, (matrix.shape[1] - delta_of(matrix).basis.shape[1]) // BASIS)
 
 
 delta_of = remembered(_delta_of, 8)
+metric_in = remembered(_metric_in, 8)
 feedback_of = remembered(_feedback_of, 8)
 
 

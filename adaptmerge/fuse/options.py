@@ -39,6 +39,7 @@ class FuseOptions:
     scales: str = SOLVE
     trained_on: str | None = None
     original: str | None = None
+    calibration: str | None = None  # a text, or a file of moments
     keep_tied: bool = False
     max_loss: float = 0.25
     max_growth: float = 0.0  # a share of the bytes of the output

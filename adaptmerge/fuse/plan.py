@@ -17,6 +17,7 @@ from adaptmerge.errors import CannotMerge
 from adaptmerge.files import dtypes
 from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import forget
+from adaptmerge.fuse.calibration import Inputs, inputs_of
 from adaptmerge.fuse.fresh import anew
 from adaptmerge.fuse.growth import can_mix, check_growth, plain, spared
 from adaptmerge.fuse.layout import Shard, files_of, shards_of
@@ -66,6 +67,7 @@ class FusePlan:
     trained_on: str | None = None
     plain: tuple[str, ...] = ()  # weights that are not quantised, though others are
     original: Base | None = None  # what a smoothed base was quantised from
+    moments: Inputs | None = None  # of what flows into layers
     _hash: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -93,7 +95,13 @@ class FusePlan:
         stats = {path: Path(path).stat() for path in files_of(self.view.stored)}
         stamps = [(Path(p).name, found.st_size, found.st_mtime_ns) for p, found in stats.items()]
         options = replace(
-            self.options, original=None, jobs=None, force=False, strict=False, executor="local"
+            self.options,
+            original=None,
+            calibration=None,
+            jobs=None,
+            force=False,
+            strict=False,
+            executor="local",
         )
         said = (
             self.view.stored.fingerprint,
@@ -103,6 +111,7 @@ class FusePlan:
             repr(options),
             [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in self.shards],
             repr(self.weights),
+            None if self.moments is None else self.moments.sha256,
             __version__,
             version("torch"),
         )
@@ -162,14 +171,15 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     whole = stored_whole(plan, view.base, view.packed) if wide is None and can_mix(view) else []
     if whole:
         wishes = replace(wishes, plain=plain(whole, (), view, None))
-    targets, shards = _laid_out(landing, view, stored, base, wishes)
+    moments = inputs_of(options.calibration, stored)
+    targets, shards = _laid_out(landing, view, stored, base, wishes, moments)
     made = [one for tensor in targets.tensors.values() for one in tensor.made]
     check_free([one.packed for one in made if isinstance(one, Packing)], options.scales)
     sparing = spared(shards, options)
     if sparing:
         wishes = replace(wishes, plain=plain([*whole, *sparing], shards, view, fresh))
-        targets, shards = _laid_out(landing, view, stored, base, wishes)
-    notes += [*said, *plan.notes, *moved, *targets.notes]
+        targets, shards = _laid_out(landing, view, stored, base, wishes, moments)
+    notes += [*said, *plan.notes, *moved, *targets.notes, *moments.notes(shards)]
     notes += _default_weights(inputs, options)
     notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
     notes += _unfused(weights, plan)
@@ -187,17 +197,19 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
         trained_on,
         tuple(sparing),
         smoothing.original,
+        moments,
     )
 
 
 def _laid_out(
-    plan: Plan, view: View, stored: Base, trained: Base, wishes: Wishes
+    plan: Plan, view: View, stored: Base, trained: Base, wishes: Wishes, moments: Inputs
 ) -> tuple[Targets, list[Shard]]:
     """What changes, and the files that it goes into."""
     targets = targets_of(plan, stored, trained, view.stored, wishes)
     own_names = view.spelled or (view.packed and wishes.wide is None)
     kept = view.stored if own_names else stored
-    return targets, shards_of(kept, targets.tensors, targets.added, wishes.dtype, targets.gone)
+    shards = shards_of(kept, targets.tensors, targets.added, wishes.dtype, targets.gone)
+    return targets, moments.attached(shards)
 
 
 def _plan_edits(

@@ -20,6 +20,7 @@ from adaptmerge.fuse.matrix import (
     delta_of,
     feedback_of,
     measure,
+    metric_in,
     own_direction,
     row_factor,
     target_rows,
@@ -115,7 +116,7 @@ def requantise_rows(
     keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
     if rounding == ADAPTIVE:
         grid, folded = _with_row_factor(packing, rows, grid, delta, scales)
-        here = Rows(packing.packed, rows, grid, target, delta.basis)
+        here = Rows(packing.packed, rows, grid, target, delta.basis, metric_in(matrix))
         own = own_direction(delta, rows, dense, target) if keep and not folded else None
         found, grid = _adaptive(matrix, here, before, own, scales, keep=keep)
     elif rounding == STOCHASTIC:

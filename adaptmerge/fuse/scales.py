@@ -21,7 +21,7 @@ from adaptmerge.grids import (
 )
 from adaptmerge.lazy import torch
 from adaptmerge.packed import Packed
-from adaptmerge.rounding import Rounded
+from adaptmerge.rounding import Metric, Rounded
 
 KEEP, FIT, SOLVE, ONLY = "keep", "fit", "solve", "only"
 SCALES = (KEEP, FIT, SOLVE, ONLY)
@@ -56,14 +56,15 @@ class Settled(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of a packed weight, the grid that they start from, what they should be (rows, in), and the
-    basis (in, R) in which errors count most."""
+    """Some rows of a packed weight, the grid that they start from, what they should be (rows, in), the
+    basis (in, R) in which errors count most, and how they count elsewhere, if not alike."""
 
     packed: Packed
     rows: tuple[int, int]
     grid: BlockGrid
     target: torch.Tensor
     basis: torch.Tensor
+    metric: Metric | None = None
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor | None:
         """The storable scales nearest to these; None where they are not free."""
@@ -98,6 +99,13 @@ class Rows:
         error = self.values(codes, grid).sub_(self.target)
         return Settled(codes, grid, error, error @ self.basis)
 
+    def read(self, settled: Settled) -> torch.Tensor:
+        """The error (rows, k + R) along the sketch of the metric, if there is one, and in the basis."""
+        if self.metric is None:
+            return settled.inside
+        felt = settled.error @ self.metric.sketch.to(settled.error)
+        return torch.cat([felt, settled.inside], dim=1)
+
     def values(self, codes: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
         """What codes stand for (rows, in)."""
         return grid.values(codes, slice(0, codes.shape[1]), torch.empty_like(self.target))
@@ -106,8 +114,8 @@ class Rows:
 def solved(rows: Rows, codes: torch.Tensor) -> Settled:
     """Codes with the scales that take their error in the basis to zero with least noise."""
     before = rows.with_codes(codes)
-    blocks = blocks_of(rows.grid, rows.values(codes, rows.grid), rows.basis)
-    wanted = solved_scales(rows.grid, blocks, before.inside)
+    blocks = blocks_of(rows.grid, rows.values(codes, rows.grid), rows.basis, rows.metric)
+    wanted = solved_scales(rows.grid, blocks, rows.read(before))
     scale = stored_scales(wanted, rows.grid, blocks, rows.nearest)
     after = rows.with_codes(codes, rows.grid.rescaled(scale))
     return before.where(_squared(after.inside) > _squared(before.inside), after)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.base import GGUF
-from adaptmerge.errors import InputError
+from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import Listing
 from adaptmerge.graph import Adapter
 from adaptmerge.lazy import torch
@@ -178,6 +178,29 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise InputError(f"no dtype is named {name!r}: expected float32, bfloat16 or float16")
     return found
+
+
+def device_named(name: str) -> str:
+    """The device asked for; "auto" is CUDA, then MPS, then the CPU. Raises UsageError."""
+    if name != "auto":
+        _probe(name)
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _probe(name: str) -> None:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        sentence = f"--device {name}: expected auto, cpu, cuda, cuda:1 or mps"
+        raise UsageError(sentence) from None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        sentence = str(problem).partition("\n")[0]
+        raise UsageError(f"--device {name} cannot be used here: {sentence}") from None
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from adaptmerge.inputs import Input, InputSpec, open_input
 from adaptmerge.names import did_you_mean
 from adaptmerge.quantised import open_values
 from adaptmerge.report import Report, load_report
+from adaptmerge.runtime.models import device_named
 from adaptmerge.verify.audit import malformed
 from adaptmerge.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.verify.extracted import is_extraction, tuned_input
@@ -275,7 +276,7 @@ def _model_checks(
 ) -> tuple[list[Check], str]:
     from adaptmerge.verify import forward
 
-    device = forward.device_named(questions.device)
+    device = device_named(questions.device)
     edits = [edit for result in results.values() for edit in result.adapter.edits]
     invoking = [token for edit in edits[:1] for token in getattr(edit, "tokens", ())]
     tokens = invoking + sorted({token for edit in edits for token in getattr(edit, "rows", ())})

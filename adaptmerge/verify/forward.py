@@ -14,7 +14,6 @@ from typing import Any
 from adaptmerge import runtime
 from adaptmerge.base import Base
 from adaptmerge.edits import WeightEdit, delta_on
-from adaptmerge.errors import UsageError
 from adaptmerge.files.dtypes import DType
 from adaptmerge.graph import Adapter, Site
 from adaptmerge.inputs import Input
@@ -49,29 +48,6 @@ class Comparison:
             "kl": self.divergence,
             "top1_agreement": self.agreement,
         }
-
-
-def device_named(name: str) -> str:
-    """The device asked for; "auto" is CUDA, then MPS, then the CPU. Raises UsageError."""
-    if name != "auto":
-        _probe(name)
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _probe(name: str) -> None:
-    try:
-        torch.device(name)
-    except RuntimeError:
-        sentence = f"--device {name}: expected auto, cpu, cuda, cuda:1 or mps"
-        raise UsageError(sentence) from None
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        sentence = str(problem).partition("\n")[0]
-        raise UsageError(f"--device {name} cannot be used here: {sentence}") from None
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from adaptmerge.graph import Adapter, Site
 from adaptmerge.inputs import InputSpec
 from adaptmerge.lazy import torch
 from adaptmerge.quantised import View, view_of
+from adaptmerge.runtime.models import device_named
 from adaptmerge.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict
-from adaptmerge.verify.forward import NO_EFFECT, Bench, Comparison, compare, device_named
+from adaptmerge.verify.forward import NO_EFFECT, Bench, Comparison, compare
 from adaptmerge.verify.fused import Looked, check_weights, look
 from adaptmerge.verify.fused_reference import reference
 from adaptmerge.weights import SiteRule
