@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from adaptmerge.base import GGUF, Base, open_base
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import sha256_of
+from adaptmerge.files.paths import missing
 from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
@@ -118,7 +119,7 @@ def pieces_of(base: Base, text: Path, most: int) -> torch.Tensor:
     tokenizer = _tokenizer(base.path)
     ids = torch.tensor(tokenizer(_content(text), add_special_tokens=False)["input_ids"])
     first = [one for one in (tokenizer.bos_token_id, tokenizer.cls_token_id) if one is not None][:1]
-    length = min(LENGTH, _positions(base)) - len(first)
+    length = min(LENGTH, most, _positions(base)) - len(first)
     if len(ids) < LEAST:
         raise InputError(f"has {len(ids)} tokens, expected {LEAST} or more", where=str(text))
     length = min(length, len(ids))
@@ -132,7 +133,11 @@ def pieces_of(base: Base, text: Path, most: int) -> torch.Tensor:
 def _content(text: Path) -> str:
     try:
         return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
+    except FileNotFoundError:
+        raise missing(text) from None
+    except OSError as problem:
+        raise InputError(f"cannot be read: {problem.strerror}", where=str(text)) from None
+    except UnicodeDecodeError as problem:
         raise InputError(f"is no text in UTF-8: {problem}", where=str(text)) from None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from adaptmerge.lazy import torch
-from adaptmerge.rounding import Metric, slack
+from adaptmerge.metric import Metric, slack
 
 MOST_CELLS = 4096  # beyond these a search is as fast
 EXACT = 1.5  # blocks per direction from which on the scales can take up every error
@@ -265,8 +265,8 @@ def fitted_scales(grid: BlockGrid, values: torch.Tensor, target: torch.Tensor) -
 def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.Tensor:
     """Scales (rows, blocks) that take the error `state` (rows, k + R) to zero in the basis.
 
-    The solution of least noise of sum over b of d_b p_b = -state for relative changes d; a ridge where there
-    are too few blocks, and along a sketch, where an error counts but need not be zero.
+    The solution of least noise of sum over b of d_b p_b = -state for relative changes d; a ridge where
+    there are too few blocks, and along a sketch, where an error counts but need not be zero.
     """
     p, squared = found.inside.double(), found.squared.double()
     weight = torch.where(squared > 0, 1 / squared, torch.zeros_like(squared))

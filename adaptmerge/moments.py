@@ -18,11 +18,12 @@ from adaptmerge.files.dtypes import F32
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.files.safetensors import read_header
 from adaptmerge.lazy import torch
-from adaptmerge.rounding import Metric
+from adaptmerge.metric import Metric
 
 MEAN_SQUARE, SKETCH = "mean_square", "sketch"
 FORMAT, VERSION = "adaptmerge.moments", "1"
 RANK = 32  # rows of a sketch
+TURN = 64  # tokens that are taken up together at least
 BUFFER = 2  # times as many are kept until the end, for what is cut off early may have been leading
 LEAST = 1.0  # what inputs beside the sketch count at least: those that were silent may yet speak
 FEW = 1e-4  # of the mean square that is taken to lie beside a sketch at least
@@ -147,7 +148,7 @@ class Accumulated:
     def take(self, inputs: torch.Tensor) -> None:
         """Some more inputs (tokens, in)."""
         room = BUFFER * self._rank
-        for part in torch.split(inputs.cpu(), max(1, room)):
+        for part in torch.split(inputs.cpu(), max(TURN, room)):
             part = part.double()
             squares = part.square().sum(0)
             self._squares = squares if self._squares is None else self._squares + squares
@@ -158,8 +159,8 @@ class Accumulated:
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """What is stored of them, float32: means over tokens."""
         assert self._squares is not None and self._rows is not None
-        sketch = leading_rows(self._rows, self._rank) / self._tokens**0.5
-        found = {MEAN_SQUARE: self._squares / self._tokens, SKETCH: sketch}
-        return {
-            f"{module}.{what}": value.to(F32.torch).contiguous() for what, value in found.items()
-        }
+        found = {f"{module}.{MEAN_SQUARE}": self._squares / self._tokens}
+        if self._rank:
+            sketch = leading_rows(self._rows, self._rank) / self._tokens**0.5
+            found[f"{module}.{SKETCH}"] = sketch
+        return {name: value.to(F32.torch).contiguous() for name, value in found.items()}

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from adaptmerge.lazy import torch
+from adaptmerge.metric import Metric, slack
 
 NEAREST, STOCHASTIC, ADAPTIVE = "nearest", "stochastic", "adaptive"
 ROUNDINGS = (NEAREST, STOCHASTIC, ADAPTIVE)
@@ -119,19 +120,6 @@ def least_read_last(basis: torch.Tensor) -> Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """How an error e of a row counts: e (D + U U^T) e^T, from D (in,), at least 1, and U (in, k); both
-    float64."""
-
-    diagonal: torch.Tensor
-    sketch: torch.Tensor
-
-    def in_order(self, order: Order) -> Metric:
-        """That of columns in another order."""
-        return Metric(self.diagonal[order.columns], self.sketch[order.columns])
-
-
-@dataclass(frozen=True, slots=True)
 class Feedback:
     """The directions whose errors are fed back, and the steps; for columns in `order`, or as they are.
 
@@ -169,7 +157,7 @@ def feedback(
 ) -> Feedback:
     """The feedback for an orthonormal basis (in, R), its gains computed in float64."""
     basis = basis.double() if order is None else basis.double()[order.columns]
-    metric = metric.in_order(order) if metric is not None and order is not None else metric
+    metric = metric.in_order(order.columns) if metric is not None and order is not None else metric
     read = basis if metric is None else torch.cat([metric.sketch, basis], dim=1)
     felt = read if metric is None else read / metric.diagonal[:, None]
     sketched = read.shape[1] - basis.shape[1]
@@ -180,14 +168,6 @@ def feedback(
         steps.append(Step(start, stop, torch.linalg.solve(rest, felt[start:stop].T).to(work)))
     diagonal = None if metric is None else metric.diagonal.to(work)
     return Feedback(read.to(work), steps[::-1], order, sketched, diagonal)
-
-
-def slack(sketched: int, directions: int, strength: float) -> torch.Tensor:
-    """How much less an error counts in each of k + R directions than if it had to be zero there, float64: 1
-    in those of a sketch, whose size says how much it counts."""
-    found = torch.ones(sketched + directions, dtype=torch.float64)
-    found[sketched:] = 1 / strength
-    return found
 
 
 def column_blocks(columns: int) -> Sequence[tuple[int, int]]:

@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "adaptmerge"
 LAYERS = (
     ("errors", "lazy"),
     ("files",),
-    ("linalg", "sketch"),
-    ("factors", "fit", "blocks"),
+    ("linalg", "sketch", "metric"),
+    ("factors", "fit", "blocks", "moments"),
     ("graph",),
     ("edits", "families"),
     ("names", "base", "experts", "llama_cpp", "gguf_model", "spelling"),
@@ -30,6 +30,7 @@ LAYERS = (
     ("run",),
     ("runtime",),
     ("quantised",),
+    ("calibrate",),
     ("report", "summary"),
     ("carry", "outputs"),
     ("merge", "extract"),

@@ -22,6 +22,7 @@ from adaptmerge.cli import main
 HEAVY = ("torch", "numpy", "transformers", "peft", "gguf", "huggingface_hub")
 COMMANDS = sorted(main.commands)
 SAYS_JSON = {
+    "calibrate": ["base", "base/tokenizer.json"],
     "combine": ["prose", "code"],
     "convert": ["prose"],
     "diff": ["prose", "code"],
@@ -35,6 +36,7 @@ SAYS_JSON = {
     "verify": ["out"],
 }
 FAILS = {
+    "calibrate": ["base", "nowhere"],
     "combine": ["prose", "nowhere"],
     "convert": ["nowhere"],
     "diff": ["prose", "nowhere"],

@@ -83,8 +83,8 @@ Examples:
 @click.option(
     "--calibration",
     metavar="FILE",
-    help="A text that the base reads first, or what `adaptmerge calibrate` wrote: errors count by what flows "
-    "into a layer.",
+    help="A text that the base reads first, or what `adaptmerge calibrate` wrote: errors count by what "
+    "flows into a layer.",
 )
 @click.option("--keep-tied", is_flag=True, help="Refuse to store a tied head apart.")
 @click.option(

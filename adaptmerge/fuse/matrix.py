@@ -17,11 +17,11 @@ from adaptmerge.files.dtypes import DType
 from adaptmerge.files.refs import TensorRef, remembered
 from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
+from adaptmerge.metric import Metric
 from adaptmerge.moments import Moments, metric_of
 from adaptmerge.rounding import (
     STRENGTH,
     Feedback,
-    Metric,
     feedback,
     least_read_last,
     row_space,

@@ -20,8 +20,9 @@ from adaptmerge.grids import (
     strength_for,
 )
 from adaptmerge.lazy import torch
+from adaptmerge.metric import Metric
 from adaptmerge.packed import Packed
-from adaptmerge.rounding import Metric, Rounded
+from adaptmerge.rounding import Rounded
 
 KEEP, FIT, SOLVE, ONLY = "keep", "fit", "solve", "only"
 SCALES = (KEEP, FIT, SOLVE, ONLY)

@@ -1,8 +1,9 @@
 """Codes with feedback are those of GPTQ, on the grid of every layout: dense, by the book, in float64.
 
 The textbook (Frantar et al. 2023): H = I + strength V V^T, the upper Cholesky factor of its inverse, one
-column after another, each error fed to the columns that follow. The nearest code is found by looking at all
-values of the grid. Where two of them are as near, up to rounding, either is right: such ties are counted.
+column after another, each error fed to the columns that follow; with moments of what flows in,
+H = D + U U^T + strength V V^T. The nearest code is found by looking at all values of the grid. Where two
+of them are as near, up to rounding, either is right: such ties are counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from adaptmerge import rounding
 from adaptmerge.grids import BlockGrid
+from adaptmerge.metric import Metric
 from adaptmerge.rounding import feedback, round_adaptive, row_space
 from adaptmerge.schemes.gguf.blocks import CODECS, Codec
 
@@ -94,7 +96,16 @@ def rows_of(grid: BlockGrid) -> BlockGrid:
     return replace(grid, scale=grid.scale[:ROWS], zero=first(grid.zero), offset=first(grid.offset))
 
 
-def agreement(codes: Tensor, grid: BlockGrid, strength: float) -> Compared:
+def metric_for(columns: int) -> Metric:
+    """Inputs that count from once to four times, and six directions that count ten times more."""
+    random = torch.Generator().manual_seed(columns + 1)
+    diagonal = 1 + 3 * torch.rand(columns, generator=random, dtype=F64)
+    return Metric(diagonal, 3 * torch.randn(columns, 6, generator=random, dtype=F64))
+
+
+def agreement(
+    codes: Tensor, grid: BlockGrid, strength: float, metric: Metric | None = None
+) -> Compared:
     """The codes of a weight and a delta that moves it by a thirtieth."""
     grid, columns = in_float64(rows_of(grid)), slice(0, codes.shape[1])
     weight = grid.values(codes[:ROWS], columns, torch.empty(codes[:ROWS].shape, dtype=F64))
@@ -103,9 +114,14 @@ def agreement(codes: Tensor, grid: BlockGrid, strength: float) -> Compared:
     delta = torch.randn(len(weight), RANK, generator=random, dtype=F64) @ down
     target = weight + delta * (weight.norm() / delta.norm() / 30)
     basis = row_space([down])
-    found = round_adaptive(target, grid, feedback(basis, F64, strength)).codes
+    found = round_adaptive(target, grid, feedback(basis, F64, strength, metric=metric)).codes
     assert not torch.equal(found, grid.codes(target, columns)), "feedback changes nothing: no proof"
     hessian = torch.eye(codes.shape[1], dtype=F64) + strength * basis @ basis.T
+    if metric is not None:
+        plain = round_adaptive(target, grid, feedback(basis, F64, strength)).codes
+        assert not torch.equal(found, plain), "the metric changes nothing: no proof"
+        hessian += metric.diagonal.diag() + metric.sketch @ metric.sketch.T
+        hessian -= torch.eye(codes.shape[1], dtype=F64)
     return compared(target, grid, hessian, found)
 
 
@@ -158,6 +174,26 @@ def test_codes_in_blocks_of_ggml_are_those_of_gptq(codec: Codec, strength: float
     found = agreement(*codec.grid(BLOCKS[f"{codec.name}.bytes"]), strength)
     assert found.wrong == 0, found
     assert found.ties <= 1 + found.entries // 1000, found
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+def test_codes_with_moments_are_those_of_gptq(folder: Path) -> None:
+    for module, packed in packed_of(folder).items():
+        codes, grid = whole(packed)
+        found = agreement(codes, grid, 1e4, metric_for(codes.shape[1]))
+        assert found.wrong == 0, (module, found)
+        assert found.ties <= found.entries // 1000, (module, found)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_codes_with_moments_on_the_grids_of_bitsandbytes_are_those_of_gptq(
+    kind: str, tmp_path: Path
+) -> None:
+    for packed in packed_of(by_bitsandbytes(tmp_path / "base", kind)).values():
+        codes, grid = whole(packed)
+        found = agreement(codes, grid, 1e4, metric_for(codes.shape[1]))
+        assert found.wrong == 0, found
+        assert found.ties <= found.entries // 1000, found
 
 
 def test_the_textbook_tells_wrong_codes() -> None:
