@@ -86,6 +86,13 @@ class BlockGrid:
         """Blocks in a row."""
         return self.scale.shape[1]
 
+    @cached_property
+    def width(self) -> int | None:
+        """Columns of a block, where all have as many that follow each other; else None."""
+        size = len(self.groups) // max(1, self.blocks)
+        even = torch.arange(len(self.groups)) // max(1, size)
+        return size if torch.equal(self.groups, even.to(self.groups)) else None
+
     @property
     def count(self) -> int:
         """How many codes there are."""
@@ -140,11 +147,15 @@ class BlockGrid:
 
     def at(self, stored: torch.Tensor, columns: slice) -> torch.Tensor:
         """What is stored per block, for some columns; one column where all are of one block."""
-        groups = self.groups[columns]
-        if len(groups) and bool((groups == groups[0]).all()):
-            start = int(groups[0])
-            return stored[:, start : start + 1]
-        return stored[:, groups]
+        width = self.width
+        if width is None:
+            return stored[:, self.groups[columns]]
+        start, stop, _ = columns.indices(len(self.groups))
+        first, last = start // width, -(-stop // width)
+        if last - first <= 1:
+            return stored[:, first : first + 1]
+        spread = stored[:, first:last, None].expand(-1, -1, width).reshape(len(stored), -1)
+        return spread[:, start - first * width : stop - first * width]
 
     def in_order(self, order: torch.Tensor) -> BlockGrid:
         """The grid of a matrix whose columns are these (in,) of this one."""
@@ -186,19 +197,34 @@ def blocks_of(
     if metric is not None:
         read = torch.cat([metric.sketch.to(basis), basis], dim=1)
         sketched = metric.sketch.shape[1]
+    if grid.offset is not None:
+        values = values - grid.at(grid.offset, slice(0, values.shape[1]))
+    weighted = values if metric is None else values * metric.diagonal.to(values)
+    if grid.width is not None:
+        part = values.view(len(values), grid.blocks, -1)
+        inside = torch.einsum("nbw,bwr->nbr", part, read.view(grid.blocks, grid.width, -1))
+        return Blocks(inside, (part * weighted.view(part.shape)).sum(2), sketched)
+    return _uneven(grid, values, weighted, read, sketched)
+
+
+def _uneven(
+    grid: BlockGrid,
+    values: torch.Tensor,
+    weighted: torch.Tensor,
+    read: torch.Tensor,
+    sketched: int,
+) -> Blocks:
+    """The same for blocks whose columns lie anywhere."""
     order = torch.argsort(grid.groups, stable=True)
     counts = torch.bincount(grid.groups, minlength=grid.blocks).tolist()
     inside, squared = [], []
     start = 0
-    for block, count in enumerate(counts):
+    for count in counts:
         columns = order[start : start + count]
         start += count
         part = values[:, columns]
-        if grid.offset is not None:
-            part = part - grid.offset[:, block : block + 1]
         inside.append(part @ read[columns])
-        weighted = part if metric is None else part * metric.diagonal[columns].to(part)
-        squared.append((part * weighted).sum(1))
+        squared.append((part * weighted[:, columns]).sum(1))
     return Blocks(torch.stack(inside, 1), torch.stack(squared, 1), sketched)
 
 

@@ -105,7 +105,7 @@ def matrix_of(held: Quantised, sides: Sequence[Sides]) -> Matrix:
         Part(str(number), 1.0, low_rank(_ref("up", up), _ref("down", down)))
         for number, (up, down) in enumerate(sides)
     ]
-    return Matrix(Site("layer"), _ref("weight", held.values()), F32, tuple(parts))
+    return Matrix(Site("layer"), _ref("weight", held.values()), F32, tuple(parts), packed=True)
 
 
 def _ref(name: str, tensor: torch.Tensor) -> TensorRef:

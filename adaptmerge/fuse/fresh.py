@@ -89,7 +89,7 @@ class Anew:
 
     def packing(self, name: str, matrix: Matrix) -> Packing:
         """A matrix as it is packed. Raises CannotStore for shapes that there is no room for."""
-        source, matrix = matrix.weight.source, replace(matrix, dtype=F32)
+        source, matrix = matrix.weight.source, replace(matrix, dtype=F32, packed=True)
         if isinstance(source, RoundTrip) and source.trained_on == self.fresh.name:
             return Packing(self._packed(name, source.ref), matrix, fresh=not matrix.parts)
         values = computed(Merged(matrix), name) if matrix.parts else matrix.weight

@@ -45,7 +45,8 @@ class Part:
 class Matrix:
     """A weight (out, in), what is added to it and the rows that are put in its place.
 
-    tokens: (row numbers, values). moments: of what flows into it, where that was measured.
+    tokens: (row numbers, values). moments: of what flows into it, where that was measured. packed: it is
+    stored as codes, so that float32 is far finer than what it is rounded to.
     """
 
     site: Site
@@ -54,6 +55,7 @@ class Matrix:
     parts: tuple[Part, ...] = ()
     tokens: tuple[tuple[tuple[int, ...], TensorRef], ...] = ()
     moments: Moments | None = None
+    packed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,7 +107,8 @@ class Delta:
 
 def working_dtype(matrix: Matrix) -> torch.dtype:
     """float64 where weights are stored as float32 or wider, so that rounding shows; else float32."""
-    return torch.float64 if matrix.dtype.bits >= 32 else torch.float32
+    wide = matrix.dtype.bits >= 32 and not matrix.packed
+    return torch.float64 if wide else torch.float32
 
 
 def _delta_of(matrix: Matrix) -> Delta:

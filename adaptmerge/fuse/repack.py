@@ -25,7 +25,7 @@ from adaptmerge.fuse.matrix import (
     row_factor,
     target_rows,
 )
-from adaptmerge.fuse.scales import FIT, KEEP, ONLY, SOLVE, Rows, fitted, solved
+from adaptmerge.fuse.scales import FIT, KEEP, ONLY, SOLVE, Rows, Settled, fitted, solved
 from adaptmerge.fuse.settle import AUTO, Choice
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
@@ -143,20 +143,24 @@ def _adaptive(
     chosen."""
     moves = here.moves(scales)
     if scales == ONLY:
-        settled = solved(here, before) if moves else here.with_codes(before)
+        settled = here.with_codes(before)
+        settled = solved(here, settled) if moves else settled
         return settled.rounded(keep=keep), settled.grid
     here = here.widened(before) if scales == SOLVE else here
     feed = feedback_of(matrix, here.strength(scales), ordered=True)
 
-    def on(grid: BlockGrid) -> Rounded:
+    def on(grid: BlockGrid, *, keep: bool) -> Rounded:
         return round_adaptive(here.target, grid, feed, own, keep=keep)
 
     if not moves:
-        return on(here.grid), here.grid
+        return on(here.grid, keep=keep), here.grid
     if scales == FIT:
-        settled = fitted(here, lambda grid: on(grid).codes)
+        settled = fitted(here, lambda grid: on(grid, keep=False).codes)
     else:
-        settled = solved(here, on(here.grid).codes)
+        found = on(here.grid, keep=True)
+        assert found.error is not None
+        assert found.inside is not None
+        settled = solved(here, Settled(found.codes, here.grid, found.error, found.inside))
     return settled.rounded(keep=keep), settled.grid
 
 

@@ -112,13 +112,12 @@ class Rows:
         return grid.values(codes, slice(0, codes.shape[1]), torch.empty_like(self.target))
 
 
-def solved(rows: Rows, codes: torch.Tensor) -> Settled:
+def solved(rows: Rows, before: Settled) -> Settled:
     """Codes with the scales that take their error in the basis to zero with least noise."""
-    before = rows.with_codes(codes)
-    blocks = blocks_of(rows.grid, rows.values(codes, rows.grid), rows.basis, rows.metric)
+    blocks = blocks_of(rows.grid, rows.target + before.error, rows.basis, rows.metric)
     wanted = solved_scales(rows.grid, blocks, rows.read(before))
     scale = stored_scales(wanted, rows.grid, blocks, rows.nearest)
-    after = rows.with_codes(codes, rows.grid.rescaled(scale))
+    after = rows.with_codes(before.codes, rows.grid.rescaled(scale))
     return before.where(_squared(after.inside) > _squared(before.inside), after)
 
 

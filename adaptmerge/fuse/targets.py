@@ -202,9 +202,8 @@ def _repacked(packed: Packed, change: Change) -> dict[str, Tensor]:
     if change.value is not None or change.tokens:
         raise CannotMerge(f"is stored whole by an adapter{QUANTISED_THERE}", where=str(change.site))
     weight = computed(Dequantised(packed), named(packed))
-    return tensors_of(
-        Packing(packed, Matrix(change.site, weight, weight.dtype, change.parts, change.tokens))
-    )
+    matrix = Matrix(change.site, weight, weight.dtype, change.parts, packed=True)
+    return tensors_of(Packing(packed, matrix))
 
 
 def _changes(plan: Plan, base: Base) -> dict[Place, Change]:
