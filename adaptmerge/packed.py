@@ -101,7 +101,8 @@ class Fresh:
     in a dtype; raises CannotStore for shapes that the layout has no room for. config: the
     quantization_config of a model of that dtype in which some linear layers stay as they are: those that
     the library leaves by itself, and others. conv1d: whether layers that are stored as (in, out) can be
-    quantised. mixed: whether loaders leave layers as they are that are chosen.
+    quantised. mixed: whether loaders leave layers as they are that are chosen. experts: whether they read
+    experts that are stored one by one, in full precision, beside quantised layers.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Fresh:
     config: Callable[[Kept, DType], Mapping[str, Any]]
     conv1d: bool = False
     mixed: bool = True
+    experts: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.data import Data
 from bench.shapes import BYTES, HIDDEN, SHAPES, TENSORS
-from bench.worker import RANK
+from bench.worker import RANK, WORKERS
 
 ROOT = Path(__file__).parent.parent
 ROUNDINGS = ("nearest", "adaptive")
@@ -86,6 +86,7 @@ def cases(data: Data, sizes: Sizes) -> list[Case]:
         *_fusing(data, sizes),
         *_fusing_memory(data, sizes),
         *_nf4(sizes),
+        *_nf4_model(data, sizes),
     ]
 
 
@@ -120,6 +121,7 @@ def rows(sizes: Sizes) -> list[Row]:
         Row("`--help`", "help", start, "python", "< 0.25 s"),
         *_fusing_rows(sizes),
         *_nf4_rows(sizes),
+        *_nf4_model_rows(sizes),
     ]
 
 
@@ -160,6 +162,15 @@ def _nf4_rows(sizes: Sizes) -> list[Row]:
             Row(f"NF4 site, {out}x{width}, rank {rank}", name, "rank 16", "nf4-site", goal)
             for name, (out, width, rank), goal in _nf4_others(size)
         ),
+    ]
+
+
+def _nf4_model_rows(sizes: Sizes) -> list[Row]:
+    title, memory = f"`fuse` into NF4, {sizes.model}", "memory-nf4-model"
+    two, one = f"{memory}-{WORKERS}", f"{memory}-1"
+    return [
+        Row(title, "nf4-model", "into bfloat16, adaptive", "fuse-adaptive", "-"),
+        Row(f"memory, {title}, {WORKERS} jobs", two, "one job", one, "< 1 GB"),
     ]
 
 
@@ -271,6 +282,20 @@ def _nf4(sizes: Sizes) -> list[Case]:
             Case(name, "s", partial(measure, "nf4-site", *sides), most)
             for name, sides, _ in _nf4_others(size)
         ),
+    ]
+
+
+def _nf4_model(data: Data, sizes: Sizes) -> list[Case]:
+    size, most = sizes.model, sizes.large_rounds
+
+    def measure(kind: str, jobs: int) -> float:
+        inputs = data.nf4_model(size), data.nf4_model_adapter(size)
+        return _worker(kind, str(jobs), data.output(kind), *inputs)
+
+    memory = "memory-nf4-model"
+    return [
+        Case("nf4-model", "s", partial(measure, "nf4-model", WORKERS), most),
+        *(Case(f"{memory}-{n}", "MB", partial(measure, memory, n), most) for n in (1, WORKERS)),
     ]
 
 

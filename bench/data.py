@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.models import make_model, make_model_adapter
+from bench.nf4_model import SCALE, make_nf4_model
 from bench.shapes import CONFIG, make_adapter, make_large, squares
 
 
@@ -39,6 +40,15 @@ class Data:
     def model_adapter(self, size: str) -> str:
         """An adapter of all linears of the model of that size."""
         return self._once(f"model-{size}-adapter", partial(make_model_adapter, size=size))
+
+    def nf4_model(self, size: str) -> str:
+        """A base model of that size in NF4."""
+        return self._once(f"nf4-{size}", partial(make_nf4_model, size=size), "config.json")
+
+    def nf4_model_adapter(self, size: str) -> str:
+        """An adapter of it, with larger deltas than that of the model in bfloat16."""
+        make = partial(make_model_adapter, size=size, scale=SCALE)
+        return self._once(f"nf4-{size}-adapter", make)
 
     def output(self, case: str) -> str:
         """Where a case may write."""

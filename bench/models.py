@@ -41,16 +41,22 @@ def make_model(folder: Path, *, size: str) -> Path:
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, shape in _tensors(size):
-        value = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator)
+    for name, value in drawn(size, generator):
         held = sum(t.nbytes for t in shards[-1].values())
         if held and held + value.numel() * 2 > SHARD:
             _save(folder, shards, len(shards) - 1)
             shards.append({})
-        shards[-1][name] = (value * 0.02 if len(shape) > 1 else value).to(torch.bfloat16)
+        shards[-1][name] = value.to(torch.bfloat16)
     _save(folder, shards, len(shards) - 1)
     _index(folder, size, len(shards))
     return folder
+
+
+def drawn(size: str, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, float32 values) of all tensors: matrices with a standard deviation of 0.02, norms of ones."""
+    for name, shape in _tensors(size):
+        matrix = len(shape) > 1
+        yield name, torch.randn(shape, generator=generator) * 0.02 if matrix else torch.ones(shape)
 
 
 def _tensors(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -77,7 +83,6 @@ def _save(folder: Path, shards: list[dict[str, torch.Tensor]], number: int) -> N
 def _index(folder: Path, size: str, count: int) -> None:
     from safetensors import safe_open
 
-    hidden, kv, ffn, layers, heads = SIZES[size]
     table, total = {}, 0
     for number in range(count):
         name = f"model-{number + 1:05}-of-{count:05}.safetensors"
@@ -87,7 +92,13 @@ def _index(folder: Path, size: str, count: int) -> None:
         total += (folder / name).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": table}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
+    (folder / "config.json").write_text(json.dumps(config(size)))
+
+
+def config(size: str) -> dict[str, object]:
+    """The config.json of a Llama of that size."""
+    hidden, kv, ffn, layers, heads = SIZES[size]
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
@@ -99,10 +110,10 @@ def _index(folder: Path, size: str, count: int) -> None:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
-def make_model_adapter(folder: Path, *, size: str) -> Path:
-    """A rank-16 LoRA on all linears of a model of that size, its deltas a thousandth of the weights."""
+def make_model_adapter(folder: Path, *, size: str, scale: float = 0.0016) -> Path:
+    """A rank-16 LoRA on all linears of a model of that size, its deltas a thousandth of the weights or, of
+    another scale of its factors, 400 times its square."""
     *_, layers, _ = SIZES[size]
-    return make_adapter(folder, layers=layers, shapes=shapes(size), scale=0.0016)
+    return make_adapter(folder, layers=layers, shapes=shapes(size), scale=scale)

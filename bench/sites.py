@@ -21,11 +21,16 @@ RATIO = 1e-2
 
 def adaptive(out: int, width: int, rank: int) -> float:
     """Seconds of adding a delta of that rank to an NF4 matrix: reading its codes, rounding, scales."""
+    site = packing(out, width, rank)
+    return _second(lambda: requantise(site, ADAPTIVE, SOLVE, 0))
+
+
+def packing(out: int, width: int, rank: int) -> Packing:
+    """An NF4 matrix, and a delta of that rank, a hundredth of it."""
     weight = _drawn(out, width)
     held = nf4(weight)
     sides = (_drawn(out, rank), _drawn(rank, width))
-    packing = Packing(held, matrix_of(held, scaled(held.values(), [sides], RATIO)))  # type: ignore[arg-type]
-    return _second(lambda: requantise(packing, ADAPTIVE, SOLVE, 0))
+    return Packing(held, matrix_of(held, scaled(held.values(), [sides], RATIO)))  # type: ignore[arg-type]
 
 
 def nearest(out: int, width: int) -> float:

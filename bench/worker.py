@@ -14,11 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from bench import algebra
 from bench.shapes import TENSORS
+
+if TYPE_CHECKING:
+    from bench.nf4_model import Cost
 
 WORKERS = 2
 SCALE = 1.0  # alpha / r = 2, times the weight 1/2
@@ -114,6 +118,24 @@ def nf4_bitsandbytes(out: str, width: str) -> float:
     from bench import sites
 
     return sites.bitsandbytes(int(out), int(width))
+
+
+def nf4_model(jobs: str, output: str, *inputs: str) -> float:
+    """Seconds of the command that fuses into a whole NF4 model, with its start."""
+    return _nf4_model(jobs, output, inputs).seconds
+
+
+def memory_nf4_model(jobs: str, output: str, *inputs: str) -> float:
+    """MB of anonymous memory at its peak, all of it."""
+    return _nf4_model(jobs, output, inputs).peak / 1e6
+
+
+def _nf4_model(jobs: str, output: str, inputs: Sequence[str]) -> Cost:
+    from bench import nf4_model
+
+    _settle(inputs, output)
+    base, adapter = inputs
+    return nf4_model.fused(base, adapter, Path(output), int(jobs))
 
 
 def _memory_of(work: Callable[[], object], output: str, inputs: Sequence[str]) -> float:
@@ -223,11 +245,11 @@ def _dropped(output: str) -> Iterator[None]:
 @contextmanager
 def _peak() -> Iterator[list[int]]:
     """The most bytes of anonymous memory seen so far, sampled until the block ends."""
-    peak, done = [_anonymous()], threading.Event()
+    peak, done = [anonymous()], threading.Event()
 
     def watch() -> None:
         while not done.wait(SAMPLING):
-            peak[0] = max(peak[0], _anonymous())
+            peak[0] = max(peak[0], anonymous())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -238,10 +260,17 @@ def _peak() -> Iterator[list[int]]:
         thread.join()
 
 
-def _anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def anonymous(process: int | str = "self") -> int:
+    """Bytes of anonymous memory that a process has, 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        lines = []
+    for line in lines:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
+    if process != "self":
+        return 0
     raise SystemExit("memory is measured on Linux only: /proc/self/status has no RssAnon here")
 
 
@@ -259,6 +288,8 @@ MEASURES: dict[str, Callable[..., float]] = {
     "nf4-site": nf4_site,
     "nf4-codes": nf4_codes,
     "nf4-bitsandbytes": nf4_bitsandbytes,
+    "nf4-model": nf4_model,
+    "memory-nf4-model": memory_nf4_model,
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from adaptmerge.carry import LICENCES, TOKENIZER
 from adaptmerge.files.dtypes import SPELLINGS
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
+from adaptmerge.fuse.fresh import QUANTISATION as ENTRY
 from adaptmerge.fuse.layout import INDEX, INDEXES, index_of
 from adaptmerge.fuse.options import SAME, WIDE
 from adaptmerge.fuse.plan import FusePlan
@@ -46,7 +47,7 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
     if _is_gguf(plan):
         return
     for name, source in carried(plan).items():
-        staging.path(name).write_bytes(source.read_bytes())
+        staging.path(name).write_bytes(_listing_plain(plan, name, source.read_bytes()))
     config = changed_config(plan)
     stored = plan.base.path / CONFIG
     gone = set(QUANTISATION if plan.options.quant != SAME else ()) - plan.targets.config.keys()
@@ -58,6 +59,23 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
     else:
         staging.path(CONFIG).write_bytes(stored.read_bytes())
     _write_index(plan, staging)
+
+
+def _listing_plain(plan: FusePlan, name: str, held: bytes) -> bytes:
+    """A file that goes along. One that says how AWQ quantised the base gets the list of layers that are
+    stored plainly: earlier versions of AutoAWQ look for it there, and not in config.json."""
+    before, after = plan.view.stored.config, plan.targets.config.get(ENTRY)
+    if name not in QUANTISERS or not isinstance(after, Mapping):
+        return held
+    try:
+        said = json.loads(held.decode("utf-8-sig"))
+    except ValueError:
+        return held
+    stored = before.get(ENTRY) or {}
+    changed = {key: value for key, value in after.items() if stored.get(key) != value}
+    if not isinstance(said, dict) or not changed:
+        return held
+    return (json.dumps({**said, **changed}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _is_gguf(plan: FusePlan) -> bool:

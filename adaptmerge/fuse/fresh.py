@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from adaptmerge import experts
+from adaptmerge.base import Base
 from adaptmerge.errors import CannotStore
 from adaptmerge.files.dtypes import BF16, F32, DType, widest
 from adaptmerge.files.refs import TensorRef, computed
@@ -123,9 +125,26 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
             f"--quant {name} is for linear layers, and {len(turned)} are Conv1D: use nf4 or int8",
             where=turned[0],
         )
+    if not way.experts:
+        _refuse_experts(base, name, held)
     stored = [ref.dtype for one in held if one not in view.packed and (ref := base.tensors[one])]
     usual = running_dtype(view.stored.config) or F32 if view.packed else widest(stored or [BF16])
     return Anew(way, held, asked or usual, tuple(layers.kept), lost)
+
+
+def _refuse_experts(base: Base, name: str, held: Mapping[str, str]) -> None:
+    """Raises CannotStore where experts would stay in full precision that no loader then finds."""
+    kept = [
+        one
+        for one in base.tensors
+        if one not in held and experts.matrix_of(one.removesuffix(".weight")) is not None
+    ]
+    if kept:
+        raise CannotStore(
+            f"--quant {name} leaves experts as they are, which transformers does not load beside packed "
+            "layers: use nf4, int8, fp8-channel or gptq-int4-g128",
+            where=kept[0],
+        )
 
 
 def tensors_of(packing: Packing) -> dict[str, Tensor]:

@@ -172,7 +172,8 @@ def _with_row_factor(
     factor = row_factor(packing.matrix, delta, rows) if wanted else None
     if factor is None or bool((factor.abs() < SMALLEST).any()):
         return grid, False
-    stored = packing.packed.nearest_scales(grid.scale * factor, rows)
+    scale = (grid.scale * factor).to(grid.scale.dtype)
+    stored = packing.packed.nearest_scales(scale, rows)
     if stored is None or grid.offset is not None:
         return grid, False
     return grid.rescaled(stored), True

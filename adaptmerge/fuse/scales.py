@@ -78,7 +78,8 @@ class Rows:
             return self
         reach = _largest(self.values(codes, self.grid), self.grid)
         factor = _largest(self.target, self.grid) / reach.clamp(min=TINY)
-        scale = self.nearest(self.grid.scale * torch.where(reach > 0, factor.clamp(min=1), 1.0))
+        factor = torch.where(reach > 0, factor.clamp(min=1), 1.0).to(self.grid.scale.dtype)
+        scale = self.nearest(self.grid.scale * factor)
         return self if scale is None else replace(self, grid=self.grid.rescaled(scale))
 
     def moves(self, scales: str) -> bool:

@@ -101,6 +101,8 @@ def _fresh(name: str, bits: int | None, group: int) -> Fresh:
         name,
         lambda module, values, dtype: _quantise(bits, group, module, values, dtype),
         lambda kept, _: _config(bits, group, kept),
+        experts=bits
+        is None,  # transformers 5.23 looks for packed ones only, whatever `ignore` names
     )
 
 

@@ -405,6 +405,21 @@ def test_what_cannot_be_quantised_so(
     assert len(caught.value.problems) == 14
 
 
+@pytest.mark.parametrize("quant", ["int4-g128", "int8-channel", "fp8-channel"])
+def test_packed_layers_beside_experts_that_stay_as_they_are(quant: str, tmp_path: Path) -> None:
+    """transformers takes experts of a packed checkpoint for packed ones, and finds none."""
+    MODELS["qwen3_moe"]().bfloat16().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    module = "model.layers.0.self_attn.o_proj"
+    given = lora(tmp_path / "base", module, tmp_path / "a")
+    if quant == "fp8-channel":
+        quantised(tmp_path / "base", given, tmp_path / "out", quant, allow=frozenset({"loss"}))
+        assert module in values(tmp_path / "out")
+        return
+    with pytest.raises(CannotStore, match="does not load beside packed layers: use nf4") as caught:
+        quantised(tmp_path / "base", given, tmp_path / "out", quant)
+    assert "model.layers.0.mlp.experts.0." in str(caught.value)
+
+
 def test_layers_that_are_not_stored_are_left_out(wide: Path, adapter: Path, tmp_path: Path) -> None:
     tensors = stored(wide)
     lost = "model.layers.0.mlp.gate_proj"

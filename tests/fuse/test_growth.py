@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +197,8 @@ def test_transformers_loads_the_plain_layers_as_such(
 def test_other_layouts_list_them_too(layout: str, key: str, tmp_path: Path) -> None:
     base = QUANTISED / layout
     expected = load_file(base / "expected.safetensors")
-    module, weight = next(iter(expected.items()))
-    generator = torch.Generator().manual_seed(0)
-    down = torch.randn(2, weight.shape[1], generator=generator)
-    up = torch.randn(weight.shape[0], 2, generator=generator)
-    up *= RATIO * float(weight.norm()) / float((up @ down).norm())
-    adapter = samples.write(tmp_path / "a", {module: (down, up)})
+    module, adapter = of_first(expected, tmp_path)
+    weight = expected[module]
     before = config(base).get(key) or ["lm_head"]
     fused(base, adapter, tmp_path / "out", max_growth=9.0, max_loss=1e-9, allow=frozenset({"loss"}))
     assert config(tmp_path / "out")[key] == [*before, module]
@@ -211,6 +208,42 @@ def test_other_layouts_list_them_too(layout: str, key: str, tmp_path: Path) -> N
     assert float((after[f"{module}.weight"].double() - wanted).norm()) < 4e-3 * float(wanted.norm())
     others = view_of(open_base(str(tmp_path / "out"))).packed
     assert others.keys() == {f"{name}.weight" for name in expected if name != module}
+
+
+def of_first(expected: dict[str, Tensor], folder: Path) -> tuple[str, Path]:
+    """A module of these and a LoRA of it alone."""
+    module, weight = next(iter(expected.items()))
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(2, weight.shape[1], generator=generator)
+    up = torch.randn(weight.shape[0], 2, generator=generator)
+    up *= RATIO * float(weight.norm()) / float((up @ down).norm())
+    return module, samples.write(folder / "a", {module: (down, up)})
+
+
+AUTO_AWQ = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
+
+
+@pytest.mark.parametrize(
+    "said", [AUTO_AWQ, {**AUTO_AWQ, "modules_to_not_convert": ["visual"]}, None]
+)
+def test_awq_lists_them_in_its_own_file_too(said: dict[str, Any] | None, tmp_path: Path) -> None:
+    """Earlier versions of AutoAWQ read modules_to_not_convert from quant_config.json alone."""
+    base, name = tmp_path / "base", "quant_config.json"
+    shutil.copytree(QUANTISED / "awq-gemm", base)
+    text = "none" if said is None else json.dumps(said)
+    (base / name).write_text(text)
+    module, adapter = of_first(load_file(base / "expected.safetensors"), tmp_path)
+    allowed: dict[str, Any] = {"max_loss": 1e-9, "allow": frozenset({"loss"})}
+    fused(base, adapter, tmp_path / "same", **allowed)
+    assert (tmp_path / "same" / name).read_text() == text
+    fused(base, adapter, tmp_path / "out", max_growth=9.0, **allowed)
+    written = (tmp_path / "out" / name).read_text()
+    if said is None:
+        assert written == text
+    else:
+        listed = config(tmp_path / "out")["modules_to_not_convert"]
+        assert module in listed
+        assert json.loads(written) == {**said, "modules_to_not_convert": listed}
 
 
 def test_all_layers_are_not_stored_plainly(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from adaptmerge import verify as library
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.fuse import FuseOptions, fuse
+from adaptmerge.fuse.scales import Rows
 from adaptmerge.inputs import InputSpec
 from adaptmerge.quantised import view_of
 
@@ -151,3 +152,16 @@ def test_scales_grow_where_the_sum_reaches_beyond_them(
     solved = with_lora(base, tmp_path / "solved", 0.5)
     assert solved.frob < (0.95 if kind == "nf4" else 0.8) * kept.frob
     assert solved.sub <= kept.sub
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scales_that_grow_stay_as_wide_as_they_are_stored(dtype: torch.dtype, nf4: Path) -> None:
+    """Wider ones would be rounded one by one, each with an R x R system per row: R^3 instead of R."""
+    packed = next(iter(view_of(open_base(str(nf4))).packed.values()))
+    whole = (0, packed.shape[0])
+    codes, grid = packed.grid(whole)
+    target = 2 * grid.values(codes, slice(0, packed.shape[1]), torch.empty(packed.shape)).to(dtype)
+    rows = Rows(packed, whole, grid, target, torch.eye(packed.shape[1], 4, dtype=dtype))
+    grown = rows.widened(codes).grid.scale
+    assert grown.dtype == grid.scale.dtype == torch.float32
+    assert torch.allclose(grown, 2 * grid.scale)
