@@ -144,6 +144,32 @@ class BlockGrid:
             return stored[:, start : start + 1]
         return stored[:, groups]
 
+    def reached(self, values: torch.Tensor) -> torch.Tensor:
+        """How far values (rows, in) reach towards an end of the grid in each block (rows, blocks): 1 is to
+        it, more is beyond; 0 where the scale is."""
+        least, most = self._extremes(values)
+        if self.offset is not None:
+            least, most = least - self.offset, most - self.offset
+        levels = torch.stack((least, most)) * self._inverse
+        low, high = (self.low, self.high) if self.table is None else self.table[[0, -1]].tolist()
+        zero = torch.zeros_like(self.scale) if self.zero is None else self.zero
+        above = torch.where(zero < high, levels.amax(0) / (high - zero), 0.0)
+        below = torch.where(zero > low, levels.amin(0) / (low - zero), 0.0)
+        return torch.maximum(above, below).clamp(min=0)
+
+    def _extremes(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest and the largest value (rows, blocks) of each block."""
+        size = values.shape[1] // self.blocks
+        if torch.equal(self.groups, torch.arange(values.shape[1]) // max(1, size)):
+            least, most = values.view(len(values), self.blocks, size).aminmax(dim=2)
+            return least, most
+        index, empty = self.groups.expand(len(values), -1), values.new_empty(self.scale.shape)
+        least, most = (
+            empty.scatter_reduce(1, index, values, how, include_self=False)
+            for how in ("amin", "amax")
+        )
+        return least, most
+
     def in_order(self, order: torch.Tensor) -> BlockGrid:
         """The grid of a matrix whose columns are these (in,) of this one."""
         return replace(self, groups=self.groups[order])
@@ -153,10 +179,15 @@ class BlockGrid:
         return replace(self, scale=scale)
 
 
+def take_up_all(blocks: int, directions: int) -> bool:
+    """Whether the scales of a row are enough to take up every error in some directions."""
+    return blocks >= EXACT * max(1, directions)
+
+
 def strength_for(blocks: int, width: int, directions: int) -> float:
     """The strength of feedback that leaves least noise when scales are solved for afterwards; without
     enough of them that of feedback alone."""
-    if blocks < EXACT * max(1, directions) or blocks <= directions + 1:
+    if not take_up_all(blocks, directions) or blocks <= directions + 1:
         return SOFT
     return width * blocks / (blocks - directions - 1)
 
@@ -258,7 +289,7 @@ def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.
     directions = p.shape[2]
     size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
     eye = torch.eye(directions, dtype=torch.float64)
-    ridge = 1 / SOFT if grid.blocks < EXACT * directions else 0.0
+    ridge = 0.0 if take_up_all(grid.blocks, directions) else 1 / SOFT
     gram = gram + (ridge + 1e-12 * size) * eye
     along = torch.linalg.solve(gram, state.double())
     change = -torch.einsum("nbr,nr->nb", p, along) * weight

@@ -144,7 +144,7 @@ def _adaptive(
     if scales == ONLY:
         settled = solved(here, before) if moves else here.with_codes(before)
         return settled.rounded(keep=keep), settled.grid
-    here = here.widened(before) if scales == SOLVE else here
+    here = here.stretched(before) if scales == SOLVE else here
     feed = feedback_of(matrix, here.strength(scales), ordered=True)
 
     def on(grid: BlockGrid) -> Rounded:
