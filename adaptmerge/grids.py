@@ -68,7 +68,8 @@ class BlockGrid:
 
     table: ascending levels, whose codes are their places; None for the whole numbers low..high, whose codes
     are level - low. scale, zero, offset: (rows, blocks) in working precision; where blocks do not end with
-    rows, (rows, in). groups: the block of each column (in,).
+    rows, (rows, in). groups: the block of each column (in,). across: the size of blocks that run across
+    rows, if their scales can be any and these rows are those of whole blocks; else 0.
     """
 
     scale: torch.Tensor
@@ -78,6 +79,7 @@ class BlockGrid:
     high: int = 0
     zero: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    across: int = 0
 
     @property
     def blocks(self) -> int:
@@ -158,7 +160,9 @@ class BlockGrid:
         return torch.maximum(above, below).clamp(min=0)
 
     def _extremes(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The smallest and the largest value (rows, blocks) of each block."""
+        """The smallest and the largest value of each block, as scales are held."""
+        if self.across:
+            return self._extremes_across(values)
         size = values.shape[1] // self.blocks
         if torch.equal(self.groups, torch.arange(values.shape[1]) // max(1, size)):
             least, most = values.view(len(values), self.blocks, size).aminmax(dim=2)
@@ -167,6 +171,16 @@ class BlockGrid:
         least, most = (
             empty.scatter_reduce(1, index, values, how, include_self=False)
             for how in ("amin", "amax")
+        )
+        return least, most
+
+    def _extremes_across(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest and the largest value (rows, in) of the block that each entry is in."""
+        short = -values.numel() % self.across  # the last block of a weight may be
+        flat = torch.cat((values.flatten(), values.flatten()[-1:].expand(short)))
+        least, most = (
+            found.repeat_interleave(self.across)[: values.numel()].view(values.shape)
+            for found in flat.view(-1, self.across).aminmax(dim=1)
         )
         return least, most
 

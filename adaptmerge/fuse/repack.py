@@ -41,6 +41,7 @@ from adaptmerge.rounding import (
 
 SMALLEST = 1e-3  # a factor that a scale is multiplied by: 0 would leave nothing to choose codes for
 SAMPLE = 64  # rows that a prediction looks at
+BLOCK = 64  # entries of the blocks that may run across rows
 
 
 class Packing(NamedTuple):
@@ -82,7 +83,7 @@ def requantise(packing: Packing, rounding: str, scales: str, seed: int) -> Requa
     """All rows of a packed weight, some at a time."""
     found = [
         requantise_rows(packing, rows, rounding, scales, seed)
-        for rows in packing.matrix.row_ranges()
+        for rows in packing.matrix.row_ranges(BLOCK)
     ]
     total = found[0].measured
     for one in found[1:]:

@@ -84,7 +84,8 @@ class Rows:
         before = self.grid.reached(self.values(codes, self.grid))
         factor = self.grid.reached(self.target) / before.clamp(min=TINY)
         factor = torch.where(before > 0, factor.clamp(min=LEAST), 1.0)
-        scale = self.nearest(self.grid.scale * factor.to(self.grid.scale.dtype))
+        wanted = self.grid.scale * factor.to(self.grid.scale.dtype)
+        scale = wanted if self.grid.across else self.nearest(wanted)
         return self if scale is None else replace(self, grid=self.grid.rescaled(scale))
 
     def moves(self, scales: str) -> bool:

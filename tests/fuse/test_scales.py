@@ -18,7 +18,7 @@ from torch import Tensor
 from adaptmerge import verify as library
 from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, UsageError
-from adaptmerge.fuse import FuseOptions, fuse
+from adaptmerge.fuse import FuseOptions, fuse, matrix
 from adaptmerge.fuse.scales import Rows
 from adaptmerge.grids import BlockGrid
 from adaptmerge.inputs import InputSpec
@@ -193,6 +193,25 @@ def test_a_scale_per_row_is_that_of_the_sum(tmp_path: Path) -> None:
 def test_nothing_added_changes_nothing(narrow: Path, tmp_path: Path) -> None:
     with_lora(narrow, tmp_path, 0.0, RANK)
     assert (tmp_path / "out" / FILE).read_bytes() == (narrow / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 17 * 344])
+def test_scales_of_blocks_across_rows(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of the sum, whether all rows are settled at once or some; the last block is short."""
+    monkeypatch.setattr(matrix, "PIECE", piece)
+    base = layer(tmp_path / "base", "nf4", 131, 344)
+    kept = with_lora(base, tmp_path / "kept", 0.3, 8, scales="keep")
+    solved = with_lora(base, tmp_path / "solved", 0.3, 8)
+    flat = (solved.before + solved.delta).flatten()
+    short = -len(flat) % BLOCK
+    assert short > 0
+    target = torch.nn.functional.pad(flat, (0, short)).view(-1, BLOCK).abs().amax(1)
+    after = stored(tmp_path / "solved" / "out")["weight.absmax"].double()
+    assert solved.sub < 0.9 * kept.sub
+    assert solved.frob < 0.95 * kept.frob
+    assert torch.allclose(after, target, rtol=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
