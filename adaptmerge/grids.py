@@ -70,7 +70,8 @@ class BlockGrid:
 
     table: ascending levels, whose codes are their places; None for the whole numbers low..high, whose codes
     are level - low. scale, zero, offset: (rows, blocks) in working precision; where blocks do not end with
-    rows, (rows, in). groups: the block of each column (in,).
+    rows, (rows, in). groups: the block of each column (in,). across: the size of blocks that run across
+    rows, if their scales can be any and these rows are those of whole blocks; else 0.
     """
 
     scale: torch.Tensor
@@ -80,6 +81,7 @@ class BlockGrid:
     high: int = 0
     zero: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    across: int = 0
 
     @property
     def blocks(self) -> int:
@@ -157,6 +159,43 @@ class BlockGrid:
         spread = stored[:, first:last, None].expand(-1, -1, width).reshape(len(stored), -1)
         return spread[:, start - first * width : stop - first * width]
 
+    def reached(self, values: torch.Tensor) -> torch.Tensor:
+        """How far values (rows, in) reach towards an end of the grid in each block (rows, blocks): 1 is to
+        it, more is beyond; 0 where the scale is."""
+        least, most = self._extremes(values)
+        if self.offset is not None:
+            least, most = least - self.offset, most - self.offset
+        levels = torch.stack((least, most)) * self._inverse
+        low, high = (self.low, self.high) if self.table is None else self.table[[0, -1]].tolist()
+        zero = torch.zeros_like(self.scale) if self.zero is None else self.zero
+        above = torch.where(zero < high, levels.amax(0) / (high - zero), 0.0)
+        below = torch.where(zero > low, levels.amin(0) / (low - zero), 0.0)
+        return torch.maximum(above, below).clamp(min=0)
+
+    def _extremes(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest and the largest value of each block, as scales are held."""
+        if self.across:
+            return self._extremes_across(values)
+        if self.width is not None:
+            least, most = values.view(len(values), self.blocks, -1).aminmax(dim=2)
+            return least, most
+        index, empty = self.groups.expand(len(values), -1), values.new_empty(self.scale.shape)
+        least, most = (
+            empty.scatter_reduce(1, index, values, how, include_self=False)
+            for how in ("amin", "amax")
+        )
+        return least, most
+
+    def _extremes_across(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest and the largest value (rows, in) of the block that each entry is in."""
+        short = -values.numel() % self.across  # the last block of a weight may be
+        flat = torch.cat((values.flatten(), values.flatten()[-1:].expand(short)))
+        least, most = (
+            found.repeat_interleave(self.across)[: values.numel()].view(values.shape)
+            for found in flat.view(-1, self.across).aminmax(dim=1)
+        )
+        return least, most
+
     def in_order(self, order: torch.Tensor) -> BlockGrid:
         """The grid of a matrix whose columns are these (in,) of this one."""
         return replace(self, groups=self.groups[order])
@@ -166,10 +205,15 @@ class BlockGrid:
         return replace(self, scale=scale)
 
 
+def take_up_all(blocks: int, directions: int) -> bool:
+    """Whether the scales of a row are enough to take up every error in some directions."""
+    return blocks >= EXACT * max(1, directions)
+
+
 def strength_for(blocks: int, width: int, directions: int) -> float:
     """The strength of feedback that leaves least noise when scales are solved for afterwards; without
     enough of them that of feedback alone."""
-    if blocks < EXACT * max(1, directions) or blocks <= directions + 1:
+    if not take_up_all(blocks, directions) or blocks <= directions + 1:
         return SOFT
     return width * blocks / (blocks - directions - 1)
 
@@ -298,9 +342,10 @@ def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.
     weight = torch.where(squared > 0, 1 / squared, torch.zeros_like(squared))
     gram = torch.einsum("nbr,nb,nbs->nrs", p, weight, p)
     size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
-    strength = SOFT if grid.blocks < EXACT * found.directions else math.inf
+    exact = take_up_all(grid.blocks, found.directions)
     eye = torch.eye(p.shape[2], dtype=torch.float64)
-    gram = gram + slack(found.sketched, found.directions, strength).diag() + 1e-12 * size * eye
+    ridge = slack(found.sketched, found.directions, math.inf if exact else SOFT).diag()
+    gram = gram + ridge + 1e-12 * size * eye
     along = torch.linalg.solve(gram, state.double())
     change = -torch.einsum("nbr,nr->nb", p, along) * weight
     return (grid.scale * (1 + change.clamp(-MOST, MOST))).to(grid.scale.dtype)

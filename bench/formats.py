@@ -75,8 +75,15 @@ class Quantised:
             self.whole.low,
             self.whole.high,
             None if zero is None else zero[part],
+            across=self.whole.across if self._are_whole(rows) else 0,
         )
         return self.codes[part], grid
+
+    def _are_whole(self, rows: tuple[int, int]) -> bool:
+        """Whether no block is cut that runs across rows."""
+        block = max(1, self.whole.across)
+        ends = [row * self.shape[1] % block == 0 for row in rows]
+        return ends[0] and (ends[1] or rows[1] == self.shape[0])
 
     def pack(self, codes: torch.Tensor, grid: BlockGrid) -> dict[str, torch.Tensor]:
         raise NotImplementedError("is in memory only")
@@ -109,7 +116,8 @@ def _four_bits(weight: torch.Tensor, kind: str, table: Table) -> Quantised:
     if width % BNB_BLOCK:
         entries = torch.arange(weight.numel()) // BNB_BLOCK
         scale = state.absmax[entries].view(weight.shape)
-        return Quantised(codes, BlockGrid(scale, torch.arange(width), levels), None)
+        grid = BlockGrid(scale, torch.arange(width), levels, across=BNB_BLOCK)
+        return Quantised(codes, grid, None)
     scale = state.absmax.view(len(weight), -1)
     return Quantised(codes, BlockGrid(scale, _groups(width, BNB_BLOCK), levels), _wide)
 

@@ -73,10 +73,13 @@ class Matrix:
         own = [ref for part in self.parts for ref in refs_of(part.factor)]
         return [ref for ref in own if ref != self.weight] + [ref for _, ref in self.tokens]
 
-    def row_ranges(self) -> list[tuple[int, int]]:
-        """The rows that are worked on at once, in order; they do not depend on the number of workers."""
+    def row_ranges(self, block: int = 1) -> list[tuple[int, int]]:
+        """The rows that are worked on at once, in order; they do not depend on the number of workers. They
+        end where blocks do that run across rows, unless these are larger than what is worked on."""
         rows, columns = self.shape
         step = rows if self.whole else max(1, PIECE // max(1, columns))
+        whole = block // math.gcd(block, max(1, columns))
+        step -= step % whole if step >= whole else 0
         return [(start, min(rows, start + step)) for start in range(0, rows, max(1, step))]
 
 

@@ -42,6 +42,7 @@ from adaptmerge.rounding import (
 
 SMALLEST = 1e-3  # a factor that a scale is multiplied by: 0 would leave nothing to choose codes for
 SAMPLE = 64  # rows that a prediction looks at
+BLOCK = 64  # entries of the blocks that may run across rows
 
 
 class Packing(NamedTuple):
@@ -83,7 +84,7 @@ def requantise(packing: Packing, rounding: str, scales: str, seed: int) -> Requa
     """All rows of a packed weight, some at a time."""
     found = [
         requantise_rows(packing, rows, rounding, scales, seed)
-        for rows in packing.matrix.row_ranges()
+        for rows in packing.matrix.row_ranges(BLOCK)
     ]
     total = found[0].measured
     for one in found[1:]:
@@ -146,7 +147,7 @@ def _adaptive(
         settled = here.with_codes(before)
         settled = solved(here, settled) if moves else settled
         return settled.rounded(keep=keep), settled.grid
-    here = here.widened(before) if scales == SOLVE else here
+    here = here.stretched(before) if scales == SOLVE else here
     feed = feedback_of(matrix, here.strength(scales), ordered=True)
 
     def on(grid: BlockGrid, *, keep: bool) -> Rounded:

@@ -18,6 +18,7 @@ from adaptmerge.grids import (
     solved_scales,
     stored_scales,
     strength_for,
+    take_up_all,
 )
 from adaptmerge.lazy import torch
 from adaptmerge.metric import Metric
@@ -27,6 +28,7 @@ from adaptmerge.rounding import Rounded
 KEEP, FIT, SOLVE, ONLY = "keep", "fit", "solve", "only"
 SCALES = (KEEP, FIT, SOLVE, ONLY)
 TINY = 1e-30
+LEAST = 1e-3  # a factor of a scale: with 0 there would be nothing to choose codes for
 EXACT = (SOLVE, ONLY)  # those that take an error to zero
 
 
@@ -71,15 +73,21 @@ class Rows:
         """The storable scales nearest to these; None where they are not free."""
         return self.packed.nearest_scales(scale, self.rows)
 
-    def widened(self, codes: torch.Tensor) -> Rows:
-        """The rows on scales by which the target fits into the grid, where it reaches beyond what the codes
-        stand for and scales are free: what is cut off is cut off by feedback, too."""
-        if self.grid.zero is not None or self.grid.offset is not None:
+    def stretched(self, codes: torch.Tensor) -> Rows:
+        """The rows on scales with which the target reaches as far into each block's grid as codes do now,
+        where scales are free: what lies beyond an end is cut off, and feedback cannot make up for it.
+
+        A grid with zeros grows for one end and gets coarser towards the other: where scales take up all
+        errors afterwards, that costs more than what is cut off.
+        """
+        shifted = self.grid.zero is not None or self.grid.offset is not None
+        if shifted and take_up_all(self.grid.blocks, self.basis.shape[1]):
             return self
-        reach = _largest(self.values(codes, self.grid), self.grid)
-        factor = _largest(self.target, self.grid) / reach.clamp(min=TINY)
-        factor = torch.where(reach > 0, factor.clamp(min=1), 1.0).to(self.grid.scale.dtype)
-        scale = self.nearest(self.grid.scale * factor)
+        before = self.grid.reached(self.values(codes, self.grid))
+        factor = self.grid.reached(self.target) / before.clamp(min=TINY)
+        factor = torch.where(before > 0, factor.clamp(min=LEAST), 1.0)
+        wanted = self.grid.scale * factor.to(self.grid.scale.dtype)
+        scale = wanted if self.grid.across else self.nearest(wanted)
         return self if scale is None else replace(self, grid=self.grid.rescaled(scale))
 
     def moves(self, scales: str) -> bool:
@@ -137,13 +145,6 @@ def fitted(rows: Rows, codes_on: Callable[[BlockGrid], torch.Tensor]) -> Settled
     after = rows.with_codes(codes_on(grid), grid)
     worse = _squared(after.error) > _squared(before.error)
     return before.where(worse | (_squared(after.inside) > _squared(before.inside)), after)
-
-
-def _largest(values: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """The largest magnitude (rows, blocks) in each block."""
-    found = values.new_zeros(grid.scale.shape)
-    groups = grid.groups.expand(len(values), -1)
-    return found.scatter_reduce_(1, groups, values.abs(), "amax")
 
 
 def _squared(error: torch.Tensor) -> torch.Tensor:

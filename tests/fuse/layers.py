@@ -63,9 +63,9 @@ def values(folder: Path) -> Tensor:
     state = next(value for name, value in tensors.items() if "bitsandbytes__" in name)
     said = json.loads(bytes(state.tolist()))
     pairs = tensors["weight"].view(-1)
-    codes = torch.stack((pairs >> 4, pairs & 15), 1).view(-1, said["blocksize"]).int()
-    levels = tensors["weight.quant_map"].double()[codes]
-    flat: Tensor = levels * tensors["weight.absmax"].double()[:, None]
+    codes = torch.stack((pairs >> 4, pairs & 15), 1).flatten().int()
+    scale = tensors["weight.absmax"].double().repeat_interleave(said["blocksize"])[: len(codes)]
+    flat: Tensor = tensors["weight.quant_map"].double()[codes] * scale
     return flat.view(*said["shape"])
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from adaptmerge.base import Base
 from adaptmerge.errors import InputError
+from adaptmerge.files.dtypes import F32
 from adaptmerge.files.refs import TensorRef
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
@@ -84,11 +85,22 @@ class FourBit:
         scale = self._scales()
         if self._straddles:
             entries = torch.arange(first, last) // block
-            grid = BlockGrid(scale[entries].view(-1, width), torch.arange(width), table)
+            part, groups = scale[entries].view(-1, width), torch.arange(width)
+            grid = BlockGrid(part, groups, table, across=block if self._are_whole(rows) else 0)
         else:
             part = scale.view(-1, width // block)[slice(*rows)]
             grid = BlockGrid(part, torch.arange(width) // block, table)
         return codes, grid
+
+    @property
+    def _moves_across(self) -> bool:
+        """Whether scales of blocks across rows can be any number."""
+        return self._straddles and self.nested is None and self.absmax.dtype == F32
+
+    def _are_whole(self, rows: tuple[int, int]) -> bool:
+        """Whether rows are those of whole blocks, whose scales can be any number."""
+        ends = [row * self.shape[1] % self.state.block == 0 for row in rows]
+        return self._moves_across and ends[0] and (ends[1] or rows[1] == self.shape[0])
 
     def _order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The codes by ascending value, and these values."""
@@ -128,8 +140,8 @@ class FourBit:
         raw = (nibbles[:, 0] << 4) | nibbles[:, 1]
         stored = raw.view(self.weight.dtype.torch).view(self.weight.shape)
         found = {self._name(""): stored}
-        if not self._straddles:
-            absmax = grid.scale.flatten()
+        if not self._straddles or self._moves_across:
+            absmax = grid.scale.flatten()[:: self.state.block if self._straddles else 1]
             kept = (
                 absmax.to(self.absmax.dtype.torch) if self.nested is None else self._coded(absmax)
             )
