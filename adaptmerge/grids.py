@@ -18,6 +18,7 @@ MOST_CELLS = 4096  # beyond these a search is as fast
 EXACT = 1.5  # blocks per direction from which on the scales can take up every error
 SOFT = 1e4  # strength of a solve that cannot: more would cost noise
 MOST = 0.5  # the largest relative change of a scale
+NOTHING = 1e-12  # of the sizes in a system that is solved, so that it can be
 TURNS = 8  # a part of the blocks that are left whose scales are rounded together
 
 
@@ -338,14 +339,25 @@ def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.
     The solution of least noise of sum over b of d_b p_b = -state for relative changes d; a ridge where
     there are too few blocks, and along a sketch, where an error counts but need not be zero.
     """
-    p, squared = found.inside.double(), found.squared.double()
-    weight = torch.where(squared > 0, 1 / squared, torch.zeros_like(squared))
-    gram = torch.einsum("nbr,nb,nbs->nrs", p, weight, p)
-    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
+    squared = found.squared.double()
+    size = torch.where(squared > 0, squared.rsqrt(), torch.zeros_like(squared))
+    along = found.inside.double() * size[:, :, None]
     exact = take_up_all(grid.blocks, found.directions)
-    eye = torch.eye(p.shape[2], dtype=torch.float64)
-    ridge = slack(found.sketched, found.directions, math.inf if exact else SOFT).diag()
-    gram = gram + ridge + 1e-12 * size * eye
-    along = torch.linalg.solve(gram, state.double())
-    change = -torch.einsum("nbr,nr->nb", p, along) * weight
+    ridge = slack(found.sketched, found.directions, math.inf if exact else SOFT)
+    change = -size * _least_change(along, ridge, state.double())
     return (grid.scale * (1 + change.clamp(-MOST, MOST))).to(grid.scale.dtype)
+
+
+def _least_change(along: torch.Tensor, ridge: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """x (rows, n) with the least |x|^2 + y diag(1 / ridge) y^T, y = A^T x - state, for A (rows, n, m); by
+    whichever of n and m is smaller."""
+    mean = along.square().sum(1).mean(1).clamp(min=1e-30)
+    loose = ridge + NOTHING * mean[:, None]
+    if along.shape[1] < along.shape[2] and bool((ridge > 0).all()):
+        weak = along / loose[:, None, :]
+        gram = weak @ along.transpose(1, 2)
+        gram.diagonal(dim1=1, dim2=2).add_(1)
+        return torch.linalg.solve(gram, torch.einsum("nbr,nr->nb", weak, state))
+    gram = along.transpose(1, 2) @ along
+    gram.diagonal(dim1=1, dim2=2).add_(loose)
+    return torch.einsum("nbr,nr->nb", along, torch.linalg.solve(gram, state))

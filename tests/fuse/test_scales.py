@@ -20,7 +20,7 @@ from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.fuse import FuseOptions, fuse, matrix
 from adaptmerge.fuse.scales import Rows
-from adaptmerge.grids import BlockGrid
+from adaptmerge.grids import BlockGrid, _least_change
 from adaptmerge.inputs import InputSpec
 from adaptmerge.quantised import view_of
 
@@ -266,3 +266,21 @@ def beyond(grid: BlockGrid, target: Tensor) -> Tensor:
     over = [(target - origin) / (end - origin) for end in ends]
     moved = [(end - origin).abs() > 1e-3 * reach for end in ends]
     return torch.stack([torch.where(m, o, 0.0) for m, o in zip(moved, over, strict=True)]).max() - 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "directions", "sketched"), [(5, 16, 0), (20, 4, 8), (64, 16, 0)]
+)
+def test_scales_solve_a_least_squares_problem(blocks: int, directions: int, sketched: int) -> None:
+    """As torch.linalg.lstsq solves it, the ridge written out as rows; by either side of the system."""
+    random = torch.Generator().manual_seed(blocks)
+    along = torch.randn(6, blocks, sketched + directions, generator=random, dtype=torch.float64)
+    state = torch.randn(6, sketched + directions, generator=random, dtype=torch.float64)
+    ridge = torch.cat([torch.ones(sketched), torch.full((directions,), 1e-4)]).double()
+    found = _least_change(along, ridge, state)
+    for row in range(6):
+        weighted = along[row].T / ridge.sqrt()[:, None]
+        system = torch.cat([torch.eye(blocks, dtype=torch.float64), weighted])
+        wanted = torch.cat([torch.zeros(blocks), state[row] / ridge.sqrt()])
+        best = torch.linalg.lstsq(system, wanted[:, None]).solution[:, 0]
+        assert torch.allclose(found[row], best, rtol=1e-6, atol=1e-8)
