@@ -105,10 +105,11 @@ def measure(
         tensors = {
             name: scratch.put(value, name)
             for module, one in heard.items()
+            if one.tokens
             for name, value in one.tensors(module).items()
         }
         write_safetensors(path, tensors, said)
-    return Measured(pieces.numel(), len(heard))
+    return Measured(pieces.numel(), sum(one.tokens > 0 for one in heard.values()))
 
 
 def pieces_of(base: Base, text: Path, most: int) -> torch.Tensor:
@@ -199,7 +200,8 @@ class _Ears:
         """The hook of one module of the checkpoint."""
 
         def hear(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-            self._take(module, given[0])
+            if given:
+                self._take(module, given[0])
 
         return hear
 

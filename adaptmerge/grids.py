@@ -357,7 +357,8 @@ def _least_change(along: torch.Tensor, ridge: torch.Tensor, state: torch.Tensor)
         weak = along / loose[:, None, :]
         gram = weak @ along.transpose(1, 2)
         gram.diagonal(dim1=1, dim2=2).add_(1)
-        return torch.linalg.solve(gram, torch.einsum("nbr,nr->nb", weak, state))
+        found: torch.Tensor = torch.linalg.solve(gram, torch.einsum("nbr,nr->nb", weak, state))
+        return found
     gram = along.transpose(1, 2) @ along
     gram.diagonal(dim1=1, dim2=2).add_(loose)
     return torch.einsum("nbr,nr->nb", along, torch.linalg.solve(gram, state))

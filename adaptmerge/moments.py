@@ -141,7 +141,7 @@ class Accumulated:
     """The moments of inputs that arrive some at a time, in memory that does not grow with them."""
 
     def __init__(self, rank: int = RANK) -> None:
-        self._rank, self._tokens = rank, 0
+        self._rank, self.tokens = rank, 0
         self._squares: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
 
@@ -154,13 +154,13 @@ class Accumulated:
             self._squares = squares if self._squares is None else self._squares + squares
             held = part if self._rows is None else torch.cat([self._rows, part])
             self._rows = leading_rows(held, room)
-        self._tokens += inputs.shape[0]
+        self.tokens += inputs.shape[0]
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """What is stored of them, float32: means over tokens."""
         assert self._squares is not None and self._rows is not None
-        found = {f"{module}.{MEAN_SQUARE}": self._squares / self._tokens}
+        found = {f"{module}.{MEAN_SQUARE}": self._squares / self.tokens}
         if self._rank:
-            sketch = leading_rows(self._rows, self._rank) / self._tokens**0.5
+            sketch = leading_rows(self._rows, self._rank) / self.tokens**0.5
             found[f"{module}.{SKETCH}"] = sketch
         return {name: value.to(F32.torch).contiguous() for name, value in found.items()}
