@@ -11,7 +11,7 @@ from adaptmerge import runtime, verify
 from adaptmerge.base import open_base
 from adaptmerge.inputs import InputSpec, open_input
 from adaptmerge.merge import combine
-from adaptmerge.verify.forward import device_named
+from adaptmerge.runtime.models import device_named
 
 pytestmark = pytest.mark.gpu
 
