@@ -291,21 +291,20 @@ def stored_scales(
     along = (
         found.inside.double() * (grid.scale.sign() / (scale * size.clamp(min=1e-30)))[:, :, None]
     )
-    rest = torch.einsum("nbr,nbs->nrs", along, along)
-    rest = rest + slack(found.sketched, found.directions, SOFT).diag()
+    ridge = slack(found.sketched, found.directions, SOFT)
+    gram = along.transpose(1, 2) @ along
     state = torch.zeros(along.shape[0], along.shape[2], dtype=torch.float64)
     result = wanted.clone()
     for start, stop in _turns(grid.blocks):
         part = along[:, start:stop]
-        gains = torch.linalg.solve(rest, part.transpose(1, 2))
-        pull = torch.einsum("nrb,nr->nb", gains, state) / size[:, start:stop].clamp(min=1e-30)
-        result[:, start:stop] -= pull.to(result.dtype)
+        change = _least_change(along[:, start:], ridge, state, gram)[:, : stop - start]
+        result[:, start:stop] -= (change / size[:, start:stop].clamp(min=1e-30)).to(result.dtype)
         stored = nearest(result)
         assert stored is not None
         result[:, start:stop] = stored[:, start:stop]
         off = (stored - wanted)[:, start:stop].double() * size[:, start:stop]
         state += torch.einsum("nb,nbr->nr", off, part)
-        rest = rest - torch.einsum("nbr,nbs->nrs", part, part)
+        gram -= part.transpose(1, 2) @ part
     return result
 
 
@@ -348,9 +347,14 @@ def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.
     return (grid.scale * (1 + change.clamp(-MOST, MOST))).to(grid.scale.dtype)
 
 
-def _least_change(along: torch.Tensor, ridge: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+def _least_change(
+    along: torch.Tensor,
+    ridge: torch.Tensor,
+    state: torch.Tensor,
+    square: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x (rows, n) with the least |x|^2 + y diag(1 / ridge) y^T, y = A^T x - state, for A (rows, n, m); by
-    whichever of n and m is smaller."""
+    whichever of n and m is smaller. square: A^T A, where it is known."""
     mean = along.square().sum(1).mean(1).clamp(min=1e-30)
     loose = ridge + NOTHING * mean[:, None]
     if along.shape[1] < along.shape[2] and bool((ridge > 0).all()):
@@ -359,6 +363,6 @@ def _least_change(along: torch.Tensor, ridge: torch.Tensor, state: torch.Tensor)
         gram.diagonal(dim1=1, dim2=2).add_(1)
         found: torch.Tensor = torch.linalg.solve(gram, torch.einsum("nbr,nr->nb", weak, state))
         return found
-    gram = along.transpose(1, 2) @ along
+    gram = along.transpose(1, 2) @ along if square is None else square.clone()
     gram.diagonal(dim1=1, dim2=2).add_(loose)
     return torch.einsum("nbr,nr->nb", along, torch.linalg.solve(gram, state))

@@ -85,7 +85,7 @@ def fuse(
         return _fuse(base, specs, output, options, progress)
     assert options.calibration is not None
     unread = plan_fusion(base, specs, replace(options, calibration=None, max_growth=0.0))
-    with moments_of_text(options.calibration, unread.base, unread.shards) as measured:
+    with moments_of_text(options.calibration, unread.base, unread.shards, progress) as measured:
         return _fuse(base, specs, output, replace(options, calibration=measured), progress)
 
 

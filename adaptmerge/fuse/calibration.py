@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,12 +126,15 @@ def inputs_of(calibration: str | None, base: Base) -> Inputs:
 
 
 @contextmanager
-def moments_of_text(text: str, base: Base, shards: Sequence[Shard]) -> Iterator[str]:
+def moments_of_text(
+    text: str, base: Base, shards: Sequence[Shard], progress: Callable[[int, int], None]
+) -> Iterator[str]:
     """A file, while the block runs, with the moments of the inputs of all layers that are fused into."""
     from adaptmerge.calibrate import Calibration, measure
 
     only = {base.locate(matrix.site.module) or "" for matrix in linears_of(shards)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"moments{STORED}"
-        measure(base, Path(text), path, Path(folder) / "values", Calibration(), only=only)
+        values = Path(folder) / "values"
+        measure(base, Path(text), path, values, Calibration(), progress, only)
         yield str(path)
