@@ -19,6 +19,11 @@ EXACT = 1.5  # blocks per direction from which on the scales can take up every e
 SOFT = 1e4  # strength of a solve that cannot: more would cost noise
 MOST = 0.5  # the largest relative change of a scale
 NOTHING = 1e-12  # of the sizes in a system that is solved, so that it can be
+PROBES, APART = (
+    8,
+    4e-3,
+)  # where storable scales are looked for, and how far apart, relative to the scale
+TINY = 1e-30
 TURNS = 8  # a part of the blocks that are left whose scales are rounded together
 
 
@@ -280,32 +285,61 @@ def stored_scales(
     nearest: Callable[[torch.Tensor], torch.Tensor | None],
 ) -> torch.Tensor:
     """Storable scales near the wanted ones (rows, blocks): those, or rounded with the errors of earlier
-    blocks made up for by later ones, by the same recursion as codes."""
+    blocks made up for by later ones, by the same recursion as codes; the coarsest come first."""
     plain = nearest(wanted)
     assert plain is not None
     if torch.equal(plain, wanted):
         return plain
-    scale = grid.scale.double().abs().clamp(min=1e-30)
-    size = found.squared.double().sqrt() / scale
+    scale = grid.scale.double().abs().clamp(min=TINY)
+    size = (found.squared.double().sqrt() / scale).clamp(min=TINY)
     # what a change of each scale does to the error in the basis, per unit of error that it makes
-    along = (
-        found.inside.double() * (grid.scale.sign() / (scale * size.clamp(min=1e-30)))[:, :, None]
-    )
+    along = found.inside.double() * (grid.scale.sign() / (scale * size))[:, :, None]
+    order = _coarsest_first(wanted, size * torch.linalg.vector_norm(along, dim=2), nearest)
+    along = along.gather(1, order[:, :, None].expand_as(along))
+    return _rounded_in_turn(wanted, order, size.gather(1, order), along, found, nearest)
+
+
+def _coarsest_first(
+    wanted: torch.Tensor,
+    felt: torch.Tensor,
+    nearest: Callable[[torch.Tensor], torch.Tensor | None],
+) -> torch.Tensor:
+    """The blocks of each row (rows, blocks) by what rounding their scales does, per unit `felt`, the most
+    first: what the last ones do is made up for by none. How far apart storable scales are is looked up."""
+    square = torch.zeros_like(felt)
+    for place in range(PROBES):
+        probe = (wanted * (1 + APART * (place - (PROBES - 1) / 2))).to(wanted.dtype)
+        stored = nearest(probe)
+        assert stored is not None
+        square += (stored - probe).double().square()
+    return (square.sqrt() * felt).argsort(dim=1, descending=True, stable=True)
+
+
+def _rounded_in_turn(
+    wanted: torch.Tensor,
+    order: torch.Tensor,
+    size: torch.Tensor,
+    along: torch.Tensor,
+    found: Blocks,
+    nearest: Callable[[torch.Tensor], torch.Tensor | None],
+) -> torch.Tensor:
+    """The wanted scales, rounded in an order; size and along are in it."""
+    back, meant = order.argsort(dim=1), wanted.gather(1, order)
     ridge = slack(found.sketched, found.directions, SOFT)
     gram = along.transpose(1, 2) @ along
     state = torch.zeros(along.shape[0], along.shape[2], dtype=torch.float64)
-    result = wanted.clone()
-    for start, stop in _turns(grid.blocks):
-        part = along[:, start:stop]
+    result = meant.clone()
+    for start, stop in _turns(order.shape[1]):
+        turn, part = slice(start, stop), along[:, start:stop]
         change = _least_change(along[:, start:], ridge, state, gram)[:, : stop - start]
-        result[:, start:stop] -= (change / size[:, start:stop].clamp(min=1e-30)).to(result.dtype)
-        stored = nearest(result)
+        result[:, turn] -= (change / size[:, turn]).to(result.dtype)
+        stored = nearest(result.gather(1, back))
         assert stored is not None
-        result[:, start:stop] = stored[:, start:stop]
-        off = (stored - wanted)[:, start:stop].double() * size[:, start:stop]
+        result[:, turn] = stored.gather(1, order)[:, turn]
+        off = (result - meant)[:, turn].double() * size[:, turn]
         state += torch.einsum("nb,nbr->nr", off, part)
         gram -= part.transpose(1, 2) @ part
-    return result
+    return result.gather(1, back)
 
 
 def _turns(blocks: int) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ All by the definitions of the formats, in float64.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,34 @@ def gaussian(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(folder: Path, kind: str, rows: int, columns: int) -> Path:
-    """A base of one Gaussian layer, nf4 with float32 scales or int8 with one a row."""
+def heavy_tailed(*shape: int, seed: int) -> Tensor:
+    """Student's t with four degrees of freedom."""
+    squares = sum(gaussian(*shape, seed=seed + number).square() for number in range(1, 5))
+    return gaussian(*shape, seed=seed) / (torch.as_tensor(squares) / 4).sqrt()
+
+
+def layer(
+    folder: Path, kind: str, rows: int, columns: int, drawn: Callable[..., Tensor] = gaussian
+) -> Path:
+    """A base of one random layer: nf4 with float32 scales, nf4,double with quantised ones, int8 with one
+    a row."""
     import bitsandbytes.functional as functional
 
-    weight = 0.02 * gaussian(rows, columns, seed=1)
+    weight = 0.02 * drawn(rows, columns, seed=1)
     config: dict[str, Any] = {"quant_method": "bitsandbytes"}
     if kind == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
         tensors = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0).byte()}
         config["load_in_8bit"] = True
     else:
-        codes, state = functional.quantize_4bit(weight, quant_type=kind)
+        table, _, double = kind.partition(",")
+        codes, state = functional.quantize_4bit(
+            weight, quant_type=table, compress_statistics=bool(double)
+        )
         parts = state.as_dict(packed=True)
         tensors = {"weight": codes, **{f"weight.{name}": value for name, value in parts.items()}}
-        config |= {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
+        config |= {"load_in_4bit": True, "bnb_4bit_quant_type": table}
+        config["bnb_4bit_use_double_quant"] = bool(double)
     folder.mkdir(parents=True)
     named = {f"{MODULE}.{name}": value.contiguous() for name, value in tensors.items()}
     save_file(named, folder / FILE, {"format": "pt"})
@@ -64,9 +78,21 @@ def values(folder: Path) -> Tensor:
     said = json.loads(bytes(state.tolist()))
     pairs = tensors["weight"].view(-1)
     codes = torch.stack((pairs >> 4, pairs & 15), 1).flatten().int()
-    scale = tensors["weight.absmax"].double().repeat_interleave(said["blocksize"])[: len(codes)]
+    scale = _scales(tensors, said).repeat_interleave(said["blocksize"])[: len(codes)]
     flat: Tensor = tensors["weight.quant_map"].double()[codes] * scale
     return flat.view(*said["shape"])
+
+
+def _scales(tensors: dict[str, Tensor], said: dict[str, Any]) -> Tensor:
+    """The scale of every block, float64."""
+    absmax = tensors["weight.absmax"]
+    if "weight.nested_absmax" not in tensors:
+        return absmax.double()
+    nested = tensors["weight.nested_absmax"].double()
+    spread = nested.repeat_interleave(said["nested_blocksize"])[: len(absmax)]
+    levels = tensors["weight.nested_quant_map"].double()[absmax.int()]
+    found: Tensor = levels * spread + said["nested_offset"]
+    return found
 
 
 @dataclass(frozen=True)
