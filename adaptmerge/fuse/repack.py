@@ -118,6 +118,7 @@ def requantise_rows(
     if rounding == ADAPTIVE:
         grid, folded = _with_row_factor(packing, rows, grid, delta, scales)
         here = Rows(packing.packed, rows, grid, target, delta.basis, metric_in(matrix))
+        here = here.stretched(before) if scales == SOLVE and not packing.fresh else here
         own = own_direction(delta, rows, dense, target) if keep and not folded else None
         found, grid = _adaptive(matrix, here, before, own, scales, keep=keep)
     elif rounding == STOCHASTIC:
@@ -147,7 +148,6 @@ def _adaptive(
         settled = here.with_codes(before)
         settled = solved(here, settled) if moves else settled
         return settled.rounded(keep=keep), settled.grid
-    here = here.stretched(before) if scales == SOLVE else here
     feed = feedback_of(matrix, here.strength(scales), ordered=True)
 
     def on(grid: BlockGrid, *, keep: bool) -> Rounded:
