@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def loud() -> Tensor:
     """A few directions (in, k) that much flows in along."""
     random = torch.Generator().manual_seed(7)
     turns = torch.linalg.qr(torch.randn(COLUMNS, LOUD, generator=random, dtype=F64)).Q
-    return 20 * turns
+    found: Tensor = 20 * turns
+    return found
 
 
 def inputs() -> Tensor:
@@ -50,7 +52,7 @@ def heard(found: Fused, c: Tensor) -> float:
     """The error of outputs, relative to what the adapter does to them, over inputs with that C."""
     error, effect = ((m @ c * m).sum() for m in (found.error, found.delta))
     assert float(effect) > 0
-    return float(error / effect) ** 0.5
+    return math.sqrt(float(error / effect))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
