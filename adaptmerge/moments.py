@@ -64,6 +64,9 @@ def open_moments(path: Path) -> MomentsFile:
             problems += _misshapen(module, ref, sketch)
         elif f"{module}.{MEAN_SQUARE}" not in found.refs:
             problems.append(f"{name}: {module}.{MEAN_SQUARE} is not there")
+    version = found.metadata.get("version", VERSION)
+    if version != VERSION:
+        problems.append(f"is of version {version}, expected {VERSION}: measure anew")
     if not found.refs:
         problems.append(f"holds no moments: expected MODULE.{MEAN_SQUARE}")
     if problems:

@@ -190,6 +190,18 @@ def test_all_that_is_wrong_in_a_file_is_said_at_once(tmp_path: Path) -> None:
         assert what in said
 
 
+def test_moments_of_another_version_are_refused(tmp_path: Path) -> None:
+    save_file({"a.mean_square": torch.ones(4)}, tmp_path / "m.safetensors", {"version": "2"})
+    with pytest.raises(InputError, match="version 2, expected 1"):
+        open_moments(tmp_path / "m.safetensors")
+
+
+def test_a_truncated_file_is_refused(measured: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(measured.read_bytes()[:-100])
+    with pytest.raises(InputError, match="m.safetensors"):
+        open_moments(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize(
     ("squares", "sketch", "what"),
     [
@@ -218,3 +230,22 @@ def test_errors_nowhere_count_less_than_without_moments(tmp_path: Path) -> None:
 
 def test_a_layer_that_nothing_flows_into_has_no_metric(tmp_path: Path) -> None:
     assert metric_of(moments(tmp_path, mean_square=torch.zeros(4))["layer"], 4) is None
+
+
+def test_a_gguf_model_is_measured_with_its_own_tokenizer(
+    base: Path, text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    from oracles import llama_cpp
+    from transformers import AutoModelForCausalLM
+
+    path = llama_cpp.model(base, tmp_path / "m.gguf")
+    calibrate(str(path), text, tmp_path / "m.safetensors", Calibration(TOKENS, RANK, "cpu"))
+    pieces = pieces_of(open_base(str(path)), text, TOKENS)
+    assert pieces[:, 0].unique().tolist() == [1], "the token that texts begin with there"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    wanted, found = moments_in_transformers(model, pieces), load_file(tmp_path / "m.safetensors")
+    for module in (Q, DOWN):
+        assert torch.allclose(
+            found[f"{module}.mean_square"].double(), wanted[module].diagonal(), rtol=1e-4, atol=0
+        )

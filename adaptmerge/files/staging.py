@@ -19,6 +19,12 @@ _LOCK = "lock"
 _BUSY = "another run writes this output: wait for it"
 
 
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Raises OutputError for an output that exists, unless it may be replaced."""
+    if os.path.lexists(path) and not force:
+        raise OutputError(f"{path} exists: choose another -o or pass --force")
+
+
 class Staging:
     """A context in which files are written under temporary names until `commit` moves them.
 
@@ -126,8 +132,7 @@ class Staging:
         return str(self.given)
 
     def _check_free(self, path: Path) -> None:
-        if os.path.lexists(path) and not self.force:
-            raise OutputError(f"{path} exists: choose another -o or pass --force")
+        refuse_existing(path, force=self.force)
 
     def _check_kind(self) -> None:
         if self.target.exists() and self.target.is_dir() == self.single:

@@ -12,7 +12,7 @@ from typing import Any
 from adaptmerge import __version__
 from adaptmerge.base import GGUF
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
-from adaptmerge.files.staging import Staging
+from adaptmerge.files.staging import Staging, refuse_existing
 from adaptmerge.fuse import folder
 from adaptmerge.fuse.calibration import is_text, moments_of_text
 from adaptmerge.fuse.executors import EXECUTORS, Job
@@ -50,6 +50,8 @@ __all__ = [
 DEFAULTS = FuseOptions()
 SPARE = 64 << 20  # bytes of disk beside the tensors
 JOURNAL = "finished"
+# options that say nothing of the output, or that the report says otherwise
+UNSAID = ("original", "calibration", "jobs", "force", "strict", "executor", "total")
 Progress = Callable[[int, int], None]
 
 
@@ -81,9 +83,14 @@ def fuse(
     Raises AdaptmergeError; then there is no output. Interrupted work is taken up by the next run with the
     same inputs and options.
     """
+    if output.suffix == GGUF:
+        raise UsageError(
+            f"-o {output}: the output is a folder with the model in it, under the name of the base's file"
+        )
     if not is_text(options.calibration):
         return _fuse(base, specs, output, options, progress)
     assert options.calibration is not None
+    refuse_existing(output, force=options.force)  # before minutes of reading
     unread = plan_fusion(base, specs, replace(options, calibration=None, max_growth=0.0))
     with moments_of_text(options.calibration, unread.base, unread.shards, progress) as measured:
         return _fuse(base, specs, output, replace(options, calibration=measured), progress)
@@ -96,10 +103,6 @@ def _fuse(
     options: FuseOptions,
     progress: Progress,
 ) -> FuseReport:
-    if output.suffix == GGUF:
-        raise UsageError(
-            f"-o {output}: the output is a folder with the model in it, under the name of the base's file"
-        )
     plan = plan_fusion(base, specs, options)
     check_strict(plan.notes, options.strict)
     digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
@@ -268,16 +271,7 @@ def _report(
     }
     options |= {"plain": sorted(plan.plain)}
     grown = () if options["max_growth"] else ("max_growth", "plain")
-    for unsaid in (
-        "original",
-        "calibration",
-        "jobs",
-        "force",
-        "strict",
-        "executor",
-        "total",
-        *grown,
-    ):
+    for unsaid in (*UNSAID, *grown):
         del options[unsaid]
     return FuseReport(
         options=options,

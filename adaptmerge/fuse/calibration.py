@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adaptmerge.base import Base
-from adaptmerge.errors import InputError
+from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.fuse.layout import Fused, Part, Repacked, Shard, Tensor
 from adaptmerge.fuse.matrix import Matrix
@@ -59,9 +59,9 @@ class Inputs:
         """
         if self.file is None:
             return []
-        matrices = linears_of(shards)
+        matrices = _some_linears(shards)
         bare = [str(matrix.site) for matrix in matrices if self._of(matrix) is None]
-        if matrices and len(bare) == len(matrices):
+        if len(bare) == len(matrices):
             what = f"has moments of no layer that is fused into: expected some of {some(bare)}"
             raise InputError(what, where=str(self.file.path))
         found = []
@@ -111,9 +111,18 @@ def linears_of(shards: Sequence[Shard]) -> list[Matrix]:
     return [matrix for matrix in matrices if _is_linear(matrix)]
 
 
+def _some_linears(shards: Sequence[Shard]) -> list[Matrix]:
+    """The same. Raises UsageError where there are none."""
+    found = linears_of(shards)
+    if not found:
+        raise UsageError("--calibration: no linear layer is fused into: leave it out")
+    return found
+
+
 def _is_linear(matrix: Matrix) -> bool:
-    site = matrix.site
-    return bool(matrix.parts) and site.param == "weight" and not is_vocabulary(site.module)
+    site, inputs = matrix.site, matrix.shape[1]
+    fused = bool(matrix.parts) and inputs > 1  # the weight of a norm is a column
+    return fused and site.param == "weight" and not is_vocabulary(site.module)
 
 
 def inputs_of(calibration: str | None, base: Base) -> Inputs:
@@ -132,7 +141,7 @@ def moments_of_text(
     """A file, while the block runs, with the moments of the inputs of all layers that are fused into."""
     from adaptmerge.calibrate import Calibration, measure
 
-    only = {base.locate(matrix.site.module) or "" for matrix in linears_of(shards)}
+    only = {base.locate(matrix.site.module) or "" for matrix in _some_linears(shards)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"moments{STORED}"
         values = Path(folder) / "values"

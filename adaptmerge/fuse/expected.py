@@ -12,7 +12,7 @@ from adaptmerge.fuse.repack import SAMPLE, Packing, packed_error, requantise_row
 from adaptmerge.fuse.run import Line
 from adaptmerge.fuse.scales import KEEP, ONLY, Rows
 from adaptmerge.fuse.settle import GRID_ERROR
-from adaptmerge.grids import SOFT
+from adaptmerge.fuse.solving import SOFT
 from adaptmerge.lazy import torch
 from adaptmerge.rounding import ADAPTIVE, NEAREST
 

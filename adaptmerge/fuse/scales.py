@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adaptmerge.errors import CannotMerge
-from adaptmerge.grids import (
+from adaptmerge.fuse.solving import (
     SOFT,
-    BlockGrid,
+    TINY,
     blocks_of,
     fitted_scales,
     solved_scales,
@@ -20,6 +20,7 @@ from adaptmerge.grids import (
     strength_for,
     take_up_all,
 )
+from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
 from adaptmerge.metric import Metric
 from adaptmerge.packed import Packed
@@ -27,7 +28,6 @@ from adaptmerge.rounding import Rounded
 
 KEEP, FIT, SOLVE, ONLY = "keep", "fit", "solve", "only"
 SCALES = (KEEP, FIT, SOLVE, ONLY)
-TINY = 1e-30
 LEAST = 1e-3  # a factor of a scale: with 0 there would be nothing to choose codes for
 EXACT = (SOLVE, ONLY)  # those that take an error to zero
 

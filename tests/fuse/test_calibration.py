@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptmerge import verify as library
 from adaptmerge.calibrate import Calibration, calibrate
-from adaptmerge.errors import AdaptmergeError, InputError, OutputError
+from adaptmerge.errors import AdaptmergeError, InputError, OutputError, UsageError
 from adaptmerge.fuse import FuseOptions, FuseReport, fuse, plan_fusion
 from adaptmerge.inputs import InputSpec
 
@@ -154,6 +154,25 @@ def test_a_calibration_that_is_not_there_is_named(tiny: Path, tmp_path: Path) ->
     for name in ("none.txt", "none.safetensors"):
         with pytest.raises((InputError, OutputError), match=name):
             fused(tiny, tmp_path / "out", calibration=str(tmp_path / name))
+
+
+def test_an_existing_output_is_refused_before_anything_is_read(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        fused(tiny, tmp_path / "out", calibration=str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("name", ["text.txt", "m.safetensors"])
+def test_it_is_refused_where_no_linear_layer_is_fused_into(
+    name: str, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    given = text if name == text.name else tmp_path / name
+    if given != text:
+        save_file({"model.layers.0.self_attn.q_proj.mean_square": torch.ones(128)}, given)
+    spec = [InputSpec(str(tiny / "lntuning-cheaders"), "a")]
+    with pytest.raises(UsageError, match="no linear layer is fused into"):
+        fuse(str(tiny / "base"), spec, tmp_path / "out", FuseOptions(calibration=str(given)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_reads_no_text(tiny: Path, tmp_path: Path) -> None:

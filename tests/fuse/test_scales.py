@@ -21,7 +21,8 @@ from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.fuse import FuseOptions, fuse, matrix
 from adaptmerge.fuse.scales import Rows
-from adaptmerge.grids import BlockGrid, _least_change
+from adaptmerge.fuse.solving import _least_change
+from adaptmerge.grids import BlockGrid
 from adaptmerge.inputs import InputSpec
 from adaptmerge.quantised import view_of
 
