@@ -6,6 +6,7 @@ Levels are whole numbers or the entries of a table. What a format stores of it i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -108,6 +109,22 @@ class BlockGrid:
     def _middles(self) -> torch.Tensor:
         assert self.table is not None
         return (self.table[:-1] + self.table[1:]) / 2
+
+    @cached_property
+    def _next(self) -> Mapping[int, torch.Tensor]:
+        """Per direction the code of the next other level in a table, or the same where there is none."""
+        assert self.table is not None
+        below = torch.searchsorted(self.table, self.table) - 1
+        above = torch.searchsorted(self.table, self.table, right=True)
+        last = len(self.table) - 1
+        found = {-1: below, 1: above}
+        return {way: codes.clamp(0, last).to(torch.uint8) for way, codes in found.items()}
+
+    def neighbours(self, codes: torch.Tensor, direction: int) -> torch.Tensor:
+        """The codes of the next levels below (-1) or above (1); the same code at an end."""
+        if self.table is not None:
+            return self._next[direction].index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return codes.to(torch.int16).add_(direction).clamp_(0, self.count - 1).to(torch.uint8)
 
     @cached_property
     def _cells(self) -> Cells | None:

@@ -35,6 +35,7 @@ ROWS, WIDTH, RANK = 512, 4096, 16
 OF_LAYERS = tuple(name for name in FORMATS if "g32" not in name)
 TRAINED = {"plays": "lora-r8-shakespeare", "C": "lora-r8-cheaders", "Perl": "lora-r8-perl"}
 TRAINED_RATIOS = (0.1, 0.03, 0.01)
+ORDERS = 8  # of the inputs of every layer, in which a model is quantised
 OF_TRAINED = tuple(name for name in FORMATS if "double" not in name and "g128" not in name)
 Sides = tuple[torch.Tensor, torch.Tensor]
 
@@ -64,7 +65,8 @@ def main() -> None:
     if asked.texts is None:
         raise SystemExit("trained adapters need --texts FOLDER")
     tiny, formats = Tiny(Texts(asked.texts)), asked.formats or OF_TRAINED
-    heads = ["format", "adapters", "ratio", "base", "unmerged", FRESH, ADAPTIVE, "kept", "Python"]
+    heads = ["format", "adapters", "ratio", "base", "unmerged", FRESH, ADAPTIVE, "kept"]
+    heads += [f"kept, mean of {ORDERS} orders", "Python"]
     if asked.only != "together":
         _print([heads, *_trained(tiny, formats, asked.ratios)], "bits per byte")
     if asked.only != "trained":
@@ -133,69 +135,130 @@ def loss(before: torch.Tensor, sides: Sequence[Sides], after: torch.Tensor) -> L
     )
 
 
+class Layer(NamedTuple):
+    """A weight of which a format holds these columns (in,) in place of its own order."""
+
+    held: Quantised
+    columns: torch.Tensor
+
+    def back(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (out, in) of the columns in their own order."""
+        return values[:, self.columns.argsort()]
+
+
+Layers = Mapping[str, Layer]
+
+
+def layers_in_orders(tiny: Tiny, name: str) -> list[Layers]:
+    """The model in a format, as often as orders are tried: first as it is, then with the inputs of every
+    layer in a random order, which changes nothing but what is rounded with what."""
+    found = []
+    for number in range(ORDERS):
+        random = torch.Generator().manual_seed(number)
+        layers = {}
+        for module, weight in tiny.weights.items():
+            mixed = torch.randperm(weight.shape[1], generator=random)
+            columns = mixed if number else mixed.sort().values
+            layers[module] = Layer(FORMATS[name](weight[:, columns].contiguous()), columns)
+        found.append(layers)
+    return found
+
+
 def _trained(tiny: Tiny, formats: Sequence[str], ratios: Sequence[float]) -> Iterator[list[str]]:
     for name in formats:
-        held = {module: FORMATS[name](weight) for module, weight in tiny.weights.items()}
+        orders = layers_in_orders(tiny, name)
         for text, adapter in TRAINED.items():
             for ratio in ratios:
-                yield from _rows(tiny, name, held, {text: adapter}, ratio)
+                yield from _rows(tiny, name, orders, {text: adapter}, ratio)
 
 
 def _together(tiny: Tiny, formats: Sequence[str]) -> Iterator[list[str]]:
     for name in formats:
-        held = {module: FORMATS[name](weight) for module, weight in tiny.weights.items()}
+        orders = layers_in_orders(tiny, name)
         for count in (2, 3):
-            yield from _rows(tiny, name, held, dict(list(TRAINED.items())[:count]), 0.03)
+            yield from _rows(tiny, name, orders, dict(list(TRAINED.items())[:count]), 0.03)
+
+
+Scores = Mapping[str, Mapping[str, Scored]]
 
 
 def _rows(
     tiny: Tiny,
     name: str,
-    held: Mapping[str, Quantised],
+    orders: Sequence[Layers],
     adapters: Mapping[str, str],
     ratio: float,
 ) -> Iterator[list[str]]:
-    found = fused(name, held, [str(tiny.folder / one) for one in adapters.values()], ratio)
-    texts = [*adapters, "Python"]
-    scores = {way: tiny.scored({m: v[way] for m, v in found.items()}, texts) for way in COMPARED}
-    other = _difference(scores[ADAPTIVE]["Python"], scores["unmerged"]["Python"])
+    scores: list[Scores] = []
+    for layers in orders:
+        found = fused(name, layers, [str(tiny.folder / one) for one in adapters.values()], ratio)
+        scores.append(
+            {
+                way: tiny.scored({module: v[way] for module, v in found.items()}, texts)
+                for way, texts in _asked(list(adapters), first=not scores).items()
+            }
+        )
+    other = [one[ADAPTIVE]["Python"].mean - one["unmerged"]["Python"].mean for one in scores]
     for text in adapters:
-        of = {way: scores[way][text] for way in COMPARED}
-        cells = [f"{of[way].mean:.3f}" for way in COMPARED]
+        first = [f"{scores[0][way][text].mean:.3f}" for way in COMPARED]
         where = text if len(adapters) == 1 else f"{text} of {len(adapters)}"
-        yield [name, where, f"{ratio:g}", *cells, _kept(of), other]
+        all_kept = [kept_of(one, text) for one in scores]
+        python = f"{sum(other) / len(other):+.4f}"
+        yield [name, where, f"{ratio:g}", *first, said(all_kept[:1]), said(all_kept), python]
+
+
+def _asked(texts: list[str], *, first: bool) -> Mapping[str, list[str]]:
+    """Which texts are read after which way; fresh scales only in the order that is shown by itself."""
+    other = [*texts, "Python"]
+    return {"base": texts, "unmerged": other, ADAPTIVE: other} | ({FRESH: texts} if first else {})
 
 
 def fused(
-    name: str, held: Mapping[str, Quantised], adapters: Sequence[str], ratio: float
+    name: str, layers: Layers, adapters: Sequence[str], ratio: float
 ) -> Mapping[str, Mapping[str, torch.Tensor]]:
     """Per module the values before, with the adapters beside them, and after each way. The adapters keep
     their own proportions between modules."""
-    sides: dict[str, list[Sides]] = {module: [] for module in held}
-    size = math.sqrt(sum(float(one.values().double().square().sum()) for one in held.values()))
+    sides: dict[str, list[Sides]] = {module: [] for module in layers}
+    size = math.sqrt(
+        sum(float(one.held.values().double().square().sum()) for one in layers.values())
+    )
     for adapter in adapters:
         own = {module: (up, down) for module, up, down in factors(adapter, 1.0)}
         norm = math.sqrt(sum(float((up @ down).square().sum()) for up, down in own.values()))
         for module, (up, down) in own.items():
-            sides[module].append(((up * (ratio * size / norm)).float(), down.float()))
+            mixed = down[:, layers[module].columns].contiguous()
+            sides[module].append(((up * (ratio * size / norm)).float(), mixed.float()))
     found = {}
-    for module, one in held.items():
-        base = one.values()
+    for module, one in layers.items():
+        base = one.held.values()
         beside = base + torch.stack([up @ down for up, down in sides[module]]).sum(0)
-        found[module] = {"base": base, "unmerged": beside, **ways(name, one, sides[module])}
+        after = {"base": base, "unmerged": beside, **ways(name, one.held, sides[module])}
+        found[module] = {way: one.back(values) for way, values in after.items()}
     return found
 
 
-def _kept(of: Mapping[str, Scored]) -> str:
-    """How much of what the adapter gains is left, with twice its standard error."""
-    won = of["base"].mean - of["unmerged"].mean
-    kept = (of["base"].mean - of[ADAPTIVE].mean) / won
-    lost = (of[ADAPTIVE].windows - of["unmerged"].windows) / won
-    return f"{kept:.1%} ± {2 * float(lost.std()) / math.sqrt(len(lost)):.1%}"
+class Kept(NamedTuple):
+    """How much is left of what an adapter gains on a text, and how much is lost in each window of it."""
+
+    part: float
+    lost: torch.Tensor
 
 
-def _difference(found: Scored, wanted: Scored) -> str:
-    return f"{found.mean - wanted.mean:+.4f}"
+def kept_of(scores: Scores, text: str) -> Kept:
+    base, beside, after = (scores[way][text] for way in ("base", "unmerged", ADAPTIVE))
+    won = base.mean - beside.mean
+    return Kept((base.mean - after.mean) / won, (after.windows - beside.windows) / won)
+
+
+def said(found: Sequence[Kept]) -> str:
+    """The mean, with twice its standard error: that of sampling windows, and, of more than one, that of
+    how they were rounded."""
+    parts = torch.tensor([one.part for one in found], dtype=torch.float64)
+    lost = torch.stack([one.lost for one in found]).mean(0)
+    square = float(lost.var()) / len(lost)
+    if len(found) > 1:
+        square += float(parts.var()) / len(found)
+    return f"{float(parts.mean()):.1%} ± {2 * math.sqrt(square):.1%}"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LAYERS = (
     ("graph",),
     ("edits", "families"),
     ("names", "base", "experts", "llama_cpp", "gguf_model", "spelling"),
-    ("registry", "grids", "packed"),
+    ("registry", "grids", "packed", "exchange"),
     ("formats", "methods", "schemes", "rounding"),
     ("align", "lower", "weights", "inputs", "request", "heads", "stacks", "tied")
     + ("tokens", "whole", "resolve", "plan"),

@@ -66,4 +66,4 @@ def _solves(line: Line, scales: str) -> bool:
     codes, grid = line.packed.grid((0, 1))
     basis = delta_of(line.matrix).basis
     one = Rows(line.packed, (0, 1), grid, torch.empty(codes.shape), basis)
-    return scales == ONLY or one.strength(scales) < SOFT
+    return scales == ONLY or (not one.exchanges(scales) and one.strength(scales) < SOFT)

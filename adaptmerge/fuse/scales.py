@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adaptmerge.errors import CannotMerge
+from adaptmerge.exchange import is_worth_while, strength_of
 from adaptmerge.fuse.solving import (
     SOFT,
     TINY,
@@ -98,10 +99,24 @@ class Rows:
 
     def strength(self, scales: str) -> float:
         """The strength of feedback: all of it where no scales make up for what is left."""
+        columns, directions = self.basis.shape
+        if self.exchanges(scales):
+            last, measured = not self._solves(scales), self.metric is not None
+            return strength_of(columns, directions, last=last, measured=measured)
         if scales not in EXACT or not self.moves(scales):
             return SOFT
-        blocks = self.grid.blocks
-        return strength_for(blocks, self.target.shape[1] // blocks, self.basis.shape[1])
+        return strength_for(self.grid.blocks, columns // self.grid.blocks, directions)
+
+    def exchanges(self, scales: str) -> bool:
+        """Whether codes are exchanged after feedback: where scales cannot make up for all it leaves."""
+        columns, directions = self.basis.shape
+        solves = self._solves(scales)
+        if scales == ONLY or (solves and take_up_all(self.grid.blocks, directions)):
+            return False
+        return is_worth_while(columns, directions, last=not solves)
+
+    def _solves(self, scales: str) -> bool:
+        return scales == SOLVE and self.moves(scales)
 
     def with_codes(self, codes: torch.Tensor, grid: BlockGrid | None = None) -> Settled:
         """These codes on a grid, the own one unless another is given."""
