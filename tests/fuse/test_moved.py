@@ -13,36 +13,16 @@ import pytest
 import torch
 from fuse.made_models import quantised_base
 from fuse.models import fuse, ia3, llama_base
+from fuse.plain_models import model_of, outputs, values
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaptmerge.base import open_base
 from adaptmerge.fuse.moved import GATED
-from adaptmerge.quantised import view_of
 from adaptmerge.verify import PASS, Questions, verify
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains
-TOKENS = torch.arange(60).view(2, 30) * 7 % 60 + 3
 IA3 = "ia3-shakespeare"
-
-
-def values(folder: Path) -> dict[str, Tensor]:
-    return {n: r.read().double() for n, r in view_of(open_base(str(folder))).base.tensors.items()}
-
-
-def model_of(source: Path, tensors: dict[str, Tensor]) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval()
-    model.load_state_dict(tensors)
-    return model
-
-
-def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(TOKENS).logits
-    return found
 
 
 def by_peft(source: Path, base: Path, adapter: Path) -> Tensor:

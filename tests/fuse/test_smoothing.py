@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fuse.models import ia3, llama_base
+from fuse.plain_models import model_of, outputs, values
 from fuse.smoothed import KINDS, factors, smoothed_base, smoothed_experts, times
 from peft_cases import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adaptmerge import verify as library
-from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.files.dtypes import F32, F64
 from adaptmerge.files.refs import TensorRef, listed
 from adaptmerge.fuse import FuseOptions, FuseReport, fuse
 from adaptmerge.fuse.scalings import Pair, scaling_of
 from adaptmerge.inputs import InputSpec
-from adaptmerge.quantised import view_of
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains
-TOKENS = torch.arange(60).view(2, 30) * 7 % 60 + 3
 LORA = "lora-r8-shakespeare"
 FAMILIES = (
     LORA,
@@ -80,10 +78,6 @@ def fused(
     return fuse(str(base), [InputSpec(str(adapter), "a", 1.0)], out, given)
 
 
-def values(folder: Path) -> dict[str, Tensor]:
-    return {n: r.read().double() for n, r in view_of(open_base(str(folder))).base.tensors.items()}
-
-
 def before_smoothing(base: Path, original: Path) -> dict[str, Tensor]:
     """The values of a smoothed base with the smoothing taken back by the very factors it was made with."""
     found, stored = values(base), load_file(original / "model.safetensors")
@@ -92,20 +86,6 @@ def before_smoothing(base: Path, original: Path) -> dict[str, Tensor]:
         found[f"{name}.weight"] = times(found[f"{name}.weight"], by, -1)
     moved = ("layernorm.weight", "bias")
     return found | {name: value.double() for name, value in stored.items() if name.endswith(moved)}
-
-
-def model_of(original: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float64).eval()
-    model.load_state_dict(tensors)
-    return model
-
-
-def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(TOKENS).logits
-    return found
 
 
 def truth(original: Path, base: Path, adapter: Path) -> Tensor:

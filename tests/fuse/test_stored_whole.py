@@ -11,18 +11,16 @@ import pytest
 import torch
 from fuse.made_models import quantised_base
 from fuse.models import fuse, llama_base
+from fuse.plain_models import model_of, outputs, values
 from fuse.smoothed import KINDS, awq, int8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adaptmerge.base import open_base
 from adaptmerge.errors import CannotMerge
-from adaptmerge.quantised import view_of
 from adaptmerge.verify import FAIL, PASS, Questions, verify
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains
-TOKENS = torch.arange(60).view(2, 30) * 7 % 60 + 3
 GATE = "model.layers.{}.mlp.gate_proj"
 
 
@@ -58,23 +56,11 @@ def gates(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(original, tmp_path_factory.mktemp("adapter") / "gates", "gate_proj")
 
 
-def values(folder: Path) -> dict[str, Tensor]:
-    return {n: r.read().double() for n, r in view_of(open_base(str(folder))).base.tensors.items()}
-
-
-def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(TOKENS).logits
-    return found.double()
-
-
 def by_peft(original: Path, base: Path, adapter: Path) -> tuple[Tensor, Tensor]:
     """With and without the adapter, on the values of a quantised base, in float64."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float64).eval()
-    model.load_state_dict(values(base))
+    model = model_of(original, values(base))
     plain = outputs(model)
     return outputs(PeftModel.from_pretrained(model, adapter).eval()), plain
 
@@ -110,11 +96,8 @@ def test_transformers_computes_with_the_values(
 
 
 def test_in_float64(original: Path, nf4: Path, gates: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     fuse(nf4, [gates], tmp_path / "out")
-    model: Any = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float64).eval()
-    model.load_state_dict(values(tmp_path / "out"))
+    model = model_of(original, values(tmp_path / "out"))
     truth, plain = by_peft(original, nf4, gates)
     assert error(outputs(model), truth, plain) < 0.01  # values are rounded to bfloat16
 
