@@ -19,6 +19,7 @@ from adaptmerge.metric import Metric
 
 POOL = 32  # moves of a row that are looked at together
 ROUNDS = 4  # how often they are chosen anew
+ROWS = 1024  # whose pairs are held at once
 LEAST = 1e-4  # of the squared error: gains below are none
 STRENGTH = 6  # of errors in the directions, per column and direction: with half of it deltas shrink
 FEW = 16  # columns per direction: with more of them also per so many, where nothing follows
@@ -54,22 +55,22 @@ class Cost:
         """What it costs more to take one of the steps (rows, in) and no other."""
         return (steps * self._curve).add_(slope, alpha=2).mul_(steps)
 
-    def together(self, columns: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """What two of the steps (rows, n) cost beyond that (rows, n, n); infinity in the same column."""
-        own = self.along.gather(1, columns)[:, :, None]
+    def together(self, rows: slice, columns: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """What two of the steps (rows, n) in some rows cost beyond that (rows, n, n); infinity in one column."""
+        own = self.along[rows].gather(1, columns)[:, :, None]
         felt = torch.cat([self.read[columns], own], dim=2) * steps[:, :, None]
         same = columns[:, :, None] == columns[:, None, :]
         return (2 * felt @ felt.transpose(1, 2)).masked_fill_(same, torch.inf)
 
 
 class Moves(NamedTuple):
-    """Some moves of each row: their columns, the codes there afterwards, what each costs (rows, n), and
-    what two of them cost beyond that (rows, n, n)."""
+    """Some moves of each row (rows, n): their columns, the codes there afterwards, the steps to them, and
+    what each costs alone."""
 
     columns: torch.Tensor
     codes: torch.Tensor
+    steps: torch.Tensor
     alone: torch.Tensor
-    together: torch.Tensor
 
 
 def strength_of(columns: int, directions: int, *, last: bool, measured: bool = False) -> float:
@@ -107,7 +108,8 @@ def exchanged(
         values = _values(codes, grid, target)
         error = values - target
         moves = _cheapest(codes, grid, values, cost, cost.slope(error))
-        rows, places = _taken(moves, LEAST * error.square().sum(1)).nonzero(as_tuple=True)
+        least = LEAST * error.square().sum(1)
+        rows, places = _taken(moves, cost, least).nonzero(as_tuple=True)
         if not len(rows):
             break
         codes[rows, moves.columns[rows, places]] = moves.codes[rows, places]
@@ -130,13 +132,22 @@ def _cheapest(
     alone, places = all_costs.topk(count, dim=1, largest=False)
     columns = places % codes.shape[1]
     step, other = (torch.cat(of, dim=1).gather(1, places) for of in (steps, others))
-    return Moves(columns, other, alone, cost.together(columns, step))
+    return Moves(columns, other, step, alone)
 
 
-def _taken(moves: Moves, least: torch.Tensor) -> torch.Tensor:
-    """Which moves (rows, n) to make, from the one or two of a row that gain most on; a gain of `least`
-    (rows,) or less is none."""
-    alone, together, count = moves.alone, moves.together, moves.alone.shape[1]
+def _taken(moves: Moves, cost: Cost, least: torch.Tensor) -> torch.Tensor:
+    """Which moves (rows, n) to make; a gain of `least` (rows,) or less is none."""
+    found = []
+    for start in range(0, len(least), ROWS):
+        rows = slice(start, start + ROWS)
+        together = cost.together(rows, moves.columns[rows], moves.steps[rows])
+        found.append(_descent(moves.alone[rows], together, least[rows]))
+    return torch.cat(found)
+
+
+def _descent(alone: torch.Tensor, together: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """Which moves (rows, n) are made, taking the one or two that gain most, again and again."""
+    count = alone.shape[1]
     taken = torch.zeros_like(alone, dtype=torch.bool)
     rows = torch.arange(len(alone))
     while len(rows):
