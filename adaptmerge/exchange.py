@@ -56,7 +56,7 @@ class Cost:
         return (steps * self._curve).add_(slope, alpha=2).mul_(steps)
 
     def together(self, rows: slice, columns: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """What two of the steps (rows, n) in some rows cost beyond that (rows, n, n); infinity in one column."""
+        """What two of the steps (rows, n) cost beyond that (rows, n, n); infinity in the same column."""
         own = self.along[rows].gather(1, columns)[:, :, None]
         felt = torch.cat([self.read[columns], own], dim=2) * steps[:, :, None]
         same = columns[:, :, None] == columns[:, None, :]
