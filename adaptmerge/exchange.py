@@ -9,7 +9,7 @@ It is coordinate descent (CDQuant, Nair and Suggala 2024) over pairs of those mo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from adaptmerge.metric import Metric
 
 POOL = 32  # moves of a row that are looked at together
 ROUNDS = 4  # how often they are chosen anew
+WINDOW = 16  # columns per direction whose codes move, the last ones: more of them gain little
+NARROW = 512  # columns that all move
 ROWS = 1024  # whose pairs are held at once
 LEAST = 1e-4  # of the squared error: gains below are none
 STRENGTH = 6  # of errors in the directions, per column and direction: with half of it deltas shrink
@@ -31,14 +33,32 @@ TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """What an error e (in,) of each row costs: sum of D e^2 + |e B|^2 + (e a)^2.
+    """What an error e (in,) of each row costs: sum of D e^2 + |e B + f|^2 + (e a + g)^2.
 
-    read: B (in, n). along: a vector a (rows, in) of each row. diagonal: D (in,), or 1.
+    read: B (in, n). along: a vector a (rows, in) of each row. diagonal: D (in,), or 1. before: f, g (rows,
+    n + 1), or 0: what there is without it.
     """
 
     read: torch.Tensor
     along: torch.Tensor
     diagonal: torch.Tensor | float = 1.0
+    before: torch.Tensor | float = 0.0
+
+    def of_rows(self, rows: torch.Tensor) -> Cost:
+        """That of some rows, by their numbers."""
+        before = self.before if isinstance(self.before, float) else self.before[rows]
+        return replace(self, along=self.along[rows], before=before)
+
+    def of_last(self, start: int, error: torch.Tensor) -> Cost:
+        """That of the columns from one on, beside the error (rows, start) of those before."""
+        first = replace(self, read=self.read[:start], along=self.along[:, :start])
+        diagonal = self.diagonal if isinstance(self.diagonal, float) else self.diagonal[start:]
+        return Cost(self.read[start:], self.along[:, start:], diagonal, first.felt(error))
+
+    def felt(self, error: torch.Tensor) -> torch.Tensor:
+        """What an error (rows, in) comes to in B and a, (rows, n + 1)."""
+        along = (error * self.along).sum(1, keepdim=True)
+        return torch.cat([error @ self.read, along], dim=1) + self.before
 
     @cached_property
     def _curve(self) -> torch.Tensor:
@@ -47,9 +67,9 @@ class Cost:
 
     def slope(self, error: torch.Tensor) -> torch.Tensor:
         """Half of how the cost grows with each entry of an error (rows, in)."""
-        along = (error * self.along).sum(1, keepdim=True)
-        found = torch.addmm(error * self.diagonal, error @ self.read, self.read.T)
-        return found.addcmul_(along, self.along)
+        felt = self.felt(error)
+        found = torch.addmm(error * self.diagonal, felt[:, :-1], self.read.T)
+        return found.addcmul_(felt[:, -1:], self.along)
 
     def alone(self, steps: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
         """What it costs more to take one of the steps (rows, in) and no other."""
@@ -103,17 +123,50 @@ def exchanged(
     codes: torch.Tensor, grid: BlockGrid, target: torch.Tensor, cost: Cost
 ) -> torch.Tensor:
     """Codes (rows, in) with an error that costs no more than that of these."""
-    codes = codes.clone()
+    start = _first_that_moves(grid, *cost.read.shape)
+    if not start:
+        return _descended(codes, grid, target, cost)
+    head = slice(0, start)
+    error = grid.values(codes[:, head], head, torch.empty_like(target[:, head])) - target[:, head]
+    moved = _descended(
+        codes[:, start:], grid.of_last(start), target[:, start:], cost.of_last(start, error)
+    )
+    return torch.cat([codes[:, head], moved], dim=1)
+
+
+def _first_that_moves(grid: BlockGrid, columns: int, directions: int) -> int:
+    """The first column whose codes move: of a block, where columns lie in blocks."""
+    start = max(0, columns - max(NARROW, WINDOW * directions))
+    return start - start % (grid.width or 1)
+
+
+def _descended(
+    codes: torch.Tensor, grid: BlockGrid, target: torch.Tensor, cost: Cost
+) -> torch.Tensor:
+    """The codes after some rounds, each in the rows that moved in the one before."""
+    codes, rows = codes.clone(), torch.arange(len(codes))
     for _ in range(ROUNDS):
-        values = _values(codes, grid, target)
-        error = values - target
-        moves = _cheapest(codes, grid, values, cost, cost.slope(error))
-        least = LEAST * error.square().sum(1)
-        rows, places = _taken(moves, cost, least).nonzero(as_tuple=True)
+        here, moved = _in_one_round(
+            codes[rows], grid.of_rows(rows), target[rows], cost.of_rows(rows)
+        )
+        codes[rows] = here
+        rows = rows[moved]
         if not len(rows):
             break
-        codes[rows, moves.columns[rows, places]] = moves.codes[rows, places]
     return codes
+
+
+def _in_one_round(
+    codes: torch.Tensor, grid: BlockGrid, target: torch.Tensor, cost: Cost
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, in) after the moves of one pool, and in which rows (rows,) there are any; in place."""
+    values = _values(codes, grid, target)
+    error = values - target
+    moves = _cheapest(codes, grid, values, cost, cost.slope(error))
+    taken = _taken(moves, cost, LEAST * error.square().sum(1))
+    rows, places = taken.nonzero(as_tuple=True)
+    codes[rows, moves.columns[rows, places]] = moves.codes[rows, places]
+    return codes, taken.any(1)
 
 
 def _cheapest(
@@ -130,8 +183,11 @@ def _cheapest(
     all_costs = torch.cat(costs, dim=1)
     count = min(POOL, all_costs.shape[1])
     alone, places = all_costs.topk(count, dim=1, largest=False)
-    columns = places % codes.shape[1]
-    step, other = (torch.cat(of, dim=1).gather(1, places) for of in (steps, others))
+    above, columns = places >= codes.shape[1], places % codes.shape[1]
+    step, other = (
+        torch.where(above, up.gather(1, columns), down.gather(1, columns))
+        for down, up in (steps, others)
+    )
     return Moves(columns, other, step, alone)
 
 

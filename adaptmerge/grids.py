@@ -210,6 +210,22 @@ class BlockGrid:
         """The grid of a matrix whose columns are these (in,) of this one."""
         return replace(self, groups=self.groups[order])
 
+    def of_rows(self, rows: torch.Tensor) -> BlockGrid:
+        """The grid of some rows, by their numbers; of no whole blocks where these run across rows."""
+        zero, offset = (None if of is None else of[rows] for of in (self.zero, self.offset))
+        return replace(self, scale=self.scale[rows], zero=zero, offset=offset, across=0)
+
+    def of_last(self, start: int) -> BlockGrid:
+        """The grid of the columns from one on, the first of a block where columns lie in blocks."""
+        block = 0 if self.width is None else start // self.width
+
+        def part(stored: torch.Tensor | None) -> torch.Tensor | None:
+            return None if stored is None else stored[:, block:]
+
+        zero, offset, groups = part(self.zero), part(self.offset), self.groups[start:] - block
+        scale = self.scale[:, block:]
+        return replace(self, scale=scale, groups=groups, zero=zero, offset=offset, across=0)
+
     def rescaled(self, scale: torch.Tensor) -> BlockGrid:
         """The same grid with other scales."""
         return replace(self, scale=scale)

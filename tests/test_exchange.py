@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -126,6 +126,39 @@ def test_costs_fall_in_every_row_that_changes(kind: str) -> None:
     moved = (after != given).any(1)
     assert int(moved.sum()) > ROWS / 2
     assert bool((change[moved] < 0).all())
+
+
+@pytest.mark.parametrize("groups", ["blocks", "shuffled"])
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_wide_rows_the_last_columns_move(
+    kind: str, measured: bool, groups: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the others were not there, whose error is: no move there costs less."""
+    monkeypatch.setattr(exchange, "WINDOW", 0)
+    monkeypatch.setattr(exchange, "NARROW", COLUMNS // 2)
+    monkeypatch.setattr(exchange, "POOL", 2 * COLUMNS)
+    monkeypatch.setattr(exchange, "ROUNDS", 50)
+    asked = problem(kind, measured=measured)
+    grid = asked.grid
+    if groups == "shuffled":
+        order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))
+        grid = grid.in_order(order)
+        asked = replace(asked, grid=grid)
+    after = exchanged(asked.codes, grid, asked.target, asked.cost)
+    last = slice(COLUMNS // 2, COLUMNS)
+    assert torch.equal(after[:, : COLUMNS // 2], asked.codes[:, : COLUMNS // 2])
+    assert int((after != asked.codes)[:, last].any(1).sum()) > ROWS / 2
+    values = asked.values(after)
+    error = values - asked.target
+    paid = asked.paid(error)
+    assert bool((paid <= asked.paid(asked.values(asked.codes) - asked.target) * (1 + 1e-9)).all())
+    least = -1.001 * exchange.LEAST * error.square().sum(1)
+    for column, step in asked.steps(values):
+        moved = error.clone()
+        moved[:, column] += step
+        if column >= COLUMNS // 2:
+            assert bool((asked.paid(moved) - paid >= least).all()), column
 
 
 def test_neighbours_are_other_values() -> None:

@@ -119,7 +119,7 @@ def requantise_rows(
     if rounding == ADAPTIVE:
         grid, folded = _with_row_factor(packing, rows, grid, delta, scales)
         here = Rows(packing.packed, rows, grid, target, delta.basis, metric_in(matrix))
-        cost = _cost_of(here, weight if packing.fresh else here.values(before, grid), scales)
+        cost = _cost_of(here, weight if packing.fresh else None, before, scales)
         here = here.stretched(before) if scales == SOLVE and not packing.fresh else here
         own = own_direction(delta, rows, dense, target) if keep and not folded else None
         found, grid = _adaptive(matrix, here, before, (own, cost), scales, keep=keep)
@@ -172,11 +172,15 @@ def _adaptive(
     return settled.rounded(keep=keep), settled.grid
 
 
-def _cost_of(here: Rows, before: torch.Tensor, scales: str) -> Cost | None:
-    """What errors cost where codes are exchanged after feedback; before: the values without the delta."""
+def _cost_of(
+    here: Rows, weight: torch.Tensor | None, before: torch.Tensor, scales: str
+) -> Cost | None:
+    """What errors cost where codes are exchanged after feedback; before: the codes without the delta, of
+    `weight` if that is on no grid."""
     if not here.exchanges(scales):
         return None
-    return cost_of(here.basis, here.target - before, here.strength(scales), here.metric)
+    weight = here.values(before, here.grid) if weight is None else weight
+    return cost_of(here.basis, here.target - weight, here.strength(scales), here.metric)
 
 
 def _with_row_factor(
