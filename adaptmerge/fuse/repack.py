@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from adaptmerge.exchange import Cost, cost_of, exchanged
+from adaptmerge.exchange import exchanged
 from adaptmerge.fuse.matrix import (
     Delta,
     Matrix,
@@ -119,10 +119,10 @@ def requantise_rows(
     if rounding == ADAPTIVE:
         grid, folded = _with_row_factor(packing, rows, grid, delta, scales)
         here = Rows(packing.packed, rows, grid, target, delta.basis, metric_in(matrix))
-        cost = _cost_of(here, weight if packing.fresh else None, before, scales)
+        here = here.exchanging(scales, before, weight if packing.fresh else None)
         here = here.stretched(before) if scales == SOLVE and not packing.fresh else here
         own = own_direction(delta, rows, dense, target) if keep and not folded else None
-        found, grid = _adaptive(matrix, here, before, (own, cost), scales, keep=keep)
+        found, grid = _adaptive(matrix, here, before, own, scales, keep=keep)
     elif rounding == STOCHASTIC:
         found = _stochastic(target, grid, delta, _seed(seed, matrix, rows))
     elif packing.fresh:
@@ -138,14 +138,13 @@ def _adaptive(
     matrix: Matrix,
     here: Rows,
     before: torch.Tensor,
-    along: tuple[torch.Tensor | None, Cost | None],
+    own: torch.Tensor | None,
     scales: str,
     *,
     keep: bool,
 ) -> tuple[Rounded, BlockGrid]:
     """Codes with feedback, also along each row's `own` direction; and scales as asked, where they can be
     chosen."""
-    own, cost = along
     moves = here.moves(scales)
     if scales == ONLY:
         settled = here.with_codes(before)
@@ -155,9 +154,9 @@ def _adaptive(
 
     def on(grid: BlockGrid, *, keep: bool) -> Rounded:
         found = round_adaptive(here.target, grid, feed, own, keep=keep)
-        if cost is None:
+        if here.cost is None:
             return found
-        codes = exchanged(found.codes, grid, here.target, cost)
+        codes = exchanged(found.codes, grid, here.target, here.cost)
         return here.with_codes(codes, grid).rounded(keep=keep)
 
     if not moves:
@@ -170,17 +169,6 @@ def _adaptive(
         assert found.inside is not None
         settled = solved(here, Settled(found.codes, here.grid, found.error, found.inside))
     return settled.rounded(keep=keep), settled.grid
-
-
-def _cost_of(
-    here: Rows, weight: torch.Tensor | None, before: torch.Tensor, scales: str
-) -> Cost | None:
-    """What errors cost where codes are exchanged after feedback; before: the codes without the delta, of
-    `weight` if that is on no grid."""
-    if not here.exchanges(scales):
-        return None
-    weight = here.values(before, here.grid) if weight is None else weight
-    return cost_of(here.basis, here.target - weight, here.strength(scales), here.metric)
 
 
 def _with_row_factor(

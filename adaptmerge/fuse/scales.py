@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adaptmerge.errors import CannotMerge
-from adaptmerge.exchange import is_worth_while, strength_of
+from adaptmerge.exchange import Cost, cost_of, is_worth_while, strength_of
 from adaptmerge.fuse.solving import (
     SOFT,
     TINY,
@@ -61,7 +61,8 @@ class Settled(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Some rows of a packed weight, the grid that they start from, what they should be (rows, in), the
-    basis (in, R) in which errors count most, and how they count elsewhere, if not alike."""
+    basis (in, R) in which errors count most, and how they count elsewhere, if not alike. cost: of errors,
+    where codes are exchanged after feedback."""
 
     packed: Packed
     rows: tuple[int, int]
@@ -69,6 +70,7 @@ class Rows:
     target: torch.Tensor
     basis: torch.Tensor
     metric: Metric | None = None
+    cost: Cost | None = None
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor | None:
         """The storable scales nearest to these; None where they are not free."""
@@ -114,6 +116,15 @@ class Rows:
         if scales == ONLY or (solves and take_up_all(self.grid.blocks, directions)):
             return False
         return is_worth_while(columns, directions, last=not solves)
+
+    def exchanging(self, scales: str, codes: torch.Tensor, weight: torch.Tensor | None) -> Rows:
+        """The rows with what errors cost, if codes are exchanged. codes: those without what is added, of
+        `weight` where that is on no grid."""
+        if not self.exchanges(scales):
+            return self
+        weight = self.values(codes, self.grid) if weight is None else weight
+        added = self.target - weight
+        return replace(self, cost=cost_of(self.basis, added, self.strength(scales), self.metric))
 
     def _solves(self, scales: str) -> bool:
         return scales == SOLVE and self.moves(scales)
