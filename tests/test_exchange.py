@@ -15,6 +15,7 @@ from torch import Tensor
 from adaptmerge import exchange
 from adaptmerge.base import open_base
 from adaptmerge.exchange import Cost, cost_of, exchanged
+from adaptmerge.fuse import repack
 from adaptmerge.fuse.scales import FIT, KEEP, ONLY, SOLVE, Rows
 from adaptmerge.grids import BlockGrid
 from adaptmerge.metric import Metric
@@ -177,7 +178,8 @@ NARROW, RANK, LAYER_ROWS = 256, 16, 512
 def both(
     base: Path, folder: Path, ratio: float, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Fused, Fused]:
-    """Fused with an exchange of codes and without."""
+    """Fused with an exchange of codes and without; with feedback in rows alone."""
+    monkeypatch.setattr(repack, "written_of", lambda _: None)
     with_it = with_lora(base, folder / "with", ratio, rank)
     monkeypatch.setattr(Rows, "exchanges", lambda self, scales: False)
     return with_it, with_lora(base, folder / "without", ratio, rank)

@@ -12,11 +12,12 @@ from typing import TypeAlias
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
 from adaptmerge.metric import Metric, slack
+from adaptmerge.rounding import turns
 
 EXACT = 1.5  # blocks per direction from which on the scales can take up every error
 SOFT = 1e4  # strength of a solve that cannot: more would cost noise
 MOST = 0.5  # the largest relative change of a scale
-TURNS = 8  # a part of the blocks that are left whose scales are rounded together
+TURNS = 8  # one in so many of the blocks that are left have their scales rounded together
 PROBES = 8  # places around a scale where it is looked how far apart those are that can be stored
 APART = 4e-3  # of the scale between these places
 NOTHING = 1e-12  # of the sizes in a system that is solved, so that it can be
@@ -143,7 +144,7 @@ def _rounded_in_turn(
     gram = along.transpose(1, 2) @ along
     state = torch.zeros(along.shape[0], along.shape[2], dtype=torch.float64)
     result = meant.clone()
-    for start, stop in _turns(order.shape[1]):
+    for start, stop in turns(order.shape[1], TURNS):
         turn, part = slice(start, stop), along[:, start:stop]
         change = _least_change(along[:, start:], ridge, state, gram)[:, : stop - start]
         result[:, turn] -= (change / size[:, turn]).to(result.dtype)
@@ -154,16 +155,6 @@ def _rounded_in_turn(
         state += torch.einsum("nb,nbr->nr", off, part)
         gram -= part.transpose(1, 2) @ part
     return result.gather(1, back)
-
-
-def _turns(blocks: int) -> list[tuple[int, int]]:
-    """Ranges of blocks whose scales are rounded together: fewer and fewer towards the end."""
-    found, start = [], 0
-    while start < blocks:
-        stop = min(blocks, start + max(1, (blocks - start) // TURNS))
-        found.append((start, stop))
-        start = stop
-    return found
 
 
 def fitted_scales(grid: BlockGrid, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
