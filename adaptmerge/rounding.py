@@ -154,18 +154,16 @@ def feedback(
     strength: float = STRENGTH,
     order: Order | None = None,
     metric: Metric | None = None,
-    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> Feedback:
-    """The feedback for an orthonormal basis (in, R), its gains computed in float64. ranges: columns that
-    are rounded together, if others than `column_blocks`."""
+    """The feedback for an orthonormal basis (in, R), its gains computed in float64."""
     basis = basis.double() if order is None else basis.double()[order.columns]
     metric = metric.in_order(order.columns) if metric is not None and order is not None else metric
     read = basis if metric is None else torch.cat([metric.sketch, basis], dim=1)
     felt = read if metric is None else read / metric.diagonal[:, None]
     sketched = read.shape[1] - basis.shape[1]
     rest = slack(sketched, basis.shape[1], strength).diag()
-    steps, ranges = [], column_blocks(basis.shape[0]) if ranges is None else ranges
-    for start, stop in reversed(ranges):
+    steps = []
+    for start, stop in reversed(list(column_blocks(basis.shape[0]))):
         rest = rest + felt[start:stop].T @ read[start:stop]
         steps.append(Step(start, stop, torch.linalg.solve(rest, felt[start:stop].T).to(work)))
     diagonal = None if metric is None else metric.diagonal.to(work)
@@ -181,17 +179,6 @@ def column_blocks(columns: int) -> Sequence[tuple[int, int]]:
             blocks.append((start, stop))
             start = stop
     return blocks
-
-
-def turns(count: int, share: int) -> list[tuple[int, int]]:
-    """Ranges of what is rounded together: one in `share` of what is left, so fewer and fewer towards the
-    end."""
-    found, start = [], 0
-    while start < count:
-        stop = min(count, start + max(1, (count - start) // share))
-        found.append((start, stop))
-        start = stop
-    return found
 
 
 class Rounded(NamedTuple):

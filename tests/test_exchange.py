@@ -15,8 +15,7 @@ from torch import Tensor
 from adaptmerge import exchange
 from adaptmerge.base import open_base
 from adaptmerge.exchange import Cost, cost_of, exchanged
-from adaptmerge.fuse import repack
-from adaptmerge.fuse.scales import FIT, KEEP, ONLY, SOLVE, Rows
+from adaptmerge.fuse.scales import KEEP, ONLY, SOLVE, Rows
 from adaptmerge.grids import BlockGrid
 from adaptmerge.metric import Metric
 from adaptmerge.quantised import view_of
@@ -178,8 +177,7 @@ NARROW, RANK, LAYER_ROWS = 256, 16, 512
 def both(
     base: Path, folder: Path, ratio: float, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Fused, Fused]:
-    """Fused with an exchange of codes and without; with feedback in rows alone."""
-    monkeypatch.setattr(repack, "written_of", lambda _: None)
+    """Fused with an exchange of codes and without."""
     with_it = with_lora(base, folder / "with", ratio, rank)
     monkeypatch.setattr(Rows, "exchanges", lambda self, scales: False)
     return with_it, with_lora(base, folder / "without", ratio, rank)
@@ -208,11 +206,11 @@ def test_blocks_across_rows_gain_most(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("columns", "rank", "kind", "expected"),
     [
-        (1536, 16, "nf4", {KEEP: False, FIT: False, SOLVE: False, ONLY: False}),
-        (1472, 16, "nf4", {KEEP: False, FIT: False, SOLVE: True, ONLY: False}),
-        (768, 16, "nf4", {KEEP: True, FIT: True, SOLVE: True, ONLY: False}),
-        (768, 16, "int8", {KEEP: True, FIT: True, SOLVE: True, ONLY: False}),
-        (784, 16, "int8", {KEEP: False, FIT: False, SOLVE: False, ONLY: False}),
+        (1536, 16, "nf4", {KEEP: False, SOLVE: False, ONLY: False}),
+        (1472, 16, "nf4", {KEEP: False, SOLVE: True, ONLY: False}),
+        (768, 16, "nf4", {KEEP: True, SOLVE: True, ONLY: False}),
+        (768, 16, "int8", {KEEP: True, SOLVE: True, ONLY: False}),
+        (784, 16, "int8", {KEEP: False, SOLVE: False, ONLY: False}),
     ],
 )
 def test_codes_are_exchanged_where_scales_cannot_take_up_all(

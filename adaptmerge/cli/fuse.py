@@ -67,7 +67,7 @@ Examples:
     default="solve",
     show_default=True,
     help="Of a quantised base: solve (move scales so that the adapters arrive exactly), only (leave "
-    "codes as they are), fit (least squares) or keep.",
+    "codes as they are) or keep.",
 )
 @click.option(
     "--trained-on",

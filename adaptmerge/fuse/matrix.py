@@ -25,12 +25,10 @@ from adaptmerge.rounding import (
     feedback,
     least_read_last,
     row_space,
-    turns,
 )
 
 PIECE = 1 << 20  # entries of a matrix that are worked on at once
 THIN = 4  # a factor is low-rank up to this part of the smaller side
-SHARE = 5  # one in so many of what is left is rounded together where steps are few
 BASIS = 2  # errors are fed back in at most this part of all directions
 
 
@@ -140,17 +138,13 @@ def _delta_of(matrix: Matrix) -> Delta:
     return Delta(thin, dense, basis.to(work))
 
 
-def _feedback_of(
-    matrix: Matrix, strength: float = STRENGTH, *, ordered: bool = False, brief: bool = False
-) -> Feedback:
+def _feedback_of(matrix: Matrix, strength: float = STRENGTH, *, ordered: bool = False) -> Feedback:
     """The feedback of errors in the common basis of a matrix; `ordered`: in an order that leaves least of
-    them, where it is so strong that nothing makes up for them afterwards; `brief`: in fewer steps, for
-    a few rows at a time."""
+    them, where it is so strong that nothing makes up for them afterwards."""
     basis = delta_of(matrix).basis
     last = ordered and strength >= STRENGTH and basis.shape[1] > 0
     order = least_read_last(basis.double()) if last else None
-    ranges = turns(matrix.shape[1], SHARE) if brief else None
-    return feedback(basis, working_dtype(matrix), strength, order, metric_in(matrix), ranges)
+    return feedback(basis, working_dtype(matrix), strength, order, metric_in(matrix))
 
 
 def _metric_in(matrix: Matrix) -> Metric | None:

@@ -1,8 +1,7 @@
 """Settling a quantised weight: codes that keep what was added, then scales that take up what is left.
 
 A quantised weight lies on its grid, and most deltas are smaller than half a step: nearest codes return the
-base. Codes are rounded with error feedback in the space of the adapters' inputs, and, in small weights, of
-their outputs; then the scales of the
+base. Codes are rounded with error feedback in the space of the adapters' inputs; then the scales of the
 blocks, which are numbers and no codes, are moved by the least that brings the rest of the error there to
 zero. Rows are independent of each other, and are worked on a few at a time.
 """
@@ -12,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
-from adaptmerge.exchange import Cost, exchanged
+from adaptmerge.exchange import exchanged
 from adaptmerge.fuse.matrix import (
     Delta,
     Matrix,
@@ -28,9 +26,8 @@ from adaptmerge.fuse.matrix import (
     row_factor,
     target_rows,
 )
-from adaptmerge.fuse.scales import FIT, KEEP, ONLY, SOLVE, Rows, Settled, fitted, solved
+from adaptmerge.fuse.scales import KEEP, ONLY, SOLVE, Rows, Settled, solved
 from adaptmerge.fuse.settle import AUTO, Choice
-from adaptmerge.fuse.written import in_turn, written_of
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
 from adaptmerge.packed import Packed
@@ -154,58 +151,24 @@ def _adaptive(
         settled = here.with_codes(before)
         settled = solved(here, settled) if moves else settled
         return settled.rounded(keep=keep), settled.grid
-    on = _with_feedback(matrix, here, own, scales).on
+    feed = feedback_of(matrix, here.strength(scales), ordered=True)
+    found = _with_feedback(here, feed, own, keep=keep or moves)
     if not moves:
-        return on(here.grid, keep=keep), here.grid
-    if scales == FIT:
-        settled = fitted(here, lambda grid: on(grid, keep=False).codes)
-    else:
-        found = on(here.grid, keep=True)
-        assert found.error is not None
-        assert found.inside is not None
-        settled = solved(here, Settled(found.codes, here.grid, found.error, found.inside))
+        return found, here.grid
+    assert found.error is not None
+    assert found.inside is not None
+    settled = solved(here, Settled(found.codes, here.grid, found.error, found.inside))
     return settled.rounded(keep=keep), settled.grid
 
 
-@dataclass(frozen=True, slots=True)
-class _WithFeedback:
-    """Codes with feedback along each row of a weight, also in its `own` direction; exchanged afterwards,
-    and with feedback from row to row, where that is worth while."""
-
-    here: Rows
-    feed: Feedback
-    own: torch.Tensor | None
-    written: Feedback | None
-
-    def on(self, grid: BlockGrid, *, keep: bool) -> Rounded:
-        """On some grid; `keep` the error."""
-        here = self.here
-        if here.cost is None:
-            return round_adaptive(here.target, grid, self.feed, self.own, keep=keep)
-        if self.written is None:
-            codes = self._exchanged(here.target, grid, self.own, here.cost)
-        else:
-            codes = in_turn(here.target, grid, self.written, partial(self._of_some, grid))
-        return here.with_codes(codes, grid).rounded(keep=keep)
-
-    def _of_some(self, grid: BlockGrid, target: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        assert self.here.cost is not None
-        own = None if self.own is None else self.own[rows]
-        return self._exchanged(target, grid.of_rows(rows), own, self.here.cost.of_rows(rows))
-
-    def _exchanged(
-        self, target: torch.Tensor, grid: BlockGrid, own: torch.Tensor | None, cost: Cost
-    ) -> torch.Tensor:
-        return exchanged(round_adaptive(target, grid, self.feed, own).codes, grid, target, cost)
-
-
-def _with_feedback(
-    matrix: Matrix, here: Rows, own: torch.Tensor | None, scales: str
-) -> _WithFeedback:
-    whole = here.cost is not None and here.rows == (0, matrix.shape[0])
-    written = written_of(matrix) if whole else None
-    feed = feedback_of(matrix, here.strength(scales), ordered=True, brief=written is not None)
-    return _WithFeedback(here, feed, own, written)
+def _with_feedback(here: Rows, feed: Feedback, own: torch.Tensor | None, *, keep: bool) -> Rounded:
+    """Codes with feedback along each row, also in its `own` direction, and exchanged afterwards where that
+    is worth while; `keep` the error."""
+    if here.cost is None:
+        return round_adaptive(here.target, here.grid, feed, own, keep=keep)
+    codes = round_adaptive(here.target, here.grid, feed, own).codes
+    codes = exchanged(codes, here.grid, here.target, here.cost)
+    return here.with_codes(codes).rounded(keep=keep)
 
 
 def _with_row_factor(

@@ -1,11 +1,11 @@
-"""The scales of a quantised weight, which are numbers and no codes: kept, fitted, or solved for.
+"""The scales of a quantised weight, which are numbers and no codes: kept or solved for.
 
 Rows are independent of each other, and one whose new scales make things worse keeps its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from adaptmerge.fuse.solving import (
     SOFT,
     TINY,
     blocks_of,
-    fitted_scales,
     solved_scales,
     stored_scales,
     strength_for,
@@ -27,8 +26,8 @@ from adaptmerge.metric import Metric
 from adaptmerge.packed import Packed
 from adaptmerge.rounding import Rounded
 
-KEEP, FIT, SOLVE, ONLY = "keep", "fit", "solve", "only"
-SCALES = (KEEP, FIT, SOLVE, ONLY)
+KEEP, SOLVE, ONLY = "keep", "solve", "only"
+SCALES = (KEEP, SOLVE, ONLY)
 LEAST = 1e-3  # a factor of a scale: with 0 there would be nothing to choose codes for
 EXACT = (SOLVE, ONLY)  # those that take an error to zero
 
@@ -97,7 +96,7 @@ class Rows:
         """Whether the scales can be moved as asked."""
         if scales == KEEP or self.nearest(self.grid.scale) is None:
             return False
-        return scales == FIT or (self.basis.shape[1] > 0 and self.grid.blocks > 1)
+        return self.basis.shape[1] > 0 and self.grid.blocks > 1
 
     def strength(self, scales: str) -> float:
         """The strength of feedback: all of it where no scales make up for what is left."""
@@ -154,23 +153,6 @@ def solved(rows: Rows, before: Settled) -> Settled:
     scale = stored_scales(wanted, rows.grid, blocks, rows.nearest)
     after = rows.with_codes(before.codes, rows.grid.rescaled(scale))
     return before.where(_squared(after.inside) > _squared(before.inside), after)
-
-
-def fitted(rows: Rows, codes_on: Callable[[BlockGrid], torch.Tensor]) -> Settled:
-    """Codes on scales that fit nearest codes best; a row keeps its own unless it gains by both measures.
-
-    The scales come first, for codes with feedback then are right for them; the other way round what the
-    feedback has brought to zero is there again.
-    """
-    before = rows.with_codes(codes_on(rows.grid))
-    nearest = rows.grid.codes(rows.target, slice(0, rows.target.shape[1]))
-    wanted = fitted_scales(rows.grid, rows.values(nearest, rows.grid), rows.target)
-    scale = rows.nearest(wanted)
-    assert scale is not None
-    grid = rows.grid.rescaled(scale)
-    after = rows.with_codes(codes_on(grid), grid)
-    worse = _squared(after.error) > _squared(before.error)
-    return before.where(worse | (_squared(after.inside) > _squared(before.inside)), after)
 
 
 def _squared(error: torch.Tensor) -> torch.Tensor:

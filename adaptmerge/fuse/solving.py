@@ -12,12 +12,11 @@ from typing import TypeAlias
 from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
 from adaptmerge.metric import Metric, slack
-from adaptmerge.rounding import turns
 
 EXACT = 1.5  # blocks per direction from which on the scales can take up every error
 SOFT = 1e4  # strength of a solve that cannot: more would cost noise
 MOST = 0.5  # the largest relative change of a scale
-TURNS = 8  # one in so many of the blocks that are left have their scales rounded together
+TURNS = 8  # a part of the blocks that are left whose scales are rounded together
 PROBES = 8  # places around a scale where it is looked how far apart those are that can be stored
 APART = 4e-3  # of the scale between these places
 NOTHING = 1e-12  # of the sizes in a system that is solved, so that it can be
@@ -144,7 +143,7 @@ def _rounded_in_turn(
     gram = along.transpose(1, 2) @ along
     state = torch.zeros(along.shape[0], along.shape[2], dtype=torch.float64)
     result = meant.clone()
-    for start, stop in turns(order.shape[1], TURNS):
+    for start, stop in _turns(order.shape[1]):
         turn, part = slice(start, stop), along[:, start:stop]
         change = _least_change(along[:, start:], ridge, state, gram)[:, : stop - start]
         result[:, turn] -= (change / size[:, turn]).to(result.dtype)
@@ -157,18 +156,14 @@ def _rounded_in_turn(
     return result.gather(1, back)
 
 
-def fitted_scales(grid: BlockGrid, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Scales (rows, blocks) with which values (rows, in) are nearest to a target, by least squares in each
-    block; at most half as large or half as small again."""
-    if grid.offset is not None:
-        offset = grid.at(grid.offset, slice(0, values.shape[1]))
-        values, target = values - offset, target - offset
-    sums = torch.zeros(2, *grid.scale.shape, dtype=torch.float64)
-    for into, of in zip(sums, (target, values), strict=True):
-        into.index_add_(1, grid.groups, (of.double() * values))
-    along, size = sums
-    factor = torch.where(size > 0, along / size, torch.ones_like(size))
-    return (grid.scale * factor.clamp(1 - MOST, 1 + MOST)).to(grid.scale.dtype)
+def _turns(blocks: int) -> list[tuple[int, int]]:
+    """Ranges of blocks whose scales are rounded together: fewer and fewer towards the end."""
+    found, start = [], 0
+    while start < blocks:
+        stop = min(blocks, start + max(1, (blocks - start) // TURNS))
+        found.append((start, stop))
+        start = stop
+    return found
 
 
 def solved_scales(grid: BlockGrid, found: Blocks, state: torch.Tensor) -> torch.Tensor:
