@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adaptmerge.base import open_base
+    from adaptmerge.algebra.fit import Budget
+    from adaptmerge.bases.open import open_base
+    from adaptmerge.commands.combine import Options, combine
+    from adaptmerge.commands.extract import Extraction
+    from adaptmerge.commands.recipe import load_recipe
+    from adaptmerge.commands.verify import Questions, Verdict
+    from adaptmerge.commands.verify.difference import difference
     from adaptmerge.errors import (
         AdaptmergeError,
         CannotMerge,
@@ -22,20 +28,21 @@ if TYPE_CHECKING:
         UsageError,
         VerificationFailed,
     )
-    from adaptmerge.extract import Extraction
-    from adaptmerge.fit import Budget
-    from adaptmerge.inputs import InputSpec, open_input, open_inputs, parse_input
-    from adaptmerge.merge import Options, combine
-    from adaptmerge.recipe import load_recipe
-    from adaptmerge.registry import formats, methods
-    from adaptmerge.report import Report, load_report
+    from adaptmerge.formats.inputs import InputSpec, open_input, open_inputs, parse_input
+    from adaptmerge.formats.registry import formats
+    from adaptmerge.merging.weights import SiteRule, parse_rule
+    from adaptmerge.methods.registry import methods
+    from adaptmerge.outputs.report import Report, load_report
     from adaptmerge.runtime.attach import attach
-    from adaptmerge.verify import Questions, Verdict
-    from adaptmerge.verify.difference import difference
-    from adaptmerge.weights import SiteRule, parse_rule
 
 _HOMES = {
-    "base": ("open_base",),
+    "algebra.fit": ("Budget",),
+    "bases.open": ("open_base",),
+    "commands.combine": ("Options", "combine"),
+    "commands.extract": ("Extraction",),
+    "commands.recipe": ("load_recipe",),
+    "commands.verify": ("Questions", "Verdict"),
+    "commands.verify.difference": ("difference",),
     "errors": (
         "AdaptmergeError",
         "CannotMerge",
@@ -46,17 +53,12 @@ _HOMES = {
         "UsageError",
         "VerificationFailed",
     ),
-    "extract": ("Extraction",),
-    "fit": ("Budget",),
-    "inputs": ("InputSpec", "open_input", "open_inputs", "parse_input"),
-    "merge": ("Options", "combine"),
-    "recipe": ("load_recipe",),
-    "registry": ("formats", "methods"),
-    "report": ("Report", "load_report"),
+    "formats.inputs": ("InputSpec", "open_input", "open_inputs", "parse_input"),
+    "formats.registry": ("formats",),
+    "merging.weights": ("SiteRule", "parse_rule"),
+    "methods.registry": ("methods",),
+    "outputs.report": ("Report", "load_report"),
     "runtime": ("attach",),
-    "verify": ("Questions", "Verdict"),
-    "verify.difference": ("difference",),
-    "weights": ("SiteRule", "parse_rule"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

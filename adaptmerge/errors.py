@@ -15,6 +15,7 @@ raised together: `problems` holds one sentence each.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 
@@ -80,3 +81,9 @@ class VerificationFailed(AdaptmergeError):
     """A result that does not compute what was promised."""
 
     exit_code = 3
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A sentence fragment that suggests the closest of `known`, or lists them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

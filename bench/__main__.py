@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import machine, table
+from bench import machine, ratios, table
 from bench.cases import FULL, QUICK, ROOT, Case, cases, rows
 from bench.data import Data
 
@@ -30,7 +30,7 @@ def main() -> None:
         described = machine.describe(data.folder)
         samples = _rounds(selected, asked.rounds or sizes.rounds)
     units = {case.name: case.unit for case in selected}
-    cells = table.lines(rows(sizes), samples, units)
+    cells = ratios.lines(rows(sizes), samples, units)
     print("\n".join(f"- {key}: {value}" for key, value in described.items()), end="\n\n")
     print(table.markdown(cells) if asked.markdown else table.plain(cells))
     if asked.json:

@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from adaptmerge.files.dtypes import F32, DType
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.grids import BlockGrid
 from adaptmerge.schemes.bitsandbytes.codes import (
     FP4,
     NF4,
@@ -18,6 +15,9 @@ from adaptmerge.schemes.bitsandbytes.codes import (
     double_dequantise,
     double_quantise,
 )
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.tensors.dtypes import F32, DType
+from adaptmerge.tensors.refs import TensorRef
 
 Stored = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
 BNB_BLOCK, Q4_BLOCK = 64, 32

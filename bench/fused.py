@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from adaptmerge.fuse import FuseOptions
-from adaptmerge.fuse import fuse as fuse_with_adaptmerge
-from adaptmerge.inputs import InputSpec
+from adaptmerge.commands.fuse import FuseOptions
+from adaptmerge.commands.fuse import fuse as fuse_with_adaptmerge
+from adaptmerge.formats.inputs import InputSpec
 from bench.shapes import CONFIG, TENSORS
 
 NEAREST, STOCHASTIC, ADAPTIVE = "nearest", "stochastic", "adaptive"

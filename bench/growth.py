@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from adaptmerge.fuse.repack import SOLVE, requantise
-from adaptmerge.rounding import ADAPTIVE
+from adaptmerge.rounding.codes import SOLVE, requantise
+from adaptmerge.rounding.error_feedback import ADAPTIVE
 from bench.plot import Panel, drawn
 from bench.sites import packing
 from bench.table import markdown

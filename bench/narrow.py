@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import torch
 
-from adaptmerge.fuse.repack import SOLVE, Packing, requantise
-from adaptmerge.fuse.scales import Rows
-from adaptmerge.rounding import ADAPTIVE
+from adaptmerge.rounding.codes import SOLVE, Packing, requantise
+from adaptmerge.rounding.error_feedback import ADAPTIVE
+from adaptmerge.rounding.scales import Rows
 from bench.formats import FORMATS, Quantised
 from bench.layers import drawn
 from bench.quantised import Loss, loss, matrix_of, scaled

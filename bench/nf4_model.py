@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from adaptmerge.schemes.bitsandbytes.codes import BLOCK, NF4, quantise_4bit
+from bench.memory import SAMPLING, anonymous
 from bench.models import SIZES, config, drawn, make_model_adapter, shapes
-from bench.worker import SAMPLING, anonymous
 
 ROOT = Path(__file__).parent.parent
 SCALE = 0.005  # of an adapter's factors: its deltas are a hundredth of the weights

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from adaptmerge.factors import low_rank
-from adaptmerge.files.dtypes import F32
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.fuse.matrix import Matrix, Part
-from adaptmerge.fuse.repack import KEEP, SOLVE, Packing, requantise
-from adaptmerge.graph import Site
-from adaptmerge.rounding import ADAPTIVE, NEAREST
+from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra.factors import low_rank
+from adaptmerge.rounding.codes import KEEP, SOLVE, Packing, requantise
+from adaptmerge.rounding.error_feedback import ADAPTIVE, NEAREST
+from adaptmerge.rounding.matrix import Matrix, Part
+from adaptmerge.tensors.dtypes import F32
+from adaptmerge.tensors.refs import TensorRef
 from bench.bytes import Scored, Texts, Tiny
 from bench.formats import FORMATS, InMemory, Quantised
 from bench.fused import factors

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptmerge.base import open_base
-from adaptmerge.fuse import FuseOptions, fuse
-from adaptmerge.inputs import InputSpec
-from adaptmerge.packed import dequantised
-from adaptmerge.quantised import view_of
-from adaptmerge.rounding import ADAPTIVE, NEAREST
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.fuse import FuseOptions, fuse
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.rounding.error_feedback import ADAPTIVE, NEAREST
+from adaptmerge.schemes.coded import dequantised
+from adaptmerge.schemes.view import view_of
 from bench.shapes import TENSORS, write_config
 from bench.table import markdown
 

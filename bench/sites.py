@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from adaptmerge.fuse.repack import SOLVE, Packing, requantise
-from adaptmerge.rounding import ADAPTIVE
+from adaptmerge.rounding.codes import SOLVE, Packing, requantise
+from adaptmerge.rounding.error_feedback import ADAPTIVE
 from adaptmerge.schemes.bitsandbytes.codes import NF4, quantise_4bit
 from bench.formats import nf4
 from bench.quantised import matrix_of, scaled

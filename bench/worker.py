@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import algebra
+from bench.memory import peak
 from bench.shapes import TENSORS
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 WORKERS = 2
 SCALE = 1.0  # alpha / r = 2, times the weight 1/2
 RANK = 16
-SAMPLING = 0.005  # seconds
 
 
 def merge(method: str, warm_up: str, output: str, *inputs: str) -> float:
@@ -140,10 +139,10 @@ def _nf4_model(jobs: str, output: str, inputs: Sequence[str]) -> Cost:
 
 def _memory_of(work: Callable[[], object], output: str, inputs: Sequence[str]) -> float:
     _settle(inputs, output)
-    with _dropped(output), _peak() as peak:
-        before = peak[0]
+    with _dropped(output), peak() as most:
+        before = most[0]
         work()
-    return (peak[0] - before) / 1e6
+    return (most[0] - before) / 1e6
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -154,16 +153,16 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _combine(method: str, inputs: Sequence[str], output: str) -> None:
     # imported here: memory() counts what that takes
-    from adaptmerge.inputs import InputSpec
-    from adaptmerge.merge import Options, combine
+    from adaptmerge.commands.combine import Options, combine
+    from adaptmerge.formats.inputs import InputSpec
 
     specs = [InputSpec(source) for source in inputs]
     combine(specs, Path(output), Options(method=method, jobs=WORKERS, force=True))
 
 
 def _fuse(rounding: str, inputs: Sequence[str], output: str) -> None:
-    from adaptmerge.fuse import FuseOptions, fuse
-    from adaptmerge.inputs import InputSpec
+    from adaptmerge.commands.fuse import FuseOptions, fuse
+    from adaptmerge.formats.inputs import InputSpec
 
     base, *adapters = inputs
     options = FuseOptions(
@@ -240,38 +239,6 @@ def _dropped(output: str) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(output, ignore_errors=True)
-
-
-@contextmanager
-def _peak() -> Iterator[list[int]]:
-    """The most bytes of anonymous memory seen so far, sampled until the block ends."""
-    peak, done = [anonymous()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(SAMPLING):
-            peak[0] = max(peak[0], anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
-def anonymous(process: int | str = "self") -> int:
-    """Bytes of anonymous memory that a process has, 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        lines = []
-    for line in lines:
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    if process != "self":
-        return 0
-    raise SystemExit("memory is measured on Linux only: /proc/self/status has no RssAnon here")
 
 
 MEASURES: dict[str, Callable[..., float]] = {

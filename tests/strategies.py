@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adaptmerge.factors import (
+from adaptmerge.algebra.factors import (
     Diag,
     Factor,
     Hadamard,
@@ -20,8 +20,8 @@ from adaptmerge.factors import (
     Sum,
     Term,
 )
-from adaptmerge.files.dtypes import F64, DType
-from adaptmerge.files.refs import TensorRef, listed
+from adaptmerge.tensors.dtypes import F64, DType
+from adaptmerge.tensors.refs import TensorRef, listed
 
 Shape = tuple[int, int]
 Matrix = NDArray[np.float64]

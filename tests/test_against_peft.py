@@ -14,9 +14,9 @@ from peft_cases import CASES, PeftCase, logits
 from samples import same_bits, tensors_of
 from torch import Tensor, nn
 
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import CannotMerge
-from adaptmerge.inputs import InputSpec
-from adaptmerge.merge import Options, combine
+from adaptmerge.formats.inputs import InputSpec
 
 pytest.importorskip("peft")
 TOLERANCE = 1e-5  # relative to the effect, float32

@@ -12,10 +12,10 @@ from fuse.made_models import quantised_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaptmerge.base import open_base
-from adaptmerge.calibrate import Calibration, calibrate, pieces_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.calibrate import Calibration, calibrate, pieces_of
 from adaptmerge.errors import InputError, OutputError, UsageError
-from adaptmerge.moments import Moments, leading_rows, metric_of, open_moments
+from adaptmerge.rounding.input_moments import Moments, leading_rows, metric_of, open_moments
 
 F64 = torch.float64
 TOKENS, RANK = 2048, 16
@@ -96,7 +96,7 @@ def test_a_quantised_base_is_measured_on_what_its_weights_stand_for(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from adaptmerge.quantised import open_values
+    from adaptmerge.schemes.view import open_values
 
     folder = quantised_base(base, tmp_path / "base", "nf4")
     for name in ("tokenizer.json", "tokenizer_config.json"):

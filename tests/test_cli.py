@@ -205,7 +205,7 @@ def test_interrupt_leaves_nothing(
         raise KeyboardInterrupt
 
     before = hashes(here)
-    monkeypatch.setattr("adaptmerge.merge._write", interrupted)
+    monkeypatch.setattr("adaptmerge.commands.combine._write", interrupted)
     found = run("combine", "prose", "code", *as_json)
     assert (found.code, hashes(here)) == (1, before)
     assert found.stderr.splitlines()[-1] == "error: interrupted: nothing was written"

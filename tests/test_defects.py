@@ -32,10 +32,10 @@ from samples import (
     write,
 )
 
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import CannotMerge, InputError, OutputError, UsageError
-from adaptmerge.fit import Budget
-from adaptmerge.inputs import InputSpec
-from adaptmerge.merge import Options, combine
+from adaptmerge.formats.inputs import InputSpec
 
 BASE_COPIES = ".base_layer."
 HEADS = {"head_llama": "lm_head", "head_bert": "classifier"}

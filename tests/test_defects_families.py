@@ -49,12 +49,12 @@ from samples import (
 )
 from torch import Tensor
 
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.verify import FAIL, Questions, verify
 from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError
-from adaptmerge.fit import Budget
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.verify import FAIL, Questions, verify
-from adaptmerge.weights import SiteRule
+from adaptmerge.formats.inputs import InputSpec, open_input
+from adaptmerge.merging.weights import SiteRule
 
 pytest.importorskip("peft")
 ALL = Budget(energy=1.0)

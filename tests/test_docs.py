@@ -12,8 +12,10 @@ from conftest import ROOT
 from console import check, steps
 
 import adaptmerge
-from adaptmerge import registry
 from adaptmerge.cli import main
+from adaptmerge.formats.registry import formats
+from adaptmerge.methods.method import Method
+from adaptmerge.methods.registry import methods
 
 DOCS = ROOT / "docs"
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
@@ -70,7 +72,7 @@ def test_every_option_is_explained() -> None:
     assert not [option for option in long if option not in pages]
 
 
-@pytest.mark.parametrize("name", sorted(registry.formats()))
+@pytest.mark.parametrize("name", sorted(formats()))
 def test_every_format_has_its_page(name: str) -> None:
     page = DOCS / "formats" / f"{name}.md"
     assert page.is_file(), f"write docs/formats/{name}.md"
@@ -78,7 +80,7 @@ def test_every_format_has_its_page(name: str) -> None:
     assert f"formats/{name}.md" in text_of(ROOT / "README.md")
 
 
-@pytest.mark.parametrize("name", sorted(registry.methods()))
+@pytest.mark.parametrize("name", sorted(methods()))
 def test_every_method_is_documented(name: str) -> None:
     assert f"\n## {name}\n" in text_of(DOCS / "methods.md")
 
@@ -128,7 +130,7 @@ def test_the_method_in_the_docs_works(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", text_of(DOCS / "adding-a-method.md"), re.DOTALL)
     found: dict[str, object] = {"__name__": "halved"}
     exec(compile(block, "adding-a-method.md", "exec"), found)
-    assert isinstance(found["METHOD"], registry.Method)
+    assert isinstance(found["METHOD"], Method)
 
 
 def test_python_in_the_guide_works(

@@ -12,15 +12,15 @@ from fuse.layers import Fused, gaussian, heavy_tailed, layer, with_lora
 from schemes.test_against_gptq import possible
 from torch import Tensor
 
-from adaptmerge import exchange
-from adaptmerge.base import open_base
-from adaptmerge.exchange import Cost, cost_of, exchanged
-from adaptmerge.fuse.scales import KEEP, ONLY, SOLVE, Rows
-from adaptmerge.grids import BlockGrid
-from adaptmerge.metric import Metric
-from adaptmerge.quantised import view_of
-from adaptmerge.rounding import feedback, round_adaptive
+from adaptmerge.bases.open import open_base
+from adaptmerge.rounding import code_descent
+from adaptmerge.rounding.code_descent import Cost, cost_of, exchanged
+from adaptmerge.rounding.error_feedback import feedback, round_adaptive
+from adaptmerge.rounding.metric import Metric
+from adaptmerge.rounding.scales import KEEP, ONLY, SOLVE, Rows
 from adaptmerge.schemes.bitsandbytes.codes import FP4, NF4
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.schemes.view import view_of
 
 F64 = torch.float64
 ROWS, COLUMNS, DIRECTIONS, STRENGTH = 12, 20, 3, 30.0
@@ -84,7 +84,7 @@ def problem(kind: str, *, measured: bool) -> Problem:
     feed = feedback(basis, F64, STRENGTH, metric=metric)
     codes = round_adaptive(weight + added, grid, feed).codes
     unit = added / added.norm(dim=1, keepdim=True)
-    own = exchange.ALONG * STRENGTH * unit[:, :, None] * unit[:, None, :]
+    own = code_descent.ALONG * STRENGTH * unit[:, :, None] * unit[:, None, :]
     dense = dense + STRENGTH * basis @ basis.T + own
     return Problem(grid, weight + added, codes, cost_of(basis, added, STRENGTH, metric), dense)
 
@@ -95,8 +95,8 @@ def test_no_pair_of_moves_costs_less(
     kind: str, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By trying all of them, where all are looked at and until nothing moves."""
-    monkeypatch.setattr(exchange, "POOL", 2 * COLUMNS)
-    monkeypatch.setattr(exchange, "ROUNDS", 50)
+    monkeypatch.setattr(code_descent, "POOL", 2 * COLUMNS)
+    monkeypatch.setattr(code_descent, "ROUNDS", 50)
     asked = problem(kind, measured=measured)
     after = exchanged(asked.codes, asked.grid, asked.target, asked.cost)
     values = asked.values(after)
@@ -105,7 +105,7 @@ def test_no_pair_of_moves_costs_less(
     assert float(paid.sum()) < 0.9 * float(
         asked.paid(asked.values(asked.codes) - asked.target).sum()
     )
-    least = -1.001 * exchange.LEAST * error.square().sum(1)
+    least = -1.001 * code_descent.LEAST * error.square().sum(1)
     nothing = (0, torch.zeros(ROWS, dtype=F64))
     for (i, first), (j, second) in combinations([nothing, *asked.steps(values)], 2):
         moved = error.clone()
@@ -135,10 +135,10 @@ def test_of_wide_rows_the_last_columns_move(
     kind: str, measured: bool, groups: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the others were not there, whose error is: no move there costs less."""
-    monkeypatch.setattr(exchange, "WINDOW", 0)
-    monkeypatch.setattr(exchange, "NARROW", COLUMNS // 2)
-    monkeypatch.setattr(exchange, "POOL", 2 * COLUMNS)
-    monkeypatch.setattr(exchange, "ROUNDS", 50)
+    monkeypatch.setattr(code_descent, "WINDOW", 0)
+    monkeypatch.setattr(code_descent, "NARROW", COLUMNS // 2)
+    monkeypatch.setattr(code_descent, "POOL", 2 * COLUMNS)
+    monkeypatch.setattr(code_descent, "ROUNDS", 50)
     asked = problem(kind, measured=measured)
     grid = asked.grid
     if groups == "shuffled":
@@ -153,7 +153,7 @@ def test_of_wide_rows_the_last_columns_move(
     error = values - asked.target
     paid = asked.paid(error)
     assert bool((paid <= asked.paid(asked.values(asked.codes) - asked.target) * (1 + 1e-9)).all())
-    least = -1.001 * exchange.LEAST * error.square().sum(1)
+    least = -1.001 * code_descent.LEAST * error.square().sum(1)
     for column, step in asked.steps(values):
         moved = error.clone()
         moved[:, column] += step

@@ -16,18 +16,19 @@ from console import run
 from peft_cases import CASES, MODELS, logits, token_inputs
 from safetensors.torch import load_file, save_file
 
-from adaptmerge import sketch
-from adaptmerge.base import Base, open_base
-from adaptmerge.edits import delta_on
+from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.weight_edits import delta_on
+from adaptmerge.algebra import sketch
+from adaptmerge.algebra.fit import Budget, allot
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.extract import Extraction, extract, open_tuned
+from adaptmerge.commands.extract.tuned import Wanted
+from adaptmerge.commands.verify import Questions, verify
 from adaptmerge.errors import AdaptmergeError, CannotStore, InputError, UsageError
-from adaptmerge.extract import Extraction, extract, open_tuned
-from adaptmerge.extract.tuned import Wanted
-from adaptmerge.fit import Budget, allot
-from adaptmerge.graph import Site
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.report import load_report
-from adaptmerge.verify import Questions, verify
+from adaptmerge.formats.inputs import InputSpec, open_input
+from adaptmerge.outputs.report import load_report
 
 RANK = 4
 WEIGHTS = "model.safetensors"

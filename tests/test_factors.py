@@ -23,8 +23,8 @@ from strategies import (
     shapes,
 )
 
-from adaptmerge import factors
-from adaptmerge.factors import (
+from adaptmerge.algebra import factors
+from adaptmerge.algebra.factors import (
     Diag,
     Factor,
     Hadamard,
@@ -38,9 +38,9 @@ from adaptmerge.factors import (
     rank_bound,
     refs_of,
 )
-from adaptmerge.files.dtypes import BF16, F32
-from adaptmerge.files.refs import Listed, TensorRef
 from adaptmerge.methods.peft_linear import SideAverage
+from adaptmerge.tensors.dtypes import BF16, F32
+from adaptmerge.tensors.refs import Listed, TensorRef
 
 every_class = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import dense_of, random_term, scales, seeds, term_lists
 
+from adaptmerge.algebra.factors import Term
+from adaptmerge.algebra.fit import Budget, Fitted, allot, site_rank, spectrum, stack, truncate
 from adaptmerge.errors import UsageError
-from adaptmerge.factors import Term
-from adaptmerge.files.dtypes import BF16, F16, F32, F64, DType
-from adaptmerge.fit import Budget, Fitted, allot, site_rank, spectrum, stack, truncate
+from adaptmerge.tensors.dtypes import BF16, F16, F32, F64, DType
 
 DTYPES = [F64, F32, BF16, F16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptmerge import runtime, verify
-from adaptmerge.base import open_base
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import combine
+from adaptmerge import runtime
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands import verify
+from adaptmerge.commands.combine import combine
+from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.runtime.models import device_named
 
 pytestmark = pytest.mark.gpu

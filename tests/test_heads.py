@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from adaptmerge import runtime
-from adaptmerge import verify as library
+from adaptmerge.adapters.graph import Labels
 from adaptmerge.cli import main
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.inspect import summarise
+from adaptmerge.commands.recipe import load_recipe
 from adaptmerge.errors import AdaptmergeError, CannotMerge, CannotStore, UsageError
-from adaptmerge.graph import Labels
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.recipe import load_recipe
-from adaptmerge.summary import summarise
+from adaptmerge.formats.inputs import InputSpec, open_input
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEAD = "base_model.model.classifier.weight"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from adaptmerge.errors import InputError, UsageError
-from adaptmerge.inputs import (
+from adaptmerge.formats.inputs import (
     InputSpec,
     in_natural_order,
     named,

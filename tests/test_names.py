@@ -6,16 +6,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adaptmerge.names import (
-    did_you_mean,
+from adaptmerge.adapters.module_paths import (
     exact_suffixes,
     is_suffix,
     layer_index,
     natural_key,
     suffixes,
-    unique_names,
     unwrapped,
 )
+from adaptmerge.errors import did_you_mean
+from adaptmerge.formats.inputs import unique_names
 
 parts = st.sampled_from(["model", "layers", "0", "1", "10", "attn", "mlp", "q", "v", "proj"])
 modules = st.lists(parts, min_size=1, max_size=5).map(".".join)

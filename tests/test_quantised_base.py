@@ -11,10 +11,10 @@ from fuse.made_models import quantised_base
 from oracles import llama_cpp
 from safetensors.torch import load_file, save_file
 
-from adaptmerge import verify as library
-from adaptmerge.inputs import InputSpec
-from adaptmerge.merge import Options, combine
-from adaptmerge.quantised import open_values
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.schemes.view import open_values
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tinyllama"
 DORA, LORA = TINY / "lora-r4-dora-embed-cheaders", TINY / "lora-r8-perl"

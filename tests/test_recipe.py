@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.recipe import Recipe, check_locked, json_schema, load_recipe
 from adaptmerge.errors import AdaptmergeError, InputError, UsageError
 from adaptmerge.files.listing import sha256_of
-from adaptmerge.fit import Budget
-from adaptmerge.inputs import open_inputs
-from adaptmerge.merge import Options, combine
-from adaptmerge.recipe import Recipe, check_locked, json_schema, load_recipe
-from adaptmerge.weights import SiteRule
+from adaptmerge.formats.inputs import open_inputs
+from adaptmerge.merging.weights import SiteRule
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAKESPEARE = ROOT / "fixtures" / "tinyllama" / "lora-r8-shakespeare"

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptmerge import verify
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.commands import verify
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.verify.difference import difference
 from adaptmerge.errors import AdaptmergeError, InputError
-from adaptmerge.fit import Budget
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.report import Totals, load_report, sanity_notes
-from adaptmerge.verify.difference import difference
+from adaptmerge.formats.inputs import InputSpec, open_input
+from adaptmerge.outputs.report import Totals, load_report, sanity_notes
 
 
 def poisoned(fixtures: Path, folder: Path) -> Path:

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaptmerge import verify as library
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import AdaptmergeError, CannotStore, InputError
-from adaptmerge.fit import Budget
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.weights import parse_rule
+from adaptmerge.formats.inputs import InputSpec, open_input
+from adaptmerge.merging.weights import parse_rule
 
 WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "adaptmerge.json"
 PREFIX = "base_model.model."

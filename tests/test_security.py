@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from adaptmerge.errors import InputError
-from adaptmerge.inputs import InputSpec, open_input
+from adaptmerge.formats.inputs import InputSpec, open_input
 
 
 def graph_with(factor: dict[str, Any]) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adaptmerge import verify as library
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.verify import forward
+from adaptmerge.commands.verify.difference import difference
 from adaptmerge.errors import InputError
-from adaptmerge.fit import Budget
+from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.formats.peft.config import PeftConfig
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.verify import forward
-from adaptmerge.verify.difference import difference
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -237,7 +237,7 @@ def test_an_output_without_a_report_is_an_error(tiny: Path) -> None:
 
 def test_noise_that_hides_the_effect_is_undecidable_and_never_passes() -> None:
     torch.manual_seed(0)
-    from adaptmerge.files.dtypes import F32
+    from adaptmerge.tensors.dtypes import F32
 
     base = torch.randn(2, 8, 32)
     found = forward.compare(base + 2e-6, base + 2e-6, base, F32)
@@ -247,7 +247,7 @@ def test_noise_that_hides_the_effect_is_undecidable_and_never_passes() -> None:
 
 
 def test_an_adapter_without_effect_fails() -> None:
-    from adaptmerge.files.dtypes import F32
+    from adaptmerge.tensors.dtypes import F32
 
     base = torch.randn(2, 8, 32)
     check = forward.judge("forward", forward.compare(base, base, base, F32))

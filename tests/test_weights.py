@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptmerge.adapters.graph import Site
 from adaptmerge.errors import UsageError
-from adaptmerge.graph import Site
-from adaptmerge.weights import (
+from adaptmerge.merging.weights import (
     SiteRule,
     Value,
     Weights,

@@ -24,16 +24,10 @@ from samples import (
 )
 from torch import Tensor
 
-from adaptmerge.errors import (
-    AdaptmergeError,
-    CannotMerge,
-    InputError,
-    OutputError,
-    UsageError,
-)
-from adaptmerge.inputs import InputSpec, parse_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.report import Report
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError, OutputError, UsageError
+from adaptmerge.formats.inputs import InputSpec, parse_input
+from adaptmerge.outputs.report import Report
 
 Q, UP = MODULES
 

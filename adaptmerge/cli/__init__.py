@@ -24,8 +24,7 @@ from adaptmerge.cli import (
     verify,
 )
 from adaptmerge.cli.terminal import print_problems, report_error
-from adaptmerge.errors import AdaptmergeError
-from adaptmerge.names import did_you_mean
+from adaptmerge.errors import AdaptmergeError, did_you_mean
 
 EPILOG = """\b
 Examples:

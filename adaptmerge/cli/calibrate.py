@@ -46,7 +46,7 @@ def calibrate(
     as_json: bool,
 ) -> None:
     """Measure what flows into the layers of BASE while it reads TEXT, for fuse --calibration."""
-    from adaptmerge import calibrate as library
+    from adaptmerge.commands import calibrate as library
 
     options = library.Calibration(tokens, rank, device, force)
     with progress("reading") as advance:

@@ -47,9 +47,9 @@ def combine(
 ) -> None:
     """Merge adapters: by default the true weighted sum of their deltas."""
     from adaptmerge.cli.outcome import execute
-    from adaptmerge.inputs import parse_input
-    from adaptmerge.merge import Options
-    from adaptmerge.weights import parse_rule
+    from adaptmerge.commands.combine import Options
+    from adaptmerge.formats.inputs import parse_input
+    from adaptmerge.merging.weights import parse_rule
 
     options = Options(
         rules=tuple(parse_rule(rule) for rule in rules),

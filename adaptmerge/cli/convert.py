@@ -27,8 +27,8 @@ def convert(
 ) -> None:
     """Convert an adapter: a merge of one, exact unless a budget or dtype is given."""
     from adaptmerge.cli.outcome import execute
-    from adaptmerge.inputs import parse_input
-    from adaptmerge.merge import Options
+    from adaptmerge.commands.combine import Options
+    from adaptmerge.formats.inputs import parse_input
 
     options = Options(budget=budget_of(given), allow=allowed(allow), **given)
     spec = parse_input(input_)

@@ -19,9 +19,9 @@ from adaptmerge.cli.terminal import print_json, table
 @json_option
 def diff(a: str, b: str, tolerance: float, show_all: bool, base: str | None, as_json: bool) -> None:
     """Compare the deltas of two adapters in any formats; exit code 3 when they differ."""
-    from adaptmerge.inputs import open_input, parse_input
-    from adaptmerge.quantised import open_values
-    from adaptmerge.verify.difference import difference
+    from adaptmerge.commands.verify.difference import difference
+    from adaptmerge.formats.inputs import open_input, parse_input
+    from adaptmerge.schemes.view import open_values
 
     if not 0 <= tolerance < math.inf:
         raise click.UsageError(f"--tolerance {tolerance}: expected a number of at least 0")

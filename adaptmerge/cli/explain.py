@@ -12,8 +12,8 @@ from adaptmerge.cli.options import json_option
 from adaptmerge.cli.terminal import filled, print_json, table
 
 if TYPE_CHECKING:
-    from adaptmerge.fuse.report import FusedSite
-    from adaptmerge.report import Report, SiteLine
+    from adaptmerge.commands.fuse.report import FusedSite
+    from adaptmerge.outputs.report import Report, SiteLine
 
 Line = TypeVar("Line", "SiteLine", "FusedSite")
 
@@ -33,8 +33,8 @@ def explain(output: Path, site: str, as_json: bool) -> None:
     """Explain one SITE of OUTPUT (a module path, its end, or a glob) from the report."""
     from dataclasses import asdict
 
-    from adaptmerge.fuse.report import is_fused, load_fuse_report
-    from adaptmerge.report import load_report
+    from adaptmerge.commands.fuse.report import is_fused, load_fuse_report
+    from adaptmerge.outputs.report import load_report
 
     if is_fused(output):
         fused = _matching(load_fuse_report(output).sites, site)
@@ -73,8 +73,8 @@ def _show_fused(line: FusedSite) -> None:
 def _matching(sites: Sequence[Line], site: str) -> list[Line]:
     from fnmatch import fnmatchcase
 
-    from adaptmerge.errors import UsageError
-    from adaptmerge.names import did_you_mean, is_suffix
+    from adaptmerge.adapters.module_paths import is_suffix
+    from adaptmerge.errors import UsageError, did_you_mean
 
     found = [
         line
@@ -94,8 +94,8 @@ def _matching(sites: Sequence[Line], site: str) -> list[Line]:
 
 def _set_by(report: Report, line: SiteLine, name: str) -> str:
     """The last rule that speaks of this input here, or the input's own weight."""
-    from adaptmerge.graph import Site
-    from adaptmerge.weights import SiteRule
+    from adaptmerge.adapters.graph import Site
+    from adaptmerge.merging.weights import SiteRule
 
     site = Site(line.module, line.param, expert=line.expert)
     rules = [SiteRule(**rule) for rule in report.options["rules"]]

@@ -11,7 +11,7 @@ from adaptmerge.cli.options import budget_of, budget_options, extract_options
 from adaptmerge.cli.terminal import print_json, progress, show_notes, table
 
 if TYPE_CHECKING:
-    from adaptmerge.extract import Prepared
+    from adaptmerge.commands.extract import Prepared
 
 EPILOG = """\b
 BASE and TUNED are model folders or hub ids, of one architecture.
@@ -33,8 +33,8 @@ Examples:
 @extract_options
 def extract(base: str, tuned: str, output: str, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Extract what TUNED adds to BASE as a LoRA, with the error of every site."""
-    from adaptmerge import extract as library
     from adaptmerge.cli.outcome import headline, show_worst
+    from adaptmerge.commands import extract as library
 
     options = library.Extraction(budget=budget_of(given), **given)
     if dry_run:
@@ -70,7 +70,7 @@ def _show_plan(prepared: Prepared, as_json: bool) -> None:
 
 
 def _shape(edit: Any) -> tuple[int, ...]:
-    from adaptmerge.edits import factor_of
+    from adaptmerge.adapters.weight_edits import factor_of
 
     factor = factor_of(edit)
     found: tuple[int, ...] = edit.value.shape if factor is None else factor.shape

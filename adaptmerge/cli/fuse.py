@@ -7,22 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptmerge.cli.options import (
-    allowed,
-    heads_option,
-    json_option,
-    merging_options,
-    percentage,
-)
+from adaptmerge.cli.options import allowed, heads_option, json_option, merging_options, percentage
 from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, table
 from adaptmerge.errors import AdaptmergeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adaptmerge.fuse import FuseReport
-    from adaptmerge.fuse.expected import Expected
-    from adaptmerge.fuse.plan import FusePlan
+    from adaptmerge.commands.fuse import FuseReport
+    from adaptmerge.commands.fuse.forecast import Expected
+    from adaptmerge.commands.fuse.plan import FusePlan
 
 EPILOG = """\b
 An adapter is [NAME=]SOURCE[:WEIGHT], as for combine; BASE a folder of a transformers
@@ -125,9 +119,9 @@ def fuse(
     **given: Any,
 ) -> None:
     """Fuse adapters into a base model's weights, streamed, rounding so that they survive."""
-    from adaptmerge import fuse as library
-    from adaptmerge.inputs import parse_input
-    from adaptmerge.weights import parse_rule
+    from adaptmerge.commands import fuse as library
+    from adaptmerge.formats.inputs import parse_input
+    from adaptmerge.merging.weights import parse_rule
 
     options = library.FuseOptions(
         rules=tuple(parse_rule(rule) for rule in rules),
@@ -182,8 +176,8 @@ def _files(count: int) -> str:
 
 
 def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
-    from adaptmerge.fuse import predict
-    from adaptmerge.fuse.expected import expected
+    from adaptmerge.commands.fuse import predict
+    from adaptmerge.commands.fuse.forecast import expected
 
     lines, running = predict(plan), plan.running
     losses = [expected(line, plan.options.scales, running) for line in lines]

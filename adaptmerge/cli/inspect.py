@@ -14,7 +14,7 @@ from adaptmerge.cli.options import base_option, json_option
 from adaptmerge.cli.terminal import print_json, show_notes, table
 
 if TYPE_CHECKING:
-    from adaptmerge.summary import Summary
+    from adaptmerge.commands.inspect import Summary
 
 
 @click.command()
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 @json_option
 def inspect(inputs: tuple[str, ...], values: bool, base: str | None, as_json: bool) -> None:
     """Show formats, families, ranks, scales, heads and notes of adapters; reads headers only."""
-    from adaptmerge.inputs import open_inputs, parse_input
-    from adaptmerge.quantised import open_values
-    from adaptmerge.summary import summarise
+    from adaptmerge.commands.inspect import summarise
+    from adaptmerge.formats.inputs import open_inputs, parse_input
+    from adaptmerge.schemes.view import open_values
 
     model = open_values(base) if base else None
     specs = [parse_input(text) for text in inputs]

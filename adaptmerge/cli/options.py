@@ -157,7 +157,7 @@ extract_options = _apply(
 
 def budget_of(given: dict[str, Any]) -> Any:
     """The Budget of the budget options, taken out of `given`."""
-    from adaptmerge.fit import Budget
+    from adaptmerge.algebra.fit import Budget
 
     names = ("rank", "energy", "max_error", "per_site")
     return Budget(**{name: given.pop(name) for name in names})

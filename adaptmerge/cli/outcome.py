@@ -12,9 +12,9 @@ import click
 from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, table
 
 if TYPE_CHECKING:
-    from adaptmerge.inputs import InputSpec
-    from adaptmerge.merge import Options
-    from adaptmerge.report import Report
+    from adaptmerge.commands.combine import Options
+    from adaptmerge.formats.inputs import InputSpec
+    from adaptmerge.outputs.report import Report
 
 
 def execute(
@@ -27,13 +27,13 @@ def execute(
     as_json: bool,
 ) -> None:
     """Plans, or merges and shows the outcome."""
-    from adaptmerge import merge
+    from adaptmerge.commands import combine
 
     if dry_run:
-        _show_plan(merge.prepare(specs, output, options), as_json)
+        _show_plan(combine.prepare(specs, output, options), as_json)
         return
     with progress("merging sites") as advance:
-        report = merge.combine(specs, output, options, advance, command)
+        report = combine.combine(specs, output, options, advance, command)
     if as_json:
         print_json({"path": str(output), **report.as_json()})
         return
@@ -44,8 +44,8 @@ def execute(
 
 
 def _show_plan(prepared: object, as_json: bool) -> None:
-    from adaptmerge.merge import Prepared
-    from adaptmerge.plan import plan_rows
+    from adaptmerge.commands.combine import Prepared
+    from adaptmerge.merging.plan import plan_rows
 
     assert isinstance(prepared, Prepared)
     rows = plan_rows(prepared.plan)
@@ -97,7 +97,7 @@ def _show_inputs(report: Report) -> None:
 
 def show_worst(report: Report) -> None:
     """The sites that lose most, where any loses something."""
-    from adaptmerge.report import worst_sites
+    from adaptmerge.outputs.report import worst_sites
 
     worst = [f"{line.site} {line.error:.2e}" for line in worst_sites(report, 3)]
     if worst:

@@ -22,8 +22,8 @@ def run(
 ) -> None:
     """Run a recipe (YAML): inputs, weights per site, method, budget and output in one file."""
     from adaptmerge.cli.outcome import execute
-    from adaptmerge.inputs import open_inputs
-    from adaptmerge.recipe import check_locked, load_recipe
+    from adaptmerge.commands.recipe import check_locked, load_recipe
+    from adaptmerge.formats.inputs import open_inputs
 
     loaded = load_recipe(recipe)
     if locked:

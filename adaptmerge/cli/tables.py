@@ -12,11 +12,11 @@ from adaptmerge.cli.terminal import print_json, table
 @json_option
 def formats(as_json: bool) -> None:
     """List the formats that can be read and written."""
-    from adaptmerge import registry
+    from adaptmerge.formats.registry import formats as known
 
     rows = [
         {"name": f.name, "read": True, "write": f.write is not None, "title": f.title, "url": f.url}
-        for f in registry.formats().values()
+        for f in known().values()
     ]
     if as_json:
         print_json(rows)
@@ -29,7 +29,7 @@ def formats(as_json: bool) -> None:
 @json_option
 def methods(as_json: bool) -> None:
     """List the merge methods and what is true of them."""
-    from adaptmerge import registry
+    from adaptmerge.methods.registry import methods as known
 
     rows = [
         {
@@ -40,7 +40,7 @@ def methods(as_json: bool) -> None:
             "gauge_invariant": m.gauge_invariant,
             "url": m.url,
         }
-        for m in registry.methods().values()
+        for m in known().values()
     ]
     if as_json:
         print_json(rows)

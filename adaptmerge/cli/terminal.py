@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
+from adaptmerge.adapters.graph import Note
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.files.strict_json import dump
-from adaptmerge.graph import Note
 
 WIDTH = 80
 GAP = "  "

@@ -12,7 +12,7 @@ from adaptmerge.cli.terminal import filled, print_json, table
 from adaptmerge.errors import AdaptmergeError, OutputError
 
 if TYPE_CHECKING:
-    from adaptmerge.verify import Verdict
+    from adaptmerge.commands.verify import Verdict
 
 EPILOG = """\b
 Examples:
@@ -63,9 +63,9 @@ def verify(
 
     Exit code 3 unless every check that was made passed.
     """
-    from adaptmerge import verify as library
-    from adaptmerge.fuse import FuseOptions
-    from adaptmerge.inputs import parse_input
+    from adaptmerge.commands import verify as library
+    from adaptmerge.commands.fuse import FuseOptions
+    from adaptmerge.formats.inputs import parse_input
 
     specs = tuple(map(parse_input, adapters))
     alone = len(specs) > 1 and all(spec.weight is None for spec in specs)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from adaptmerge.errors import InputError
-from adaptmerge.files import refs
-from adaptmerge.files.dtypes import BF16, F16, F32, F64, U8, DType
-from adaptmerge.files.refs import Shape, TensorRef
 from adaptmerge.files.strict_json import capped, quoted
+from adaptmerge.tensors import refs
+from adaptmerge.tensors.dtypes import BF16, F16, F32, F64, U8, DType
+from adaptmerge.tensors.refs import Shape, TensorRef
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

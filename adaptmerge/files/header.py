@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 from adaptmerge.errors import InputError, OutputError
-from adaptmerge.files.dtypes import BY_NAME, DType
-from adaptmerge.files.refs import Shape, TensorRef
 from adaptmerge.files.strict_json import capped, parse, quoted
+from adaptmerge.tensors.dtypes import BY_NAME, DType
+from adaptmerge.tensors.refs import Shape, TensorRef
 
 LIMIT = 100_000_000
 METADATA = "__metadata__"

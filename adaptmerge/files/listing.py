@@ -13,8 +13,9 @@ from adaptmerge.errors import InputError
 from adaptmerge.files import sniff
 from adaptmerge.files.paths import exists, missing, plain
 from adaptmerge.files.pickles import read_pickle
-from adaptmerge.files.safetensors import TensorFile, read_header, read_index
+from adaptmerge.files.safetensors import read_header, read_index
 from adaptmerge.files.strict_json import capped, parse, quoted
+from adaptmerge.files.tensor_file import TensorFile
 
 _T = TypeVar("_T")
 _CHUNK = 1 << 20

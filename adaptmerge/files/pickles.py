@@ -8,16 +8,19 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from adaptmerge.errors import InputError
-from adaptmerge.files import dtypes, sniff
-from adaptmerge.files.dtypes import DType
-from adaptmerge.files.refs import Pickled, TensorRef, load_pickle
-from adaptmerge.files.safetensors import TensorFile
+from adaptmerge.files import sniff
 from adaptmerge.files.strict_json import capped, quoted
+from adaptmerge.files.tensor_file import TensorFile
 from adaptmerge.lazy import torch
+from adaptmerge.tensors import dtypes
+from adaptmerge.tensors.dtypes import DType
+from adaptmerge.tensors.refs import Shape, Stored, TensorRef
 
 _WRAPPERS = ("state_dict", "model")
 _DEEPEST = 3
@@ -26,6 +29,37 @@ _EXPECTED = "a torch checkpoint"
 _DAMAGED = "is damaged or was cut off: copy or download it again"
 # how the weights-only unpickler of torch words its refusals of anything but data
 _CODE = ("Unsupported global", "Unsupported class", "Trying to", "Can only", "was blocked")
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """An entry of a torch pickle, loaded with weights_only; `key` is a path of dictionary keys."""
+
+    path: str
+    key: tuple[str, ...]
+    shape: Shape
+    dtype: DType
+
+    def read(self) -> torch.Tensor:
+        value = load_pickle(self.path)
+        for part in self.key:
+            value = value[part]
+        tensor: torch.Tensor = value.detach()
+        return tensor.contiguous()
+
+
+IN_FILES = (Stored, Pickled)  # what names a place on this machine
+
+
+@lru_cache(maxsize=4)
+def _load_as_stamped(path: str, stamp: tuple[int, int]) -> Any:
+    return load(path)
+
+
+def load_pickle(path: str) -> Any:
+    """The object in a torch pickle, on the CPU, loaded with weights_only and mapped where possible."""
+    stat = Path(path).stat()
+    return _load_as_stamped(path, (stat.st_size, stat.st_mtime_ns))
 
 
 def load(path: str | os.PathLike[str]) -> Any:

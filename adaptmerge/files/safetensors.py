@@ -8,29 +8,22 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from io import RawIOBase
 from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from adaptmerge.errors import InputError
-from adaptmerge.files import header, refs, sniff
+from adaptmerge.files import header, sniff
 from adaptmerge.files.disk import Flusher, tensor_bytes, writing
 from adaptmerge.files.paths import inside
-from adaptmerge.files.refs import Reshape, Stored, TensorRef
+from adaptmerge.files.pickles import read_pickle
 from adaptmerge.files.strict_json import capped, parse, quoted
+from adaptmerge.files.tensor_file import TensorFile
+from adaptmerge.tensors import refs
+from adaptmerge.tensors.refs import Reshape, Stored, TensorRef
 
 CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """The tensors of a file (or of an index and its shards) in the order of their data."""
-
-    path: str
-    refs: Mapping[str, TensorRef]
-    metadata: Mapping[str, str]
 
 
 def read_header(path: str | os.PathLike[str]) -> TensorFile:
@@ -138,9 +131,6 @@ def _shards(weight_map: Mapping[str, Any], where: str) -> dict[str, Path]:
 def _read_shard(shard: Path) -> TensorFile:
     if shard.suffix == ".safetensors":
         return read_header(shard)
-    # pickles.py imports TensorFile from here
-    from adaptmerge.files.pickles import read_pickle
-
     return read_pickle(shard)
 
 

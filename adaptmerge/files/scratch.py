@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from adaptmerge.files import dtypes, header, refs
+from adaptmerge.files import header
 from adaptmerge.files.disk import Flusher, tensor_bytes, writing
-from adaptmerge.files.refs import Reshape, Stored, TensorRef
 from adaptmerge.lazy import torch
+from adaptmerge.tensors import dtypes, refs
+from adaptmerge.tensors.refs import Reshape, Stored, TensorRef
 
 _ALIGNMENT = 8
 

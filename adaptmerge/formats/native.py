@@ -14,18 +14,18 @@ from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
-from adaptmerge import edits as edit_classes
-from adaptmerge import factors as factor_classes
-from adaptmerge import families
-from adaptmerge.edits import Deviation, Effect, Share
+from adaptmerge.adapters import activation_edits, families, stored_edits, weight_edits
+from adaptmerge.adapters.graph import Adapter, BaseReference, Bundle, Labels, Layer, Note, Site
+from adaptmerge.adapters.weight_edits import Deviation, Effect, Share
+from adaptmerge.algebra import factors
+from adaptmerge.algebra.factors import Values
 from adaptmerge.errors import InputError
-from adaptmerge.factors import Values
-from adaptmerge.files import refs as ref_classes
-from adaptmerge.files.dtypes import BY_NAME, DType
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.refs import Constant, Joined, Listed, Pickled, Stored, TensorRef, computed
-from adaptmerge.graph import Adapter, BaseReference, Bundle, Labels, Layer, Note, Site
-from adaptmerge.registry import Format, Output, ReadOptions, Stores, WriteOptions
+from adaptmerge.files.pickles import Pickled
+from adaptmerge.formats.format import Format, Output, ReadOptions, Stores, WriteOptions
+from adaptmerge.tensors import refs
+from adaptmerge.tensors.dtypes import BY_NAME, DType
+from adaptmerge.tensors.refs import Constant, Joined, Listed, Stored, TensorRef, computed
 
 VERSION = 1
 KEY = "adaptmerge_graph"
@@ -34,6 +34,7 @@ TENSORS = "tensors.safetensors"
 LARGEST = 1 << 32  # entries of a tensor that is computed, not stored
 WITHIN = (TensorRef, Stored, Pickled, Constant, Listed, Joined)  # written as {"tensor": NAME}
 
+HOMES = (factors, weight_edits, stored_edits, activation_edits, refs)  # of what graphs are made of
 UNSETTLED = (Values, Effect, Share, Deviation)  # what a run computes before anything is written
 
 
@@ -50,13 +51,10 @@ def nodes() -> dict[str, type]:
         "Labels": Labels,
         "Note": Note,
     }
-    for module in (factor_classes, edit_classes, ref_classes, *families.modules()):
+    for module in (*HOMES, *families.modules()):
         for name, found in vars(module).items():
-            if (
-                isinstance(found, type)
-                and is_dataclass(found)
-                and found not in (*WITHIN, *UNSETTLED)
-            ):
+            is_node = isinstance(found, type) and is_dataclass(found)
+            if is_node and found not in (*WITHIN, *UNSETTLED):
                 assert table.setdefault(name, found) is found, f"two classes are called {name}"
     return table
 

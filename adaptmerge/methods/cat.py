@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from adaptmerge.methods.method import Method
 from adaptmerge.methods.sums import FORMS, STACKED
-from adaptmerge.registry import Method
 
 METHOD = Method(
     name="cat",

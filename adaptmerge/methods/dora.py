@@ -14,14 +14,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptmerge.edits import Dora, Scale, norms_of, share_of
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import Dora, Scale, norms_of, share_of
+from adaptmerge.algebra.factors import (
+    Diag,
+    Factor,
+    Leaf,
+    Product,
+    Rows,
+    Sum,
+    Term,
+    Values,
+    whole_term,
+)
 from adaptmerge.errors import CannotMerge
-from adaptmerge.factors import Diag, Factor, Leaf, Product, Rows, Sum, Term, Values, whole_term
-from adaptmerge.files.dtypes import F64, DType
-from adaptmerge.files.refs import TensorRef, computed, constant, remembered
-from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
-from adaptmerge.registry import Meeting, Member
+from adaptmerge.methods.method import Meeting, Member
+from adaptmerge.tensors.dtypes import F64, DType
+from adaptmerge.tensors.refs import TensorRef, computed, constant, remembered
 
 CANCELLED = 1e-12  # a gain below this leaves nothing of a row
 

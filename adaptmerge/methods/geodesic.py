@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from adaptmerge.adapters.families import rotation
+from adaptmerge.adapters.families.boft import Boft
+from adaptmerge.adapters.families.hra import Hra
+from adaptmerge.adapters.families.oft import Oft
+from adaptmerge.adapters.graph import Edit, Kind
+from adaptmerge.algebra.factors import Leaf, Product, Sum, values
 from adaptmerge.errors import CannotMerge
-from adaptmerge.factors import Leaf, Product, Sum, values
-from adaptmerge.families import rotation
-from adaptmerge.families.boft import Boft
-from adaptmerge.families.hra import Hra
-from adaptmerge.families.oft import Oft
-from adaptmerge.files.dtypes import F64, DType
-from adaptmerge.files.refs import TensorRef, computed, constant
-from adaptmerge.graph import Edit, Kind
 from adaptmerge.lazy import torch
-from adaptmerge.registry import Meeting
+from adaptmerge.methods.method import Meeting
+from adaptmerge.tensors.dtypes import F64, DType
+from adaptmerge.tensors.refs import TensorRef, computed, constant
 
 Turning = Oft | Boft | Hra
 

@@ -6,8 +6,8 @@ as 0 for it, not as 1. For compatibility only.
 
 from __future__ import annotations
 
+from adaptmerge.methods.method import Method
 from adaptmerge.methods.sums import scale_values
-from adaptmerge.registry import Method
 
 METHOD = Method(
     name="ia3-linear",

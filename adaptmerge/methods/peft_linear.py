@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptmerge.edits import refitted
+from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.weight_edits import refitted
+from adaptmerge.algebra.factors import LowRank, Rows, Term, as_low_rank
 from adaptmerge.errors import CannotMerge
-from adaptmerge.factors import LowRank, Rows, Term, as_low_rank
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.graph import Edit, Site
 from adaptmerge.lazy import torch
-from adaptmerge.registry import Meeting, Member, Method
+from adaptmerge.methods.method import Meeting, Member, Method
+from adaptmerge.tensors.refs import TensorRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from adaptmerge.edits import Scale
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import Scale
+from adaptmerge.algebra.factors import Rows, Term, values, whole_term
 from adaptmerge.errors import InputError
-from adaptmerge.factors import Rows, Term, values, whole_term
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
-from adaptmerge.registry import Meeting, Method
+from adaptmerge.methods.method import Meeting, Method
+from adaptmerge.tensors.refs import TensorRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from adaptmerge.edits import factor_of, refitted
+from adaptmerge.adapters.families.vera import Vera
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import factor_of, refitted
+from adaptmerge.algebra.factors import Rows, Term, values, whole_term
 from adaptmerge.errors import CannotMerge
-from adaptmerge.factors import Rows, Term, values, whole_term
-from adaptmerge.families.vera import Vera
-from adaptmerge.files.compare import same_values
-from adaptmerge.files.refs import TensorRef, remembered
-from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
-from adaptmerge.registry import Meeting
+from adaptmerge.methods.method import Meeting
+from adaptmerge.tensors.compare import same_values
+from adaptmerge.tensors.refs import TensorRef, remembered
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from adaptmerge.edits import Scale, refitted, with_value
+from adaptmerge.adapters.families.beft import Beft
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.stored_edits import with_value
+from adaptmerge.adapters.weight_edits import Scale, refitted
+from adaptmerge.algebra.factors import Factor, Leaf, Product, Sum, values
 from adaptmerge.errors import CannotMerge
-from adaptmerge.factors import Factor, Leaf, Product, Sum, values
-from adaptmerge.families.beft import Beft
-from adaptmerge.files.refs import TensorRef, constant, join
-from adaptmerge.graph import Edit
 from adaptmerge.methods.dora import dora_sum
 from adaptmerge.methods.geodesic import mean_boft, mean_hra, mean_oft
+from adaptmerge.methods.method import Meeting, Member, Rule
 from adaptmerge.methods.shared_sides import nearest_vera
-from adaptmerge.registry import Meeting, Member, Rule
+from adaptmerge.tensors.refs import TensorRef, constant, join
 
 
 def weighted_sum(meeting: Meeting) -> Edit:

@@ -14,12 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaptmerge import experts
-from adaptmerge.edits import Replace, ReplaceRows, WeightEdit, factor_of
+from adaptmerge.adapters import experts
+from adaptmerge.adapters.graph import Adapter, Edit, Site
+from adaptmerge.adapters.module_paths import other_versions, suffixes
+from adaptmerge.adapters.stored_edits import Replace, ReplaceRows
+from adaptmerge.adapters.weight_edits import WeightEdit, factor_of
 from adaptmerge.errors import InputError
-from adaptmerge.graph import Adapter, Edit, Site
 from adaptmerge.lazy import torch
-from adaptmerge.names import other_versions, suffixes
 from adaptmerge.runtime.places import hook_activation, is_activation
 from adaptmerge.runtime.replicate import replicated
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from adaptmerge.adapters.families.adaption_prompt import AdaptionPrompt
 from adaptmerge.errors import InputError
-from adaptmerge.families.adaption_prompt import AdaptionPrompt
 from adaptmerge.lazy import torch
 
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adaptmerge.base import GGUF
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.bases.base import GGUF
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import Listing
-from adaptmerge.graph import Adapter
 from adaptmerge.lazy import torch
 
 CONFIG = "config.json"
@@ -81,7 +81,7 @@ def _gguf_config(path: Path) -> Any:
     """The config that a GGUF model's metadata states."""
     from transformers import AutoConfig
 
-    from adaptmerge.gguf_model import config_of
+    from adaptmerge.bases.gguf_model import config_of
 
     said = config_of(path)
     with quietly(), in_one_sentence(str(path)):

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.edits import ActivationEdit, Bottleneck
+from adaptmerge.adapters.activation_edits import ActivationEdit, Bottleneck
+from adaptmerge.adapters.graph import Edit
 from adaptmerge.errors import InputError
-from adaptmerge.graph import Edit
 from adaptmerge.lazy import torch
 from adaptmerge.runtime.attention import hook_adaption
 from adaptmerge.runtime.virtual import hook_prefix, hook_prompt

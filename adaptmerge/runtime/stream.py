@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaptmerge.base import Base
+from adaptmerge.adapters.graph import Site
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
 from adaptmerge.runtime.models import (
     dtype_named,
@@ -20,6 +19,7 @@ from adaptmerge.runtime.models import (
     quietly,
     some,
 )
+from adaptmerge.tensors.refs import TensorRef
 
 
 @dataclass

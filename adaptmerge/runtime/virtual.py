@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from adaptmerge.adapters.families.prefix import Prefix
+from adaptmerge.adapters.families.prompt import Prompt
 from adaptmerge.errors import InputError
-from adaptmerge.families.prefix import Prefix
-from adaptmerge.families.prompt import Prompt
 from adaptmerge.lazy import torch
 
 Given = dict[str, Any]  # the arguments of a forward by name

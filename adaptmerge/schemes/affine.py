@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.tensors.refs import TensorRef
 
 WORDS = ("I32", "U32")
 Tensors = tuple[tuple[str, TensorRef], ...]

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme, kept_under
 from adaptmerge.schemes import affine
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.schemes.scheme import Scheme, kept_under
+from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://github.com/casper-hansen/AutoAWQ"
 BITS, IN_WORD = 4, 8

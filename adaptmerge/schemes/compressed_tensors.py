@@ -21,12 +21,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme, kept_under
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import (
     Fp4,
     Fp8,
@@ -37,6 +36,8 @@ from adaptmerge.schemes.narrow import (
     scales,
     unpacked,
 )
+from adaptmerge.schemes.scheme import Scheme, kept_under
+from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://github.com/vllm-project/compressed-tensors"
 METHOD = "compressed-tensors"

@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme, kept_under
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import Fp8, block_of, scales
+from adaptmerge.schemes.scheme import Scheme, kept_under
+from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://huggingface.co/docs/transformers/quantization/finegrained_fp8"
 SCALE = ".weight_scale_inv"

@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme
 from adaptmerge.schemes import affine
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.schemes.scheme import Scheme
+from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html"
 BITS = (1, 2, 3, 4, 5, 6, 8)

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import Fp4, e2m1, from_nibbles, nibbles, raw, scales
+from adaptmerge.schemes.scheme import Scheme
+from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://huggingface.co/docs/transformers/quantization/mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"

@@ -19,9 +19,9 @@ from functools import cache
 from typing import Protocol
 
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.tensors.refs import TensorRef
 
 NO_CODE = 255
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

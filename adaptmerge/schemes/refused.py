@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.packed import Scheme
+from adaptmerge.schemes.scheme import Scheme
 
 # quant_method: title, where it is defined, why not
 REASONS = {

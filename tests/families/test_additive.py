@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaptmerge import runtime
-from adaptmerge.base import open_base
-from adaptmerge.edits import WeightEdit, delta_on, factor_of
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.adapters.weight_edits import WeightEdit, delta_on, factor_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import InputError
+from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.formats.peft.tuners.lokr import split_of
-from adaptmerge.graph import Adapter
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
 
 pytest.importorskip("peft")
 

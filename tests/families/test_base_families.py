@@ -15,15 +15,16 @@ from families.cases_base import CASES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaptmerge.base import Base, open_base
-from adaptmerge.edits import delta_on
+from adaptmerge.adapters.families import rotation
+from adaptmerge.adapters.families.oft import Oft
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.adapters.weight_edits import delta_on
+from adaptmerge.algebra.factors import rank_bound
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import CannotStore, InputError
-from adaptmerge.factors import rank_bound
-from adaptmerge.families import rotation
-from adaptmerge.families.oft import Oft
-from adaptmerge.graph import Adapter
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
+from adaptmerge.formats.inputs import InputSpec, open_input
 
 pytest.importorskip("peft")
 

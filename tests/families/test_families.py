@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adaptmerge import runtime
-from adaptmerge.base import Base, open_base
-from adaptmerge.edits import WeightEdit, delta_on
-from adaptmerge.fit import Budget
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.adapters.weight_edits import WeightEdit, delta_on
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.formats.peft.tuner import tuner_of
-from adaptmerge.graph import Adapter
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
 
 pytest.importorskip("peft")
 every_case = pytest.mark.parametrize("name", all_cases())

@@ -14,13 +14,13 @@ from families.test_merging import DORA, IA3, LOHA, LORA, Parts, Stage, verified
 from safetensors.torch import load_file, save_file
 from samples import WEIGHTS, config_of
 
-from adaptmerge.base import open_base
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.verify import Questions, verify
+from adaptmerge.commands.verify.difference import difference
 from adaptmerge.errors import AdaptmergeError, CannotMerge
-from adaptmerge.fit import Budget
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.verify import Questions, verify
-from adaptmerge.verify.difference import difference
+from adaptmerge.formats.inputs import InputSpec, open_input
 
 LOKR = FamilyCase("r_lokr", "LoKrConfig", {"target_modules": QV, "r": 2, "alpha": 3})
 

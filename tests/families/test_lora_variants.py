@@ -19,12 +19,13 @@ from samples import CONFIG, MODULES, WEIGHTS, adapter, config_of, deltas, random
 from torch import Tensor, nn
 
 from adaptmerge import runtime
-from adaptmerge.base import open_base
-from adaptmerge.edits import Add, Opaque, delta_on
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.adapters.stored_edits import Opaque
+from adaptmerge.adapters.weight_edits import Add, delta_on
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import AdaptmergeError, CannotMerge, CannotStore, InputError
-from adaptmerge.graph import Adapter
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
+from adaptmerge.formats.inputs import InputSpec, open_input
 
 peft = pytest.importorskip("peft")
 Q, UP = MODULES

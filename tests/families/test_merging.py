@@ -15,11 +15,11 @@ from samples import config_of
 from torch import Tensor
 
 from adaptmerge import runtime
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.verify import Questions, verify
 from adaptmerge.errors import AdaptmergeError, CannotMerge
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.verify import Questions, verify
+from adaptmerge.formats.inputs import InputSpec, open_input
 
 pytest.importorskip("peft")
 LORA = FamilyCase("m_lora", "LoraConfig", {"target_modules": LINEARS, "r": 3, "lora_alpha": 5})
@@ -168,7 +168,7 @@ def test_what_has_full_rank_asks_for_a_budget_or_is_kept_whole(
     options = {**options, "base": str(stage.base(case)), "dtype": "fp32"}
     with pytest.raises(CannotMerge, match="--rank"):
         stage.combine(parts, tmp_path / "refused", **options)
-    from adaptmerge.fit import Budget
+    from adaptmerge.algebra.fit import Budget
 
     stage.combine(parts, tmp_path / "all", budget=Budget(energy=1.0), **options)
     expected = stage.expected(parts)

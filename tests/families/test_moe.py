@@ -17,17 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adaptmerge import runtime
-from adaptmerge.base import Base, open_base
+from adaptmerge.adapters.graph import Adapter, Site
+from adaptmerge.adapters.module_paths import other_versions
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.verify import FAIL, Questions, verify
 from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError, UsageError
-from adaptmerge.files.dtypes import F32
-from adaptmerge.files.refs import constant
-from adaptmerge.fit import Budget
-from adaptmerge.graph import Adapter, Site
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.names import other_versions
-from adaptmerge.verify import FAIL, Questions, verify
-from adaptmerge.weights import SiteRule
+from adaptmerge.formats.inputs import InputSpec, open_input
+from adaptmerge.merging.weights import SiteRule
+from adaptmerge.tensors.dtypes import F32
+from adaptmerge.tensors.refs import constant
 
 pytest.importorskip("peft")
 PREFIX = "base_model.model."

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adaptmerge import runtime
-from adaptmerge.base import open_base
-from adaptmerge.edits import Opaque
+from adaptmerge.adapters.families.prompt import Prompt
+from adaptmerge.adapters.graph import Adapter, Site
+from adaptmerge.adapters.stored_edits import Opaque
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.inspect import summarise
 from adaptmerge.errors import AdaptmergeError, InputError
-from adaptmerge.families.prompt import Prompt
-from adaptmerge.files.dtypes import F32
-from adaptmerge.files.refs import constant
-from adaptmerge.graph import Adapter, Site
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.summary import summarise
+from adaptmerge.formats.inputs import InputSpec, open_input
+from adaptmerge.tensors.dtypes import F32
+from adaptmerge.tensors.refs import constant
 
 TASKS = FamilyCase(
     "multitask",

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptmerge.families import rotation
-from adaptmerge.families.boft import Boft, butterfly
-from adaptmerge.families.hra import Hra
-from adaptmerge.families.oft import Oft
-from adaptmerge.files.dtypes import F64
-from adaptmerge.files.refs import TensorRef, listed
-from adaptmerge.graph import Site
+from adaptmerge.adapters.families import rotation
+from adaptmerge.adapters.families.boft import Boft, butterfly
+from adaptmerge.adapters.families.hra import Hra
+from adaptmerge.adapters.families.oft import Oft
+from adaptmerge.adapters.graph import Site
+from adaptmerge.tensors.dtypes import F64
+from adaptmerge.tensors.refs import TensorRef, listed
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 SITE = Site("m")

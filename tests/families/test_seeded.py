@@ -15,15 +15,15 @@ from peft_cases import logits
 from safetensors.torch import load_file, save_file
 
 from adaptmerge import runtime
-from adaptmerge.base import open_base
-from adaptmerge.edits import factor_of, family_of
+from adaptmerge.adapters.families.waveft import FILTERS
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.adapters.weight_edits import factor_of, family_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError
-from adaptmerge.families.waveft import FILTERS
+from adaptmerge.formats.inputs import InputSpec, open_input, parse_input
 from adaptmerge.formats.peft.order import ORDERS, in_model_order
-from adaptmerge.graph import Adapter
-from adaptmerge.inputs import InputSpec, open_input, parse_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.weights import SiteRule
+from adaptmerge.merging.weights import SiteRule
 
 pytest.importorskip("peft")
 

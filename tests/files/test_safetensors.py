@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adaptmerge.errors import InputError, OutputError
-from adaptmerge.files import dtypes, refs
 from adaptmerge.files.safetensors import CHUNK, read_header, read_index, write_safetensors
+from adaptmerge.tensors import dtypes, refs
 
 QUIET = settings(derandomize=True, deadline=None, max_examples=60)
 TORCH_DTYPES = [

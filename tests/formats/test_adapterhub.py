@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaptmerge.edits import Bottleneck, Gated
+from adaptmerge.adapters.activation_edits import Bottleneck, Gated
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.algebra.factors import refs_of
 from adaptmerge.errors import InputError
-from adaptmerge.factors import refs_of
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.adapterhub import FORMAT
-from adaptmerge.graph import Adapter
-from adaptmerge.registry import ReadOptions, detect
+from adaptmerge.formats.format import ReadOptions
+from adaptmerge.formats.registry import detect
 from adaptmerge.runtime import attach, load_model, outputs_of
 
 CASES = ["llama/seq_bn", "llama/lora_gating", "llama/ia3", "bert/vera"]

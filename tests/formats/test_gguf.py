@@ -16,16 +16,17 @@ import torch
 from peft_cases import CASES, PeftCase
 from safetensors.torch import load_file, save_file
 
-from adaptmerge.base import Base, open_base
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.llama_cpp import ARCHITECTURES, Names
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import AdaptmergeError, CannotStore, InputError, MissingExtra, UsageError
 from adaptmerge.files.gguf import read_header
 from adaptmerge.files.listing import Listing
+from adaptmerge.formats.format import ReadOptions
 from adaptmerge.formats.gguf import FORMAT
-from adaptmerge.graph import Adapter
-from adaptmerge.inputs import open_input, parse_input
-from adaptmerge.llama_cpp import ARCHITECTURES, Names
-from adaptmerge.merge import Options, combine
-from adaptmerge.registry import ReadOptions
+from adaptmerge.formats.inputs import open_input, parse_input
 
 gguf = pytest.importorskip("gguf")
 

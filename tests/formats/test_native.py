@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from peft_cases import CASES
 
-from adaptmerge.base import open_base
+from adaptmerge.adapters.graph import Adapter
+from adaptmerge.algebra.factors import refs_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import AdaptmergeError, InputError
-from adaptmerge.factors import refs_of
-from adaptmerge.files.compare import same_values
-from adaptmerge.graph import Adapter
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
+from adaptmerge.formats.inputs import InputSpec, open_input
+from adaptmerge.tensors.compare import same_values
 
 RECORDED = [
     "tinyllama/lora-r8-perl",
@@ -43,8 +43,8 @@ def same(a: Adapter, b: Adapter) -> bool:
 def _without_refs(edit: object) -> dict[str, object]:
     from dataclasses import fields
 
-    from adaptmerge.factors import Factor
-    from adaptmerge.files.refs import TensorRef
+    from adaptmerge.algebra.factors import Factor
+    from adaptmerge.tensors.refs import TensorRef
 
     named = {f.name: getattr(edit, f.name) for f in fields(edit)}  # type: ignore[arg-type]
     return {k: v for k, v in named.items() if not isinstance(v, (TensorRef, Factor))}

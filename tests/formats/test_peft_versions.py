@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.recipe import load_recipe
 from adaptmerge.errors import CannotStore, UsageError
+from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.formats.peft.releases import FIELDS, RELEASES
 from adaptmerge.formats.peft.tuner import all_tuners
 from adaptmerge.formats.peft.versions import downgraded, family_since, fields_of, release_of
-from adaptmerge.inputs import InputSpec
-from adaptmerge.merge import Options, combine
-from adaptmerge.recipe import load_recipe
 
 PLAIN = {
     "peft_type": "LORA",

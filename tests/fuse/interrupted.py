@@ -12,7 +12,7 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")  # imports what is slow to import once
 SERVER.set_forkserver_preload(
-    ["adaptmerge.fuse", "adaptmerge.fuse.matrix", "torch", "transformers"]
+    ["adaptmerge.commands.fuse", "adaptmerge.rounding.matrix", "torch", "transformers"]
 )
 
 
@@ -79,7 +79,7 @@ class _Countdown:
 
 
 def _fuse(base: Path, adapter: Path, output: Path, progress: Callable[[int, int], None]) -> None:
-    from adaptmerge.fuse import FuseOptions, fuse
-    from adaptmerge.inputs import InputSpec
+    from adaptmerge.commands.fuse import FuseOptions, fuse
+    from adaptmerge.formats.inputs import InputSpec
 
     fuse(str(base), [InputSpec(str(adapter))], output, FuseOptions(jobs=1), progress)

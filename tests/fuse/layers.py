@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaptmerge.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.inputs import InputSpec
+from adaptmerge.commands.fuse import FuseOptions, FuseReport, fuse
+from adaptmerge.formats.inputs import InputSpec
 
 MODULE = "model.layers.0.mlp.up_proj"
 FILE = "model.safetensors"

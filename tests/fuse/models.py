@@ -13,9 +13,9 @@ from peft_cases import DECODER_SIZES, MODELS, logits, seeded
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adaptmerge.fuse import FuseOptions, FuseReport
-from adaptmerge.fuse import fuse as fuse_into
-from adaptmerge.inputs import InputSpec
+from adaptmerge.commands.fuse import FuseOptions, FuseReport
+from adaptmerge.commands.fuse import fuse as fuse_into
+from adaptmerge.formats.inputs import InputSpec
 
 SHARD = "60KB"  # gives every tiny model several files
 

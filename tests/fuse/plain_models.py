@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adaptmerge.base import open_base
-from adaptmerge.quantised import view_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.schemes.view import view_of
 
 TOKENS = torch.arange(60).view(2, 30) * 7 % 60 + 3
 

@@ -12,11 +12,11 @@ from fuse.layers import MODULE, Fused, layer, with_lora
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adaptmerge import verify as library
-from adaptmerge.calibrate import Calibration, calibrate
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.calibrate import Calibration, calibrate
+from adaptmerge.commands.fuse import FuseOptions, FuseReport, fuse, plan_fusion
 from adaptmerge.errors import AdaptmergeError, InputError, OutputError, UsageError
-from adaptmerge.fuse import FuseOptions, FuseReport, fuse, plan_fusion
-from adaptmerge.inputs import InputSpec
+from adaptmerge.formats.inputs import InputSpec
 
 ROWS, COLUMNS, LOUD = 256, 4096, 12
 F64 = torch.float64

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from fuse.layers import MODULE, Fused, gaussian, layer, values, with_lora
 
 from adaptmerge.cli import main
-from adaptmerge.fuse import FuseOptions, fuse, plan_fusion, predict
-from adaptmerge.fuse.expected import Expected, expected
-from adaptmerge.inputs import InputSpec
+from adaptmerge.commands.fuse import FuseOptions, fuse, plan_fusion, predict
+from adaptmerge.commands.fuse.forecast import Expected, expected
+from adaptmerge.formats.inputs import InputSpec
 
 
 @pytest.fixture(scope="module", params=["int8", "nf4"])

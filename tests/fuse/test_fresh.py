@@ -15,17 +15,18 @@ from peft_cases import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaptmerge import verify as library
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.fuse import FuseOptions, FuseReport, fuse
+from adaptmerge.commands.fuse.on_base.provenance import RoundTrip
 from adaptmerge.errors import CannotStore, InputError, UsageError
-from adaptmerge.files.refs import computed
 from adaptmerge.files.safetensors import read_header
-from adaptmerge.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.fuse.provenance import RoundTrip
-from adaptmerge.inputs import InputSpec
-from adaptmerge.packed import dequantised, fresh, scheme_of
-from adaptmerge.quantised import view_of
+from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.schemes.bitsandbytes.codes import round_trip
+from adaptmerge.schemes.coded import dequantised
+from adaptmerge.schemes.scheme import fresh, scheme_of
+from adaptmerge.schemes.view import view_of
+from adaptmerge.tensors.refs import computed
 
 BITSANDBYTES = ("nf4", "nf4,double", "fp4", "fp4,double", "int8")
 OTHERS = ("int4-g128", "int8-channel", "fp8-channel", "gptq-int4-g128")

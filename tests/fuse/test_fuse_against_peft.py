@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import CannotMerge
-from adaptmerge.inputs import InputSpec
-from adaptmerge.merge import Options, combine
+from adaptmerge.formats.inputs import InputSpec
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains

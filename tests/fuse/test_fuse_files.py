@@ -22,7 +22,7 @@ from peft_cases import CASES
 from safetensors.torch import load_file, save_file
 from samples import tree
 
-from adaptmerge import fuse as library
+from adaptmerge.commands import fuse as library
 from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError, OutputError, UsageError
 
 pytest.importorskip("peft")
@@ -277,7 +277,7 @@ def test_the_same_bytes_with_more_workers_and_another_hash_seed(
 def test_the_order_of_pieces_does_not_matter(
     rounding: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaptmerge.fuse.matrix.PIECE", 1 << 9)
+    monkeypatch.setattr("adaptmerge.rounding.matrix.PIECE", 1 << 9)
     options: dict[str, Any] = {"rounding": rounding, "allow": frozenset({"loss"})}
     for jobs in (1, 3):
         fuse(base, [adapter], tmp_path / f"jobs{jobs}", jobs=jobs, **options)

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaptmerge import runtime
-from adaptmerge import verify as library
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands import verify as library
 from adaptmerge.errors import CannotMerge, InputError, UsageError
-from adaptmerge.quantised import view_of
+from adaptmerge.schemes.view import view_of
 
 gguf = pytest.importorskip("gguf")
 TINY = Path(__file__).parents[2] / "fixtures" / "tinyllama"
@@ -330,8 +330,8 @@ def test_a_type_that_cannot_be_made_anew_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    from adaptmerge.inputs import parse_input
-    from adaptmerge.merge import Options, combine
+    from adaptmerge.commands.combine import Options, combine
+    from adaptmerge.formats.inputs import parse_input
 
     combine([parse_input(str(ADAPTER))], tmp_path / "a.gguf", Options(base=str(TINY / "base")))
     with pytest.raises(InputError, match="no model"):

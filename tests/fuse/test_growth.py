@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adaptmerge import verify as library
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.fuse import FuseOptions, FuseReport, fuse
 from adaptmerge.errors import CannotMerge, UsageError
-from adaptmerge.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.inputs import InputSpec
-from adaptmerge.quantised import view_of
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.schemes.view import view_of
 
 QUANTISED = Path(__file__).parents[2] / "fixtures" / "quantised"
 LAYER = "model.layers.0"

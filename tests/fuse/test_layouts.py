@@ -9,11 +9,11 @@ import samples
 import torch
 from safetensors.torch import load_file
 
-from adaptmerge.base import open_base
-from adaptmerge.fuse import FuseOptions, fuse
-from adaptmerge.inputs import InputSpec
-from adaptmerge.packed import dequantised
-from adaptmerge.quantised import view_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.fuse import FuseOptions, fuse
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.schemes.coded import dequantised
+from adaptmerge.schemes.view import view_of
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "quantised"
 # stacked experts have tests of their own; two values a weight, with scales that stay, leave no room

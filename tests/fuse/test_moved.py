@@ -17,8 +17,8 @@ from fuse.plain_models import model_of, outputs, values
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaptmerge.fuse.moved import GATED
-from adaptmerge.verify import PASS, Questions, verify
+from adaptmerge.commands.fuse.on_base.moved_scales import GATED
+from adaptmerge.commands.verify import PASS, Questions, verify
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains

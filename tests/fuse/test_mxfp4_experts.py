@@ -14,10 +14,10 @@ from peft_cases import logits, seeded
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adaptmerge import verify as library
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands import verify as library
 from adaptmerge.errors import CannotMerge
-from adaptmerge.quantised import view_of
+from adaptmerge.schemes.view import view_of
 
 HIDDEN, INTER, EXPERTS, GROUP = 64, 96, 3, 32
 NAMES = ("gate_up_proj", "down_proj")

@@ -13,12 +13,12 @@ from fuse.made_models import quantised_base
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adaptmerge import verify as library
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.fuse import FuseOptions, FuseReport, fuse
 from adaptmerge.errors import CannotMerge, UsageError
-from adaptmerge.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.inputs import InputSpec
-from adaptmerge.quantised import view_of
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.schemes.view import view_of
 
 KINDS = ("nf4", "nf4,double", "fp4", "int8")
 WEIGHT = 0.1  # of an adapter whose delta then is 3 % of the weights

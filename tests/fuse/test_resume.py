@@ -15,10 +15,10 @@ from fuse.models import fuse, llama_base
 from safetensors.torch import load_file, save_file
 from samples import tree
 
+from adaptmerge.commands.fuse import FuseOptions
+from adaptmerge.commands.fuse import fuse as fuse_with
 from adaptmerge.errors import OutputError
-from adaptmerge.fuse import FuseOptions
-from adaptmerge.fuse import fuse as fuse_with
-from adaptmerge.inputs import InputSpec
+from adaptmerge.formats.inputs import InputSpec
 
 pytest.importorskip("peft")
 

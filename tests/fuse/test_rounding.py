@@ -12,14 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adaptmerge import rounding
-from adaptmerge.factors import Diag, Leaf, Product, low_rank
-from adaptmerge.files.dtypes import BY_NAME, SPELLINGS
+from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra.factors import Diag, Leaf, Product, low_rank
 from adaptmerge.files.listing import Listing
-from adaptmerge.fuse.matrix import Matrix, Measured, Part, delta_of
-from adaptmerge.fuse.settle import choose, settle_rows
-from adaptmerge.graph import Site
-from adaptmerge.rounding import (
+from adaptmerge.rounding import error_feedback
+from adaptmerge.rounding.error_feedback import (
     ADAPTIVE,
     NEAREST,
     STOCHASTIC,
@@ -31,6 +28,9 @@ from adaptmerge.rounding import (
     round_stochastic,
     row_space,
 )
+from adaptmerge.rounding.floats import choose, settle_rows
+from adaptmerge.rounding.matrix import Matrix, Measured, Part, delta_of
+from adaptmerge.tensors.dtypes import BY_NAME, SPELLINGS
 
 F64 = torch.float64
 GRIDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -54,11 +54,11 @@ class Steps:
         return replace(self, sizes=self.sizes[order])
 
 
-def values_of(grid: rounding.Grid, codes: Tensor) -> Tensor:
+def values_of(grid: error_feedback.Grid, codes: Tensor) -> Tensor:
     return grid.values(codes, slice(0, codes.shape[1]), torch.empty(codes.shape, dtype=F64))
 
 
-def gptq(target: Tensor, grid: rounding.Grid, hessian: Tensor) -> Tensor:
+def gptq(target: Tensor, grid: error_feedback.Grid, hessian: Tensor) -> Tensor:
     """The codes of GPTQ as its authors wrote it: Cholesky of the inverse Hessian, column by column."""
     inverse = torch.linalg.inv(hessian)
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -81,10 +81,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns rounded singly, as GPTQ does it."""
-    monkeypatch.setattr(rounding, "BLOCKS", ((1, 0),))
+    monkeypatch.setattr(error_feedback, "BLOCKS", ((1, 0),))
 
 
-def grid_named(name: str, columns: int) -> rounding.Grid:
+def grid_named(name: str, columns: int) -> error_feedback.Grid:
     if name == "int4":
         return Steps(
             0.3 + 0.2 * torch.rand(columns, generator=torch.Generator().manual_seed(1)).double()
@@ -140,7 +140,7 @@ def test_columns_that_are_read_least_come_last(columns: int) -> None:
     order = least_read_last(basis).columns
     assert order.sort().values.tolist() == list(range(columns))
     size = basis.norm(dim=1)[order]
-    waiting = min(rounding.LAST, columns // rounding.FEW)
+    waiting = min(error_feedback.LAST, columns // error_feedback.FEW)
     last = size[-waiting:]
     assert torch.equal(last, last.sort(descending=True).values)
     front = order[:-waiting]
@@ -186,7 +186,7 @@ def test_blocks_of_columns_lose_little() -> None:
 
 @pytest.mark.parametrize("columns", [1, 2, 31, 32, 33, 64, 255, 256, 257, 320, 321])
 def test_blocks_cover_every_column_once(columns: int) -> None:
-    found = [i for start, stop in rounding.column_blocks(columns) for i in range(start, stop)]
+    found = [i for start, stop in error_feedback.column_blocks(columns) for i in range(start, stop)]
     assert found == list(range(columns))
 
 

@@ -16,15 +16,16 @@ from fuse.test_layouts import FOLDER, LAYOUTS
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adaptmerge import verify as library
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.fuse import FuseOptions, fuse
 from adaptmerge.errors import CannotMerge, UsageError
-from adaptmerge.fuse import FuseOptions, fuse, matrix
-from adaptmerge.fuse.scales import Rows
-from adaptmerge.fuse.solving import _least_change
-from adaptmerge.grids import BlockGrid
-from adaptmerge.inputs import InputSpec
-from adaptmerge.quantised import view_of
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.rounding import matrix
+from adaptmerge.rounding.scale_solver import _least_change
+from adaptmerge.rounding.scales import Rows
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.schemes.view import view_of
 
 ROWS, COLUMNS, RANK, BLOCK = 256, 4096, 16, 64
 

@@ -17,13 +17,13 @@ from peft_cases import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adaptmerge import verify as library
+from adaptmerge.commands import verify as library
+from adaptmerge.commands.fuse import FuseOptions, FuseReport, fuse
+from adaptmerge.commands.fuse.on_base.row_column_scales import Pair, scaling_of
 from adaptmerge.errors import CannotMerge, UsageError
-from adaptmerge.files.dtypes import F32, F64
-from adaptmerge.files.refs import TensorRef, listed
-from adaptmerge.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.fuse.scalings import Pair, scaling_of
-from adaptmerge.inputs import InputSpec
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.tensors.dtypes import F32, F64
+from adaptmerge.tensors.refs import TensorRef, listed
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains

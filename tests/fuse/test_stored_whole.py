@@ -16,8 +16,8 @@ from fuse.smoothed import KINDS, awq, int8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from adaptmerge.commands.verify import FAIL, PASS, Questions, verify
 from adaptmerge.errors import CannotMerge
-from adaptmerge.verify import FAIL, PASS, Questions, verify
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains
@@ -173,11 +173,11 @@ def test_not_where_nothing_would_stay_quantised(original: Path, tmp_path: Path) 
 def test_not_where_loaders_cannot_leave_a_layer(
     original: Path, gates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adaptmerge.fuse import growth
+    from adaptmerge.commands.fuse import kept_wide
 
     base = with_head(original, tmp_path / "base", "int8")
     adapter = trained(original, tmp_path / "adapter", "lm_head")
-    monkeypatch.setattr(growth, "QUANTISATION", "elsewhere")
+    monkeypatch.setattr(kept_wide, "QUANTISATION", "elsewhere")
     with pytest.raises(CannotMerge, match="stored whole by an adapter, and quantised in the base"):
         fuse(base, [adapter], tmp_path / "out")
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adaptmerge.commands.verify import FAIL, PASS, Questions, Verdict, verify
 from adaptmerge.errors import AdaptmergeError, UsageError
-from adaptmerge.inputs import InputSpec
-from adaptmerge.verify import FAIL, PASS, Questions, Verdict, verify
+from adaptmerge.formats.inputs import InputSpec
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains

@@ -9,22 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from adaptmerge import edits
-from adaptmerge.edits import (
-    Add,
-    Bottleneck,
-    Dora,
-    Gated,
-    Opaque,
-    Replace,
-    ReplaceRows,
-    Scale,
-    factor_of,
-)
-from adaptmerge.factors import low_rank, refs_of
-from adaptmerge.files.dtypes import F32
-from adaptmerge.files.refs import TensorRef, listed
-from adaptmerge.graph import Layer, Site
+from adaptmerge.adapters import weight_edits
+from adaptmerge.adapters.activation_edits import Bottleneck, Gated
+from adaptmerge.adapters.graph import Layer, Site
+from adaptmerge.adapters.stored_edits import Opaque, Replace, ReplaceRows
+from adaptmerge.adapters.weight_edits import Add, Dora, Scale, factor_of
+from adaptmerge.algebra.factors import low_rank, refs_of
+from adaptmerge.tensors.dtypes import F32
+from adaptmerge.tensors.refs import TensorRef, listed
 
 OUT, IN, RANK = 6, 5, 2
 SITE = Site("model.layers.3.mlp.up_proj")
@@ -54,7 +46,7 @@ EXAMPLES: dict[type, Callable[[], Any]] = {
 }
 CLASSES = [
     c
-    for c in vars(edits).values()
+    for c in vars(weight_edits).values()
     if isinstance(c, type) and is_dataclass(c) and hasattr(c, "kind")
 ]
 WEIGHT = [c for c in CLASSES if hasattr(c, "apply")]

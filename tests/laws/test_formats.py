@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptmerge import registry
-from adaptmerge.base import open_base
+from adaptmerge.adapters.graph import Adapter, Edit
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.verify.difference import difference
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.files.listing import Listing
-from adaptmerge.graph import Adapter, Edit
-from adaptmerge.inputs import InputSpec, open_input
-from adaptmerge.merge import Options, combine
-from adaptmerge.verify.difference import difference
+from adaptmerge.formats.format import Output, WriteOptions
+from adaptmerge.formats.inputs import InputSpec, open_input
+from adaptmerge.formats.registry import detect, formats
 
-FORMATS = sorted(registry.formats())
-WRITABLE = [name for name in FORMATS if registry.formats()[name].write is not None]
+FORMATS = sorted(formats())
+WRITABLE = [name for name in FORMATS if formats()[name].write is not None]
 # One source per format: what is written there for the writable ones, a recorded folder for others.
 SOURCES = {"adapterhub": "adapterhub/llama/seq_bn"}
 LORA = "tinyllama/lora-r8-shakespeare"
@@ -66,11 +67,11 @@ def test_detect_claims_its_own_and_nothing_else(
     name: str, fixtures: Path, base: Path, tmp_path: Path
 ) -> None:
     path = sample(name, fixtures, base, tmp_path)
-    assert registry.detect(Listing.of(path, str(path))).name == name
+    assert detect(Listing.of(path, str(path))).name == name
     for other in FORMATS:
         if other != name:
             theirs = sample(other, fixtures, base, tmp_path / "other")
-            assert registry.detect(Listing.of(theirs, str(theirs))).name == other
+            assert detect(Listing.of(theirs, str(theirs))).name == other
             shutil.rmtree(tmp_path / "other", ignore_errors=True)
 
 
@@ -90,19 +91,19 @@ def test_what_is_written_reads_back_as_the_same_adapter(
 def test_hints_and_promises_never_change_what_is_computed(
     name: str, fixtures: Path, base: Path, tmp_path: Path
 ) -> None:
-    form = registry.formats()[name]
+    form = formats()[name]
     assert form.write is not None
     assert form.stores is not None
     source = open_input(InputSpec(str(fixtures / LORA)), open_base(str(base))).adapter
     bare = replace(source, hints={}, covers=frozenset(), notes=())
     folder = tmp_path / "bare"
     folder.mkdir()
-    options = registry.WriteOptions(ranks="per-site", base=open_base(str(base)))
+    options = WriteOptions(ranks="per-site", base=open_base(str(base)))
     stores = form.stores(options)
     if stores.scale == "none":
         bare = _unscaled(bare)
-    output = registry.Output(lambda file: folder / file, None, {})
-    from adaptmerge.graph import bundle_of
+    output = Output(lambda file: folder / file, None, {})
+    from adaptmerge.adapters.graph import bundle_of
 
     form.write(bundle_of(bare), output, options)
     assert difference(source, opened(folder, base)).relative < 1e-6
@@ -110,8 +111,8 @@ def test_hints_and_promises_never_change_what_is_computed(
 
 def _unscaled(adapter: Adapter) -> Adapter:
     """The scale folded into up, for targets that store none."""
-    from adaptmerge.edits import factor_of, refitted
-    from adaptmerge.factors import as_low_rank, low_rank
+    from adaptmerge.adapters.weight_edits import factor_of, refitted
+    from adaptmerge.algebra.factors import as_low_rank, low_rank
 
     def fold(edit: Edit) -> Edit:
         factor = factor_of(edit)

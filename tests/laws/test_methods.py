@@ -25,12 +25,13 @@ from samples import (
     write,
 )
 
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import InputError
-from adaptmerge.fit import Budget
-from adaptmerge.inputs import InputSpec
-from adaptmerge.merge import Options, combine
-from adaptmerge.registry import Method, methods
-from adaptmerge.report import Report
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.methods.method import Method
+from adaptmerge.methods.registry import methods
+from adaptmerge.outputs.report import Report
 
 METHODS = [method for method in methods().values() if "add" in method.rules]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

@@ -15,10 +15,10 @@ from oracles import llama_cpp
 from oracles.test_llama_cpp import PROMPT, TINY
 
 from adaptmerge import runtime
-from adaptmerge.base import open_base
-from adaptmerge.fuse import FuseOptions, fuse
-from adaptmerge.inputs import InputSpec
-from adaptmerge.quantised import view_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.fuse import FuseOptions, fuse
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.schemes.view import view_of
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -89,7 +89,7 @@ def test_k_quants_that_llama_cpp_made(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_as_llama_cpp_computes_base_and_adapter(kind: str, tmp_path: Path) -> None:
     """Its own sum at run time, of the adapter that we write for it."""
-    from adaptmerge.merge import Options, combine
+    from adaptmerge.commands.combine import Options, combine
 
     base = llama_cpp.model(TINY / "base", tmp_path / "base.gguf", kind)
     spec = InputSpec(str(TINY / "lora-r8-perl"), "perl")

@@ -14,9 +14,9 @@ from fuse.models import fuse, llama_base
 from peft_cases import CASES
 from samples import tree
 
-from adaptmerge.fuse import FuseOptions
-from adaptmerge.fuse import fuse as fuse_with
-from adaptmerge.inputs import InputSpec
+from adaptmerge.commands.fuse import FuseOptions
+from adaptmerge.commands.fuse import fuse as fuse_with
+from adaptmerge.formats.inputs import InputSpec
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("peft")

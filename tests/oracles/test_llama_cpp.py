@@ -17,10 +17,10 @@ from oracles import llama_cpp
 from peft_cases import CASES, PeftCase
 from safetensors.torch import load_file, save_file
 
-from adaptmerge import llama_cpp as names
+from adaptmerge.bases import llama_cpp as names
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.formats.gguf import write
-from adaptmerge.inputs import parse_input
-from adaptmerge.merge import Options, combine
+from adaptmerge.formats.inputs import parse_input
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")

@@ -20,10 +20,10 @@ import samples
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptmerge.base import open_base
-from adaptmerge.fuse import FuseOptions, fuse
-from adaptmerge.inputs import InputSpec
-from adaptmerge.quantised import view_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.fuse import FuseOptions, fuse
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.schemes.view import view_of
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 96}

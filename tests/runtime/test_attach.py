@@ -10,17 +10,19 @@ from peft_cases import CASES, PeftCase, logits, peft_forward
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adaptmerge.base import Base, open_base
-from adaptmerge.edits import Add, Replace
+from adaptmerge.adapters.graph import Adapter, Site
+from adaptmerge.adapters.stored_edits import Replace
+from adaptmerge.adapters.weight_edits import Add
+from adaptmerge.algebra.factors import low_rank
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError
-from adaptmerge.factors import low_rank
-from adaptmerge.files.dtypes import F32
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.refs import constant
+from adaptmerge.formats.format import ReadOptions
 from adaptmerge.formats.peft import read
-from adaptmerge.graph import Adapter, Site
-from adaptmerge.registry import ReadOptions
 from adaptmerge.runtime import attach, load_model, outputs_of
+from adaptmerge.tensors.dtypes import F32
+from adaptmerge.tensors.refs import constant
 
 TRAINED = [
     "lora-r8-shakespeare",

@@ -14,11 +14,11 @@ from peft_cases import CASES
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
+from adaptmerge.formats.format import ReadOptions
 from adaptmerge.formats.peft import read
-from adaptmerge.registry import ReadOptions
 from adaptmerge.runtime import attach, example_inputs, load_model, outputs_of, stream_model
 from adaptmerge.runtime.stream import Streaming
 

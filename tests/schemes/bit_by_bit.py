@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adaptmerge.base import open_base
-from adaptmerge.packed import Packed, scheme_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.scheme import scheme_of
 
 Tensors = dict[str, torch.Tensor]
 MODULE = "model.layers.0.self_attn.q_proj"

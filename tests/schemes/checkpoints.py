@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptmerge.base import open_base
-from adaptmerge.grids import BlockGrid
-from adaptmerge.packed import Packed, dequantised, scheme_of
+from adaptmerge.bases.open import open_base
+from adaptmerge.schemes.coded import Packed, dequantised
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.schemes.scheme import scheme_of
 
 QUANTISED = Path(__file__).resolve().parents[2] / "fixtures" / "quantised"
 Tensors = dict[str, torch.Tensor]

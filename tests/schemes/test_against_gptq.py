@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from schemes.checkpoints import QUANTISED, folder_of, packed_of, whole
 from torch import Tensor
 
-from adaptmerge import rounding
-from adaptmerge.grids import BlockGrid
-from adaptmerge.metric import Metric
-from adaptmerge.rounding import feedback, round_adaptive, row_space
-from adaptmerge.schemes.gguf.blocks import CODECS, Codec
+from adaptmerge.rounding import error_feedback
+from adaptmerge.rounding.error_feedback import feedback, round_adaptive, row_space
+from adaptmerge.rounding.metric import Metric
+from adaptmerge.schemes.gguf.blocks import Codec
+from adaptmerge.schemes.gguf.codecs import CODECS
+from adaptmerge.schemes.grids import BlockGrid
 
 F64 = torch.float64
 TIE = 1e-5  # of the distance between two values: a middle between them is no nearer to one
@@ -151,7 +152,7 @@ def by_bitsandbytes(folder: Path, kind: str) -> Path:
 @pytest.fixture(autouse=True)
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns rounded singly, as GPTQ does it: together, they see the errors of earlier blocks only."""
-    monkeypatch.setattr(rounding, "BLOCKS", ((1, 0),))
+    monkeypatch.setattr(error_feedback, "BLOCKS", ((1, 0),))
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)

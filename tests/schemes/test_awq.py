@@ -21,7 +21,7 @@ from schemes.bit_by_bit import (
 )
 
 from adaptmerge.errors import InputError
-from adaptmerge.packed import dequantised
+from adaptmerge.schemes.coded import dequantised
 
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 

@@ -28,7 +28,7 @@ from schemes.checkpoints import (
 )
 
 from adaptmerge.errors import InputError
-from adaptmerge.packed import dequantised
+from adaptmerge.schemes.coded import dequantised
 from adaptmerge.schemes.narrow import packed as in_words
 from adaptmerge.schemes.narrow import unpacked
 

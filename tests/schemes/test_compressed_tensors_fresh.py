@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaptmerge.files.dtypes import BF16
 from adaptmerge.files.safetensors import read_header
-from adaptmerge.packed import Kept, fresh
-from adaptmerge.schemes.compressed_tensors_fresh import Symmetric
+from adaptmerge.schemes.compressed_tensors_quantiser import Symmetric
+from adaptmerge.schemes.scheme import Kept, fresh
+from adaptmerge.tensors.dtypes import BF16
 
 QUANTISED = Path(__file__).resolve().parents[2] / "fixtures" / "quantised"
 MODULE = "model.layers.0.self_attn.q_proj"

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptmerge.base import Base, open_base
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError
-from adaptmerge.files.dtypes import of_torch
-from adaptmerge.packed import Packed, dequantised, scheme_of, schemes
+from adaptmerge.schemes.coded import Packed, dequantised
+from adaptmerge.schemes.scheme import scheme_of, schemes
+from adaptmerge.tensors.dtypes import of_torch
 
 QUANTISED = Path(__file__).resolve().parents[2] / "fixtures" / "quantised"
 FOLDERS = sorted(path.parent for path in QUANTISED.glob("**/expected.safetensors"))

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adaptmerge.files.gguf import TYPES
-from adaptmerge.grids import BlockGrid
-from adaptmerge.schemes.gguf.blocks import CODECS, Codec
+from adaptmerge.schemes.gguf.blocks import Codec
+from adaptmerge.schemes.gguf.codecs import CODECS
+from adaptmerge.schemes.grids import BlockGrid
 
 gguf = pytest.importorskip("gguf")
 RECORDED = load_file(Path(__file__).parents[2] / "fixtures" / "gguf" / "blocks.safetensors")

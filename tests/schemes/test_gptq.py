@@ -23,8 +23,8 @@ from schemes.bit_by_bit import (
 )
 
 from adaptmerge.errors import InputError
-from adaptmerge.packed import dequantised
 from adaptmerge.schemes import affine
+from adaptmerge.schemes.coded import dequantised
 
 CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
 

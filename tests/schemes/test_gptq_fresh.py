@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaptmerge.errors import CannotStore
-from adaptmerge.files.dtypes import F16
 from adaptmerge.files.safetensors import read_header
-from adaptmerge.packed import Kept, dequantised, fresh
-from adaptmerge.schemes.gptq_fresh import quantised
+from adaptmerge.schemes.coded import dequantised
+from adaptmerge.schemes.gptq_quantiser import quantised
+from adaptmerge.schemes.scheme import Kept, fresh
+from adaptmerge.tensors.dtypes import F16
 
 FOLDER = Path(__file__).resolve().parents[2] / "fixtures" / "quantised" / "gptq-v1"
 LAYERS = {"model.layers.0.self_attn.q_proj": (64, 128), "model.layers.0.mlp.down_proj": (32, 192)}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from schemes.bit_by_bit import MODULE, Tensors, assert_stored_again, packed_in, whole
 
 from adaptmerge.errors import InputError
-from adaptmerge.packed import dequantised
+from adaptmerge.schemes.coded import dequantised
 
 CONFIG = {"quantization_config": {"quant_method": "hqq", "skip_modules": ["lm_head"]}}
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}

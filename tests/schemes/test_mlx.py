@@ -20,7 +20,7 @@ from schemes.bit_by_bit import (
 )
 
 from adaptmerge.errors import InputError
-from adaptmerge.packed import dequantised
+from adaptmerge.schemes.coded import dequantised
 
 ALL_BITS = [1, 2, 3, 4, 5, 6, 8]
 OTHER = MODULE.replace("q_proj", "v_proj")

@@ -23,9 +23,9 @@ from schemes.checkpoints import (
     whole,
 )
 
-from adaptmerge.base import open_base
+from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import Stored
+from adaptmerge.tensors.refs import Stored
 
 FOLDER = QUANTISED / "mxfp4"
 CONFIG = {"quant_method": "mxfp4"}

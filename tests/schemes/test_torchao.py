@@ -18,7 +18,7 @@ from schemes.bit_by_bit import (
 )
 
 from adaptmerge.errors import InputError
-from adaptmerge.packed import dequantised
+from adaptmerge.schemes.coded import dequantised
 
 KIND = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"group_size": None}}
 QDATA, SCALE, ZERO = (f"{MODULE}._weight_{part}" for part in ("qdata", "scale", "zero_point"))

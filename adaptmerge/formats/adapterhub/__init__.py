@@ -14,13 +14,13 @@ Format: https://docs.adapterhub.ml/loading.html
 
 from __future__ import annotations
 
+from adaptmerge.adapters.graph import Adapter, BaseReference, Bundle, Kind, Note, bundle_of
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.adapterhub.config import CONFIG, READ, Config
 from adaptmerge.formats.adapterhub.families import READERS
 from adaptmerge.formats.adapterhub.keys import Keys
-from adaptmerge.graph import Adapter, BaseReference, Bundle, Kind, Note, bundle_of
-from adaptmerge.registry import Format, ReadOptions
+from adaptmerge.formats.format import Format, ReadOptions
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEADS = ("model_head.safetensors", "pytorch_model_head.bin")

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adaptmerge.adapters.graph import Kind, Note
 from adaptmerge.errors import InputError
-from adaptmerge.graph import Kind, Note
 
 CONFIG = "adapter_config.json"
 FAMILIES = ("LoRA", "gated LoRA", "IA3", "VeRA", "bottleneck")

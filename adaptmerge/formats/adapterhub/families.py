@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adaptmerge.edits import Add, Bottleneck, Gated, Scale
-from adaptmerge.factors import Leaf, Product, low_rank
+from adaptmerge.adapters.activation_edits import Bottleneck, Gated
+from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.weight_edits import Add, Scale
+from adaptmerge.algebra.factors import Leaf, Product, low_rank
 from adaptmerge.formats.adapterhub.config import PLACES, READ, Config
 from adaptmerge.formats.adapterhub.keys import BOTTLENECK_LEAVES, FUSED, SHARED, Keys, Parts
-from adaptmerge.graph import Edit, Site
 
 
 def _read_lora(keys: Keys, config: Config) -> list[Edit]:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.files.safetensors import TensorFile
+from adaptmerge.files.tensor_file import TensorFile
+from adaptmerge.tensors.refs import TensorRef
 
 LORA_KEY = re.compile(
     r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\."

@@ -13,14 +13,14 @@ Format: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp
 
 from __future__ import annotations
 
+from adaptmerge.adapters.graph import Adapter, Bundle, bundle_of
+from adaptmerge.bases.llama_cpp import Names
 from adaptmerge.errors import InputError
 from adaptmerge.files.gguf import MAGIC, read_header
 from adaptmerge.files.listing import Listing
+from adaptmerge.formats.format import Format, ReadOptions
 from adaptmerge.formats.gguf import write
 from adaptmerge.formats.gguf.read import Contents, base_reference, check_kind
-from adaptmerge.graph import Adapter, Bundle, bundle_of
-from adaptmerge.llama_cpp import Names
-from adaptmerge.registry import Format, ReadOptions
 
 LEGACY = b"algg"  # "ggla" as a little-endian number: llama.cpp's adapters of 2023
 

@@ -6,17 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.edits import Add
+from adaptmerge.adapters.graph import BaseReference, Edit, Kind, Layer, Note, Site
+from adaptmerge.adapters.weight_edits import Add
+from adaptmerge.algebra.factors import low_rank
+from adaptmerge.bases.llama_cpp import EMBEDDING, Names, rows_problem
+from adaptmerge.bases.stored_as import halved
 from adaptmerge.errors import InputError
-from adaptmerge.factors import low_rank
 from adaptmerge.files.gguf import GgufFile
-from adaptmerge.files.refs import TensorRef
 from adaptmerge.files.strict_json import capped, quoted
+from adaptmerge.formats.format import ReadOptions
 from adaptmerge.formats.gguf.write import HUB
-from adaptmerge.graph import BaseReference, Edit, Kind, Layer, Note, Site
-from adaptmerge.llama_cpp import EMBEDDING, Names, rows_problem
-from adaptmerge.registry import ReadOptions
-from adaptmerge.spelling import halved
+from adaptmerge.tensors.refs import TensorRef
 
 SIDES = (".lora_a", ".lora_b")
 ALPHA = "adapter.lora.alpha"

@@ -6,17 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from adaptmerge.edits import factor_of
+from adaptmerge.adapters.graph import Adapter, BaseReference, Bundle, Edit
+from adaptmerge.adapters.weight_edits import factor_of
+from adaptmerge.algebra.factors import as_low_rank
+from adaptmerge.bases.llama_cpp import EMBEDDING, HEAD, Names, library, rows_problem
+from adaptmerge.bases.stored_as import interleaved
 from adaptmerge.errors import CannotStore
-from adaptmerge.factors import as_low_rank
 from adaptmerge.files.disk import tensor_bytes, writing
-from adaptmerge.files.refs import TensorRef
 from adaptmerge.files.strict_json import capped
-from adaptmerge.graph import Adapter, BaseReference, Bundle, Edit
+from adaptmerge.formats.format import Output, Stores, WriteOptions
 from adaptmerge.lazy import numpy
-from adaptmerge.llama_cpp import EMBEDDING, HEAD, Names, library, rows_problem
-from adaptmerge.registry import Output, Stores, WriteOptions
-from adaptmerge.spelling import interleaved
+from adaptmerge.tensors.refs import TensorRef
 
 FILE = "adapter.gguf"
 KEPT = ("general.name", "adapter.lora.task_name", "adapter.lora.prompt_prefix")

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adaptmerge.adapters.graph import Adapter, BaseReference, Bundle, Edit, Note, bundle_of
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
+from adaptmerge.formats.format import Format, Output, ReadOptions, Stores, WriteOptions
+from adaptmerge.formats.peft import write
 from adaptmerge.formats.peft.beside import labels_of, model_config, token_names
 from adaptmerge.formats.peft.config import (
     CONFIG,
@@ -32,8 +35,6 @@ from adaptmerge.formats.peft.read import edits_of
 from adaptmerge.formats.peft.releases import RELEASES
 from adaptmerge.formats.peft.target_parameters import covers
 from adaptmerge.formats.peft.tuner import Reading, tuner_of
-from adaptmerge.graph import Adapter, BaseReference, Bundle, Edit, Note, bundle_of
-from adaptmerge.registry import Format, Output, ReadOptions, Stores, WriteOptions
 
 
 def detect(listing: Listing) -> bool:
@@ -113,19 +114,19 @@ def _weights(listing: Listing) -> str:
 
 
 def _write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
-    from adaptmerge.formats.peft import write  # reading needs none of it
+    pass
 
     return write.write(bundle, output, options)
 
 
 def _stores(options: WriteOptions) -> Stores:
-    from adaptmerge.formats.peft import write
+    pass
 
     return write.stores(options)
 
 
 def _refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
-    from adaptmerge.formats.peft import write
+    pass
 
     return write.refuses(edits, options)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from adaptmerge.edits import Add
-from adaptmerge.factors import Factor
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.graph import Edit, Layer, Site
+from adaptmerge.adapters.weight_edits import Add
+from adaptmerge.algebra.factors import Factor
 from adaptmerge.formats.peft.tuner import Malformed, Reading
-from adaptmerge.graph import Edit, Layer, Site
+from adaptmerge.tensors.refs import TensorRef
 
 
 def added(

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.edits import Replace, ReplaceRows
+from adaptmerge.adapters.graph import Adapter, Edit, Kind, Labels, Note
+from adaptmerge.adapters.stored_edits import Replace, ReplaceRows
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.safetensors import TensorFile
-from adaptmerge.graph import Adapter, Edit, Kind, Labels, Note
+from adaptmerge.files.tensor_file import TensorFile
 
 MODEL_CONFIG = "config.json"
 METADATA_KEY = "model_config"  # where a lone file has what a folder has in config.json

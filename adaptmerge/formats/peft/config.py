@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptmerge.adapters.graph import Kind
+from adaptmerge.adapters.module_paths import suffixes
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.safetensors import TensorFile
-from adaptmerge.graph import Kind
-from adaptmerge.names import suffixes
+from adaptmerge.files.tensor_file import TensorFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

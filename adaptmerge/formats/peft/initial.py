@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from adaptmerge.errors import InputError
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.refs import TensorRef
 from adaptmerge.formats.peft.config import CONFIG, READABLE, PeftConfig
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading
+from adaptmerge.tensors.refs import TensorRef
 
 Sides = tuple[TensorRef, TensorRef]
 

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from adaptmerge.adapters.graph import Kind, Note
+from adaptmerge.adapters.module_paths import unwrapped
 from adaptmerge.errors import InputError
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.files.safetensors import TensorFile
-from adaptmerge.graph import Kind, Note
-from adaptmerge.names import unwrapped
+from adaptmerge.files.tensor_file import TensorFile
+from adaptmerge.tensors.refs import TensorRef
 
 PREFIX = "base_model.model."
 SHARED = "base_model"  # before the names of tensors that all modules share

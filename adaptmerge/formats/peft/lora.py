@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from adaptmerge.factors import Leaf, Product
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.graph import Edit, Kind, Layer, Note, Site
+from adaptmerge.algebra.factors import Leaf, Product
 from adaptmerge.formats.peft import target_parameters
 from adaptmerge.formats.peft.config import ASSUMED_SCALE, PeftConfig
 from adaptmerge.formats.peft.initial import Initial, initial_pairs
 from adaptmerge.formats.peft.lora_variants import Pair, beside, edit_of, unequal
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading
-from adaptmerge.graph import Edit, Kind, Layer, Note, Site
+from adaptmerge.tensors.refs import TensorRef
 
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 LINEAR = ("lora_A", "lora_B")

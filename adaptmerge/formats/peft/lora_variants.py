@@ -6,20 +6,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from adaptmerge.edits import Add, Dora, Opaque
-from adaptmerge.factors import Factor, low_rank
-from adaptmerge.families.alora import Alora
-from adaptmerge.families.attention import InAttention
-from adaptmerge.families.bdlora import BlockDiagonal
-from adaptmerge.families.grouped import Grouped
-from adaptmerge.families.initialised import Initialised, since
-from adaptmerge.families.kasa import Kasa
-from adaptmerge.families.qalora import Pooled
-from adaptmerge.families.training_state import WithState
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.alora import Alora
+from adaptmerge.adapters.families.attention import InAttention
+from adaptmerge.adapters.families.bdlora import BlockDiagonal
+from adaptmerge.adapters.families.grouped import Grouped
+from adaptmerge.adapters.families.initialised import Initialised, since
+from adaptmerge.adapters.families.kasa import Kasa
+from adaptmerge.adapters.families.qalora import Pooled
+from adaptmerge.adapters.families.training_state import WithState
+from adaptmerge.adapters.graph import Edit, Kind, Note, Site
+from adaptmerge.adapters.stored_edits import Opaque
+from adaptmerge.adapters.weight_edits import Add, Dora
+from adaptmerge.algebra.factors import Factor, low_rank
 from adaptmerge.formats.peft.config import MOVED_INITS, variants_in
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading
-from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.tensors.refs import TensorRef
 
 PLAIN = frozenset(
     {"lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"}

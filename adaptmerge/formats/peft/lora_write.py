@@ -7,22 +7,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from adaptmerge.edits import Dora, ReplaceRows, factor_of, family_of
-from adaptmerge.factors import Factor, Product, as_low_rank
-from adaptmerge.families.alora import Alora
-from adaptmerge.families.bdlora import BlockDiagonal
-from adaptmerge.families.initialised import Initialised
-from adaptmerge.families.kasa import Kasa
-from adaptmerge.families.qalora import Pooled
-from adaptmerge.families.training_state import WithState
-from adaptmerge.files.refs import TensorRef, constant, join
+from adaptmerge.adapters.families.alora import Alora
+from adaptmerge.adapters.families.bdlora import BlockDiagonal
+from adaptmerge.adapters.families.initialised import Initialised
+from adaptmerge.adapters.families.kasa import Kasa
+from adaptmerge.adapters.families.qalora import Pooled
+from adaptmerge.adapters.families.training_state import WithState
+from adaptmerge.adapters.graph import Adapter, Edit, Site
+from adaptmerge.adapters.module_paths import is_suffix
+from adaptmerge.adapters.stored_edits import ReplaceRows
+from adaptmerge.adapters.weight_edits import Dora, factor_of, family_of
+from adaptmerge.algebra.factors import Factor, Product, as_low_rank
+from adaptmerge.formats.format import WriteOptions
 from adaptmerge.formats.peft import target_parameters
 from adaptmerge.formats.peft.config import VARIANTS, exactly
 from adaptmerge.formats.peft.target_parameters import is_target
 from adaptmerge.formats.peft.tuner import Spelling
-from adaptmerge.graph import Adapter, Edit, Site
-from adaptmerge.names import is_suffix
-from adaptmerge.registry import WriteOptions
+from adaptmerge.tensors.refs import TensorRef, constant, join
 
 Tensors = dict[str, TensorRef]
 IN_PROJ = "in_proj_weight"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adaptmerge.edits import Opaque
+from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.stored_edits import Opaque
 from adaptmerge.formats.peft.tuner import Parts, Reading
-from adaptmerge.graph import Edit, Site
 
 
 def read_module(what: str, why: str) -> Callable[[Reading, str, Parts], list[Edit]]:

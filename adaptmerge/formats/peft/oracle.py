@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adaptmerge.adapters.graph import Site
 from adaptmerge.files.safetensors import read_header
+from adaptmerge.formats.format import Oracle
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS
-from adaptmerge.graph import Site
 from adaptmerge.lazy import torch
-from adaptmerge.registry import Oracle
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from adaptmerge.base import Base
-from adaptmerge.graph import Site
-from adaptmerge.names import is_suffix
+from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.module_paths import is_suffix
+from adaptmerge.bases.base import Base
 
 _LLAMA = (
     "model embed_tokens layers self_attn q_proj k_proj v_proj o_proj mlp gate_proj up_proj down_proj "

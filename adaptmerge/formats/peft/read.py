@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from adaptmerge.factors import refs_of
+from adaptmerge.adapters.graph import Edit, Kind, Note
+from adaptmerge.algebra.factors import refs_of
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.saved import saved_edits
 from adaptmerge.formats.peft.tuner import COMMON, Malformed, Parts, Reading, families
-from adaptmerge.graph import Edit, Kind, Note
 
 LORA = "LORA"
 

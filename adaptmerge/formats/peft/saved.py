@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from adaptmerge.edits import VOCABULARY, Replace, ReplaceRows
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.graph import Edit, Kind, Layer, Note, Site
+from adaptmerge.adapters.module_paths import VOCABULARY, is_suffix
+from adaptmerge.adapters.stored_edits import Replace, ReplaceRows
 from adaptmerge.formats.peft.config import PeftConfig
 from adaptmerge.formats.peft.keys import Keys
-from adaptmerge.graph import Edit, Kind, Layer, Note, Site
-from adaptmerge.names import is_suffix
+from adaptmerge.tensors.refs import TensorRef
 
 BASE_COPY = "base_layer"
 # What PEFT saves unasked when it is adapted or resized (save_embedding_layers).

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from adaptmerge.errors import CannotStore
-from adaptmerge.files.compare import same_values
-from adaptmerge.files.refs import TensorRef
 from adaptmerge.formats.peft.tuner import Malformed, Reading
+from adaptmerge.tensors.compare import same_values
+from adaptmerge.tensors.refs import TensorRef
 
 
 def uncut(refs: Iterable[TensorRef], what: str) -> TensorRef:

@@ -14,15 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adaptmerge.edits import Add, factor_of
+from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
+from adaptmerge.adapters.module_paths import exact_suffixes, is_suffix, suffixes
+from adaptmerge.adapters.weight_edits import Add, factor_of
+from adaptmerge.algebra.factors import LowRank, as_low_rank, low_rank
 from adaptmerge.errors import CannotStore
-from adaptmerge.factors import LowRank, as_low_rank, low_rank
-from adaptmerge.files.dtypes import F32
-from adaptmerge.files.refs import TensorRef, constant, join
 from adaptmerge.formats.peft.config import PeftConfig
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading
-from adaptmerge.graph import Adapter, Edit, Kind, Layer, Note, Site
-from adaptmerge.names import exact_suffixes, is_suffix, suffixes
+from adaptmerge.tensors.dtypes import F32
+from adaptmerge.tensors.refs import TensorRef, constant, join
 
 NESTED = ".base_layer"
 # Parameters of one module in the order in which modules declare them.

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
+from adaptmerge.formats.format import ReadOptions, WriteOptions
 from adaptmerge.formats.peft import tuners
 from adaptmerge.formats.peft.keys import PREFIX
-from adaptmerge.graph import Adapter, Edit, Kind, Layer, Note, Site
-from adaptmerge.registry import ReadOptions, WriteOptions
+from adaptmerge.tensors.refs import TensorRef
 
 if TYPE_CHECKING:
     from adaptmerge.formats.peft.config import PeftConfig

@@ -14,14 +14,7 @@ from typing import Any
 
 from adaptmerge.errors import CannotStore, UsageError
 from adaptmerge.formats.peft.config import exactly
-from adaptmerge.formats.peft.releases import (
-    COMMON,
-    FIELDS,
-    GONE,
-    INHERITS,
-    RELEASES,
-    SUCCESSORS,
-)
+from adaptmerge.formats.peft.releases import COMMON, FIELDS, GONE, INHERITS, RELEASES, SUCCESSORS
 from adaptmerge.formats.peft.tuner import tuner_of
 
 # Values that mean the same as no such field, beside empty ones.

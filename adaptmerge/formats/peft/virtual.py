@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from adaptmerge.families.prefix import Prefix
-from adaptmerge.families.prompt import Prompt
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.prefix import Prefix
+from adaptmerge.adapters.families.prompt import Prompt
+from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling
-from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.tensors.refs import TensorRef
 
 PREFIX = "base_model."  # the model is wrapped once only
 TENSOR = "prompt_embeddings"

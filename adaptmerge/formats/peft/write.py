@@ -7,9 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.edits import Replace, ReplaceRows, family_of
+from adaptmerge.adapters.graph import Adapter, Bundle, Edit
+from adaptmerge.adapters.module_paths import exact_suffixes, is_suffix
+from adaptmerge.adapters.stored_edits import Replace, ReplaceRows
+from adaptmerge.adapters.weight_edits import family_of
 from adaptmerge.errors import CannotStore
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.formats.format import Output, Stores, WriteOptions
 from adaptmerge.formats.peft.beside import METADATA_KEY as MODEL_KEY
 from adaptmerge.formats.peft.beside import MODEL_CONFIG, config_of
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS, exactly
@@ -19,9 +22,7 @@ from adaptmerge.formats.peft.saved import IMPLIED
 from adaptmerge.formats.peft.target_parameters import is_target
 from adaptmerge.formats.peft.tuner import Spelling, Tuner, families, tuner_of
 from adaptmerge.formats.peft.versions import fields_of, fitted
-from adaptmerge.graph import Adapter, Bundle, Edit
-from adaptmerge.names import exact_suffixes, is_suffix
-from adaptmerge.registry import Output, Stores, WriteOptions
+from adaptmerge.tensors.refs import TensorRef
 
 # Fields that describe training or the old layout; with the written tensors they are no longer true.
 STALE = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptmerge.schemes.bitsandbytes.fresh import FRESH
 from adaptmerge.schemes.bitsandbytes.layout import SCHEMES
+from adaptmerge.schemes.bitsandbytes.quantiser import FRESH
 
 __all__ = ["FRESH", "SCHEMES"]

@@ -22,14 +22,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.files.dtypes import F32
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme, kept_under
 from adaptmerge.schemes.bitsandbytes.codes import INT8_STEP
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.schemes.scheme import Scheme, kept_under
+from adaptmerge.tensors.dtypes import F32
+from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://github.com/bitsandbytes-foundation/bitsandbytes"
 STATE = ".quant_state.bitsandbytes__"

@@ -15,13 +15,12 @@ parts of a common scale and powers of two are kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.files.gguf import TYPES
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
+from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import Fp4, e2m1
 
 LARGEST = 65504.0  # of float16
@@ -188,13 +187,3 @@ class Mxfp4(Nibbles):
     def lattice(self, blocks: torch.Tensor, groups: torch.Tensor) -> BlockGrid:
         scale = torch.exp2(blocks[..., 0].double() - 127).float()
         return Fp4().grid(scale, groups)
-
-
-def _codecs() -> Mapping[int, Codec]:
-    from adaptmerge.schemes.gguf.super_blocks import SUPER_BLOCKS
-
-    found = [Nibbles(2), Nibbles(3), Fives(6), Fives(7), Bytes(8), *SUPER_BLOCKS]
-    return {codec.type: codec for codec in (*found, Table(20), Mxfp4(39))}
-
-
-CODECS = _codecs()

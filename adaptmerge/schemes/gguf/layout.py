@@ -14,16 +14,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adaptmerge.base import Base
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.gguf_model import GgufModel
+from adaptmerge.bases.stored_as import Spelled, halved, interleaved
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.gguf import TYPES, type_name
-from adaptmerge.files.refs import TensorRef
-from adaptmerge.gguf_model import GgufModel
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
-from adaptmerge.packed import Packed, Scheme, stacked
-from adaptmerge.schemes.gguf.blocks import CODECS, Codec
-from adaptmerge.spelling import Spelled, halved, interleaved
+from adaptmerge.schemes.coded import Packed, stacked
+from adaptmerge.schemes.gguf.blocks import Codec
+from adaptmerge.schemes.gguf.codecs import CODECS
+from adaptmerge.schemes.grids import BlockGrid
+from adaptmerge.schemes.scheme import Scheme
+from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://github.com/ggml-org/llama.cpp/blob/master/docs/development/HOWTO-add-model.md"
 WEIGHT = ".weight"

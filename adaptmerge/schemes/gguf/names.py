@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from adaptmerge import experts
+from adaptmerge.adapters import experts
+from adaptmerge.adapters.graph import Site
+from adaptmerge.bases.gguf_model import GgufModel
+from adaptmerge.bases.llama_cpp import HEAD, Names
+from adaptmerge.bases.stored_as import Spelled
 from adaptmerge.errors import InputError
-from adaptmerge.gguf_model import GgufModel
-from adaptmerge.graph import Site
-from adaptmerge.llama_cpp import HEAD, Names
-from adaptmerge.spelling import Spelled
 
 EXPERTS = {experts.GATE: "ffn_gate_exps", experts.UP: "ffn_up_exps", experts.DOWN: "ffn_down_exps"}
 NORM = "norm.weight"

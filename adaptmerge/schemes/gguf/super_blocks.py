@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from adaptmerge.grids import BlockGrid
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.gguf.blocks import IQ4, Codec, cut, half, joined, split
+from adaptmerge.schemes.grids import BlockGrid
 
 
 class SuperBlock(Codec):

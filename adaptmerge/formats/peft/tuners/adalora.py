@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.edits import Add
-from adaptmerge.families.adalora import AdaLora
+from adaptmerge.adapters.families.adalora import AdaLora
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.formats.peft.additive import added, axes, number, refuse, whole
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit
 
 # Fields of LoRA that AdaLoRA inherits and does not look at.
 IGNORED = frozenset(

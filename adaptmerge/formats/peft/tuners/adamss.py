@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.edits import Add, factor_of
-from adaptmerge.families.adamss import Adamss, clustered_rows
-from adaptmerge.files.dtypes import BY_NAME
-from adaptmerge.files.refs import TensorRef, listed
+from adaptmerge.adapters.families.adamss import Adamss, clustered_rows
+from adaptmerge.adapters.graph import Edit, Kind, Note, Site
+from adaptmerge.adapters.weight_edits import Add, factor_of
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Kind, Note, Site
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.dtypes import BY_NAME
+from adaptmerge.tensors.refs import TensorRef, listed
 
 ROWS = Note(
     Kind.ASSUMED,

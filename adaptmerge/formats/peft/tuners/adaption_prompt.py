@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adaptmerge.adapters.families.adaption_prompt import AdaptionPrompt
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.adaption_prompt import AdaptionPrompt
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
 
 MISSING = ("fan_in_fan_out", "modules_to_save", "bias")  # fields that PEFT's config does not have
 

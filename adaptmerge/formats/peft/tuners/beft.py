@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from adaptmerge.edits import Add, factor_of
-from adaptmerge.families.beft import Beft
+from adaptmerge.adapters.families.beft import Beft
+from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.weight_edits import Add, factor_of
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:

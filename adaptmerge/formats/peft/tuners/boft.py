@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adaptmerge.adapters.families.boft import Boft
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.boft import Boft
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Site
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:

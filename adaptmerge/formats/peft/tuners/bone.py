@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from adaptmerge.adapters.graph import Edit, Kind, Note
 from adaptmerge.formats.peft.tuner import Parts, Reading, Tuner
 from adaptmerge.formats.peft.tuners.miss import edit_of
-from adaptmerge.graph import Edit, Kind, Note
 
 NOTE = Note(Kind.INFO, "Bone is what PEFT calls MiSS from 0.19 on: it is written as MISS")
 

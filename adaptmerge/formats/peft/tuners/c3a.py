@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.edits import Add
-from adaptmerge.families.c3a import C3a
+from adaptmerge.adapters.families.c3a import C3a
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.formats.peft.additive import added, axes, expect
 from adaptmerge.formats.peft.config import exactly
 from adaptmerge.formats.peft.tuner import Parts, Reading, Tuner
-from adaptmerge.graph import Edit
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:

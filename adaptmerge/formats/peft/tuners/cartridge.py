@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adaptmerge.families.prefix import Prefix
+from adaptmerge.adapters.families.prefix import Prefix
 from adaptmerge.formats.peft import virtual
 from adaptmerge.formats.peft.tuner import Tuner
 

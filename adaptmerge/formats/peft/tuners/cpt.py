@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adaptmerge.families.prompt import Prompt
+from adaptmerge.adapters.families.prompt import Prompt
 from adaptmerge.formats.peft import virtual
 from adaptmerge.formats.peft.tuner import Tuner
 

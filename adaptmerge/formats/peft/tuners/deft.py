@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adaptmerge.adapters.families.deft import Deft
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.deft import Deft
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Site
 
 METHODS = ("relu", "qr")
 

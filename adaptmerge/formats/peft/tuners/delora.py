@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.edits import Add
-from adaptmerge.families.delora import DeLora
+from adaptmerge.adapters.families.delora import DeLora
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.formats.peft.additive import added, axes, expect
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit
 
 LEAVES = ("delora_B", "delora_A", "delora_lambda", "delora_w_norm")
 

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.families.fourierft import FourierFt
+from adaptmerge.adapters.families.fourierft import FourierFt
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.additive import number
 from adaptmerge.formats.peft.shared import seed
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from adaptmerge.adapters.families.frod import Frod
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.frod import Frod
-from adaptmerge.files.dtypes import BY_NAME
-from adaptmerge.files.refs import TensorRef, listed
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Site
+from adaptmerge.tensors.dtypes import BY_NAME
+from adaptmerge.tensors.refs import TensorRef, listed
 
 LEAVES = ("frod_lambda_l", "frod_lambda_s_values")
 SHARED = ("frod_V", "frod_s_indices", "frod_s_size")

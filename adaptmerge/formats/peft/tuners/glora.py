@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adaptmerge.adapters.families.glora import GloraBias, GloraWeight, Support
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.glora import GloraBias, GloraWeight, Support
-from adaptmerge.files.refs import TensorRef
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Site
+from adaptmerge.tensors.refs import TensorRef
 
 FORMS = {
     "config_A_B": ("lora", "vector", "constant", "none"),

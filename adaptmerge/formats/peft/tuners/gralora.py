@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.edits import Add
-from adaptmerge.families.gralora import GraLora
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.gralora import GraLora
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.formats.peft.additive import added, axes, expect, number
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit
+from adaptmerge.tensors.refs import TensorRef
 
 GENERAL = ("gralora_B_general", "gralora_A_general")
 

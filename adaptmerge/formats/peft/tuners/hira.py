@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.hira import Hira
+from adaptmerge.adapters.families.hira import Hira
+from adaptmerge.adapters.graph import Edit, Layer, Site
 from adaptmerge.formats.peft.additive import axes, expect, fits
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Layer, Site
 
 EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.hra import Hra
+from adaptmerge.adapters.families.hra import Hra
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:

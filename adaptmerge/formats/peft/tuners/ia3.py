@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from adaptmerge.edits import Scale
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.graph import Edit, Layer, Site
+from adaptmerge.adapters.module_paths import is_suffix
+from adaptmerge.adapters.weight_edits import Scale
 from adaptmerge.formats.peft.tuner import Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Layer, Site
-from adaptmerge.names import is_suffix
+from adaptmerge.tensors.refs import TensorRef
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:

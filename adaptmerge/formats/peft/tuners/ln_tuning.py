@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from adaptmerge.families.ln_tuning import LnTuning
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.ln_tuning import LnTuning
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
+from adaptmerge.tensors.refs import TensorRef
 
 LEAF = "ln_tuning_layers"
 

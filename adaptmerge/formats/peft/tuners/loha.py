@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.edits import Add
-from adaptmerge.families.loha import LoHa
+from adaptmerge.adapters.families.loha import LoHa
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.formats.peft.additive import added, axes, expect, kernel_of, number, whole
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit
 
 SIDES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")

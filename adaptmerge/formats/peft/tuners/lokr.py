@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.edits import Add
+from adaptmerge.adapters.families.lokr import LoKr, side
+from adaptmerge.adapters.graph import Edit
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.lokr import LoKr, side
-from adaptmerge.files.refs import TensorRef
 from adaptmerge.formats.peft.additive import added, axes, expect, kernel_of, number, whole
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit
+from adaptmerge.tensors.refs import TensorRef
 
 BALANCED = -1  # decompose_factor: two numbers as near to each other as the size has
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.miss import Miss, MissBat
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.miss import Miss, MissBat
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.additive import axes, expect, refuse
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
+from adaptmerge.tensors.refs import TensorRef
 
 VARIANTS = ("bat", "mini")
 

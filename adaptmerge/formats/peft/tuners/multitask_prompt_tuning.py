@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaptmerge.families.prompt import MultitaskPrompt, Prompt, TaskPrompt
-from adaptmerge.files.refs import TensorRef, computed
+from adaptmerge.adapters.families.prompt import MultitaskPrompt, Prompt, TaskPrompt
+from adaptmerge.adapters.graph import Edit
 from adaptmerge.formats.peft import virtual
 from adaptmerge.formats.peft.tuner import Malformed, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit
+from adaptmerge.tensors.refs import TensorRef, computed
 
 COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
 

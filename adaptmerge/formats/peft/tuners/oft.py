@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adaptmerge.adapters.families.oft import Oft
+from adaptmerge.adapters.graph import Edit, Kind, Layer, Note, Site
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.oft import Oft
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Kind, Layer, Note, Site
 
 LINEAR, EMBEDDING = "oft_R", "oft_embedding_R"
 HALVED = "0.18.0"  # the first version whose series ends in half a term

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.osf import Osf
+from adaptmerge.adapters.families.osf import Osf
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
 
 LEAVES = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
 

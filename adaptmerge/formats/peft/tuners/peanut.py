@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.peanut import Peanut
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.peanut import Peanut
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
+from adaptmerge.tensors.refs import TensorRef
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:

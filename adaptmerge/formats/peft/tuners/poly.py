@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.edits import Add
-from adaptmerge.families.poly import Poly, PolyTask
+from adaptmerge.adapters.families.poly import Poly, PolyTask
+from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
 
 DOWN, UP, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 

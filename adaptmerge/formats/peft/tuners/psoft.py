@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.psoft import Psoft
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.psoft import Psoft
+from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.tensors.refs import TensorRef
 
 KNOWN = {"ab_svd_init": ("psoft_init", "pissa_init"), "psoft_svd": ("full", "lowrank")}
 OUTER, INNER = "psoft_R.vector_b", "psoft_R.vector_a"

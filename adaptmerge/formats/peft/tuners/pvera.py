@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaptmerge.families.pvera import Pvera
+from adaptmerge.adapters.families.pvera import Pvera
+from adaptmerge.adapters.graph import Edit
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
 from adaptmerge.formats.peft.tuners import vera
-from adaptmerge.graph import Edit
 
 PVERA = vera.Style("pvera", Pvera, 2)
 

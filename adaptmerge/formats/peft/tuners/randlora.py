@@ -9,15 +9,15 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from adaptmerge.adapters.families.randlora import RandBases, RandLora
+from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.randlora import RandBases, RandLora
-from adaptmerge.files.compare import same_values
-from adaptmerge.files.refs import TensorRef, computed
 from adaptmerge.formats.peft.additive import number, whole
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.tensors.compare import same_values
+from adaptmerge.tensors.refs import TensorRef, computed
 
 SHORT, LONG = "randlora_A", "randlora_B"
 WEIGHTS, COLUMNS = "randlora_lambda", "randlora_gamma"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.road import Road
+from adaptmerge.adapters.families.road import Road
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
 
 EACH = {"road_1": 1, "road_2": 2, "road_4": 4}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.shira import Shira
+from adaptmerge.adapters.families.shira import Shira
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.additive import whole
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Site
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:

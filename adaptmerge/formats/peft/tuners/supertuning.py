@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.supertuning import Supertuning
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.supertuning import Supertuning
+from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.formats.peft.additive import axes, expect, fits, number
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
-from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.tensors.refs import TensorRef
 
 SIDES = ("supertuning_lora_B", "supertuning_lora_A")
 FOUND_AGAIN = Note(

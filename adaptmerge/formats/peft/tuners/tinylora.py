@@ -11,17 +11,17 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from adaptmerge.edits import Add
+from adaptmerge.adapters.families.tinylora import TinyLora, TinyMatrices
+from adaptmerge.adapters.graph import Edit, Layer, Site
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.errors import CannotStore
-from adaptmerge.families.tinylora import TinyLora, TinyMatrices
-from adaptmerge.files.refs import TensorRef, computed
 from adaptmerge.formats.peft.additive import number, whole
 from adaptmerge.formats.peft.order import ORDERS, in_model_order
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.saved import EMBEDDINGS
 from adaptmerge.formats.peft.shared import seed
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Layer, Site
+from adaptmerge.tensors.refs import TensorRef, computed
 
 UP, DOWN, MIXED = "tinylora_B", "tinylora_A", "tinylora_P"
 VECTOR = re.compile(r"(?:base_model\.)?tinylora_v\.(?:[^.]+\.)?(\d+)$")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptmerge.edits import ReplaceRows
+from adaptmerge.adapters.graph import Edit, Layer, Site
+from adaptmerge.adapters.stored_edits import ReplaceRows
 from adaptmerge.errors import CannotStore
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Layer, Site
 
 MISSING = ("fan_in_fan_out", "modules_to_save", "bias")  # fields that PEFT's config does not have
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from adaptmerge.edits import Add
-from adaptmerge.families.unilora import UniLora, UniPlaces, UniScales
-from adaptmerge.files.dtypes import DType
-from adaptmerge.files.refs import TensorRef, computed
+from adaptmerge.adapters.families.unilora import UniLora, UniPlaces, UniScales
+from adaptmerge.adapters.graph import Edit, Kind, Note, Site
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.formats.peft.additive import whole
 from adaptmerge.formats.peft.order import ORDERS, adapted, in_model_order
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.tensors.dtypes import DType
+from adaptmerge.tensors.refs import TensorRef, computed
 
 VECTOR = "unilora_theta_d"
 LEAVES = ("unilora_indices_B", "unilora_scales_B", "unilora_indices_A", "unilora_scales_A")

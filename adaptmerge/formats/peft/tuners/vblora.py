@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from adaptmerge.edits import Add
-from adaptmerge.families.vblora import BankChoice, BankLogits, VbLora
-from adaptmerge.files.refs import TensorRef
+from adaptmerge.adapters.families.vblora import BankChoice, BankLogits, VbLora
+from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.formats.peft.additive import whole
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Site
+from adaptmerge.tensors.refs import TensorRef
 
 DOWN, UP, BANK = "vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from adaptmerge.edits import Add, factor_of
-from adaptmerge.families.seeded import KaimingPair
-from adaptmerge.families.vera import Vera
-from adaptmerge.files.refs import TensorRef, computed
+from adaptmerge.adapters.families.seeded import KaimingPair
+from adaptmerge.adapters.families.vera import Vera
+from adaptmerge.adapters.graph import Edit, Kind, Note, Site
+from adaptmerge.adapters.weight_edits import Add, factor_of
 from adaptmerge.formats.peft.additive import whole
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.graph import Edit, Kind, Note, Site
+from adaptmerge.tensors.refs import TensorRef, computed
 
 
 class Style(NamedTuple):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptmerge.families.waveft import FILTERS, WaveFt
+from adaptmerge.adapters.families.waveft import FILTERS, WaveFt
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.formats.peft.additive import number
 from adaptmerge.formats.peft.shared import seed
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 from adaptmerge.formats.peft.tuners.fourierft import check_spectrum
-from adaptmerge.graph import Edit, Site
 
 DEFAULT = "db1"
 

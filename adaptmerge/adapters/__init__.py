@@ -1,0 +1,1 @@
+"""What an adapter is: its graph, edits and families. Knows no file and no model."""

@@ -1,0 +1,244 @@
+"""The built-in edits: what an adapter does to a base model at one site.
+
+Weight edits change a parameter: `apply(weight)` is their whole meaning, on float64 (or any float)
+tensors in canonical orientation, and `delta()` is the additive part that needs no base, if there is
+one. Activation edits change what flows: `forward` is called by the runtime at a place of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.algebra.factors import (
+    Diag,
+    Factor,
+    Leaf,
+    Product,
+    Rows,
+    Sum,
+    Term,
+    as_low_rank,
+    whole_term,
+)
+from adaptmerge.algebra.linalg import moved_norms
+from adaptmerge.lazy import torch
+from adaptmerge.tensors.dtypes import F64, DType
+from adaptmerge.tensors.refs import TensorRef, computed, remembered
+
+
+@runtime_checkable
+class WeightEdit(Edit, Protocol):
+    """An edit of one parameter."""
+
+    def delta(self) -> Factor | None:
+        """What is added to the parameter whatever the base is; None when it depends on the base."""
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The edited parameter, of the same shape, from the (out, in) matrix or vector `weight`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """W + delta; for a vector parameter delta is (n, 1)."""
+
+    kind: ClassVar[str] = "add"
+    site: Site
+    factor: Factor
+
+    def delta(self) -> Factor | None:
+        return self.factor
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.factor.dense().to(weight).reshape(weight.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Dora:
+    """m / |W + delta|_row * (W + delta), row norms over all but the first axis (Liu et al. 2024)."""
+
+    kind: ClassVar[str] = "dora"
+    family: ClassVar[str] = "lora"
+    site: Site
+    factor: Factor
+    magnitude: TensorRef
+
+    def delta(self) -> Factor | None:
+        return None
+
+    @property
+    def axis(self) -> int:
+        """The axis that is normed over: that of the inputs, of an embedding that of the tokens."""
+        return 0 if self.site.layer.kind == "embedding" else 1
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        moved = weight + self.factor.dense().to(weight).reshape(weight.shape)
+        magnitude = self.magnitude.read().to(weight).flatten()
+        share: torch.Tensor = magnitude / torch.linalg.vector_norm(moved, dim=self.axis)
+        return moved * (share[None, :] if self.axis == 0 else share[:, None])
+
+    def on(self, weight: TensorRef) -> Factor:
+        """diag(c - 1) W + diag(c) delta with c = m / |W + delta|; columns, for an embedding."""
+        stretched = Diag(computed(Share(self, weight, less=1.0)))
+        moved = Diag(computed(Share(self, weight)))
+        if self.axis == 0:
+            return Sum((Product((Leaf(weight), stretched)), Product((self.factor, moved))))
+        return Sum((Product((stretched, Leaf(weight))), Product((moved, self.factor))))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """c - less of a DoRA on a base weight, c = m / |W + delta|: a vector still to be computed."""
+
+    edit: Dora
+    weight: TensorRef
+    less: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.weight.shape[1 - self.edit.axis],)
+
+    @property
+    def dtype(self) -> DType:
+        return F64
+
+    def read(self) -> torch.Tensor:
+        return share_of(self.edit, self.weight) - self.less
+
+
+@remembered
+def share_of(edit: Dora, weight: TensorRef) -> torch.Tensor:
+    """m / |W + delta| of a DoRA on a base weight, float64."""
+    norms = norms_of(weight, edit.factor, edit.axis)
+    return edit.magnitude.read().double().flatten() / norms
+
+
+def norms_of(weight: TensorRef, factor: Factor, axis: int) -> torch.Tensor:
+    """|W + delta| over an axis, float64."""
+    terms = factor.thin()
+    up = torch.cat([term.up.double() * term.scale for term in terms], dim=1)
+    down = torch.cat([term.down.double() for term in terms])
+    return moved_norms(weight.read(), up, down, axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """diag(l) W for side "out", W diag(l) for side "in" (IA3, Liu et al. 2022)."""
+
+    kind: ClassVar[str] = "scale"
+    family: ClassVar[str] = "ia3"
+    site: Site
+    vector: TensorRef
+    side: str = "out"
+
+    def delta(self) -> Factor | None:
+        return None
+
+    def on(self, weight: TensorRef) -> Factor:
+        """diag(l - 1) W or W diag(l - 1)."""
+        times = weight.shape[1] // self.vector.count if self.side == "in" else 1
+        moved = Diag(computed(Deviation(self.vector, times)))
+        if len(weight.shape) == 1:
+            return Product((moved, Leaf(weight.reshape(weight.count, 1))))
+        return Product((moved, Leaf(weight)) if self.side == "out" else (Leaf(weight), moved))
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        vector = self.vector.read().to(weight).flatten()
+        if weight.ndim == 1:
+            return weight * vector
+        if self.side == "out":
+            return weight * vector[:, None]
+        return weight * vector.repeat_interleave(weight.shape[1] // len(vector))[None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """A vector of scales less 1, each `times` over for the places of a kernel; still to be computed."""
+
+    vector: TensorRef
+    times: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.vector.count * self.times,)
+
+    @property
+    def dtype(self) -> DType:
+        return F64
+
+    def read(self) -> torch.Tensor:
+        return self.vector.read().double().flatten().repeat_interleave(self.times) - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What the edits of one adapter add to the base's own weight at a site: apply(W) - W, in full."""
+
+    at_once: ClassVar[bool] = True
+    edits: tuple[Any, ...]
+    weight: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.weight.shape
+        return shape[0], math.prod(shape[1:])
+
+    def dense(self, rows: Rows = None) -> torch.Tensor:
+        before = self.weight.read().double()
+        after = before
+        for edit in self.edits:
+            after = edit.apply(after)
+        value = (after - before).reshape(self.shape)
+        return value[slice(*rows)] if rows else value
+
+    def thin(self) -> list[Term]:
+        return whole_term(self.dense())
+
+
+def delta_on(edits: Sequence[WeightEdit], weight: TensorRef) -> Factor:
+    """What the edits of one adapter at one site add to the base weight, canonical (out, in).
+
+    An edit may know a better form than the dense one: `on(weight)` returns its factor.
+    """
+    if len(edits) == 1:
+        (edit,) = edits
+        delta = edit.delta()
+        if delta is not None:
+            return delta
+        if hasattr(edit, "on"):
+            found: Factor = edit.on(weight)
+            return found
+    return Effect(tuple(edits), weight)
+
+
+def family_of(edit: Edit) -> str:
+    """The family whose own form the edit is in: "lora", "ia3", "loha", ...; "" for a generic one."""
+    own = getattr(edit, "family", "")
+    factor = factor_of(edit)
+    if own or factor is None:
+        return own
+    return getattr(factor, "family", "") or ("lora" if _is_stored(factor) else "")
+
+
+def _is_stored(factor: Factor) -> bool:
+    column = factor.shape[1] == 1 and len(getattr(factor, "parts", ())) == 1
+    return as_low_rank(factor) is not None or column
+
+
+def vera(up: TensorRef, up_scale: TensorRef, down: TensorRef, down_scale: TensorRef) -> Product:
+    """diag(b) B diag(d) A (Kopiczko et al. 2024), B and A shared by all sites."""
+    return Product((Diag(up_scale), Leaf(up), Diag(down_scale), Leaf(down)))
+
+
+def factor_of(edit: Edit) -> Factor | None:
+    """The factor that a run may refit, for edits that are made of one."""
+    return getattr(edit, "factor", None)
+
+
+def refitted(edit: Edit, factor: Factor) -> Edit:
+    """The same edit made of another factor."""
+    changed: Edit = replace(edit, factor=factor)  # type: ignore[type-var]
+    return changed

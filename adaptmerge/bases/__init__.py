@@ -1,0 +1,1 @@
+"""A base model seen through its headers."""

@@ -1,0 +1,227 @@
+"""A base model on disk: its config, its tensors as refs, its module names and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adaptmerge.adapters import experts
+from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.module_paths import VOCABULARY, layer_index, other_versions, suffixes
+from adaptmerge.tensors.refs import Stored, TensorRef
+
+# Models and modules whose weights lie (in, out) in their checkpoints (transformers' Conv1D).
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+GGUF = ".gguf"
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+SAMPLE = 1024  # bytes read at each end of a tensor for the fingerprint
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in a checkpoint: the tensor's name, which of the matrices that it stacks, and
+    whether it is stored as (in, out)."""
+
+    name: str
+    expert: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Base:
+    """A `transformers` checkpoint folder, seen through its headers."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorRef]
+    stored: Base | None = None  # the base as it lies, where the tensors are what that stands for
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """The paths of all modules that hold a tensor, as the checkpoint names them, and of those that
+        hold experts, which checkpoints name one by one."""
+        held = {name.rpartition(".")[0] for name in self.tensors}
+        held |= {f"{one.block}.experts" for name in held if (one := experts.matrix_of(name))}
+        return frozenset(held | ({"lm_head"} if self.config.get("tie_word_embeddings") else set()))
+
+    @cached_property
+    def expert_layout(self) -> str | None:
+        """Whether experts are stored "fused" or "per-expert"; None without experts."""
+        if any(experts.matrix_of(name) for name in self.modules):
+            return experts.PER_EXPERT
+        return experts.FUSED if any(n.endswith(".experts") for n in self.modules) else None
+
+    @cached_property
+    def expert_style(self) -> experts.Style | None:
+        """How the architecture names the matrices of one expert; None when that is not known."""
+        return experts.style_of(self.architecture, sorted(self.modules))
+
+    @cached_property
+    def expert_count(self) -> int:
+        """How many experts a layer has; 0 without experts."""
+        ones = (experts.matrix_of(name) for name in self.modules)
+        count = max((one.expert + 1 for one in ones if one), default=0)
+        whole = (ref.shape[0] for name, ref in self.tensors.items() if _is_stack(name, ref))
+        return count or next(whole, 0)
+
+    @property
+    def architecture(self) -> str | None:
+        """The model type of the config, e.g. "llama"."""
+        found = self.config.get("model_type")
+        return str(found) if found else None
+
+    def locate(self, module: str) -> str | None:
+        """The checkpoint's name of a module: equal, or equal up to one model prefix, or what another
+        version of transformers calls it; None if absent.
+
+        Checkpoints saved without a head leave out the prefix that the model with a head has.
+        """
+        found = (self._near(name) for name in (module, *other_versions(module)))
+        return next((name for name in found if name is not None), None) or self._one_expert(module)
+
+    def _near(self, module: str) -> str | None:
+        if module in self.modules:
+            return module
+        shorter = module.partition(".")[2]
+        if shorter in self.modules:
+            return shorter
+        longer = [name for name in self._by_suffix.get(module, ()) if _one_longer(name, module)]
+        return longer[0] if len(longer) == 1 else None
+
+    def _one_expert(self, module: str) -> str | None:
+        """The name of one expert's module where the checkpoint stacks all experts."""
+        one = experts.matrix_of(module)
+        holder = None if one is None else self.locate(f"{one.block}.experts")
+        if one is None or holder is None:
+            return None
+        return holder + module.removeprefix(f"{one.block}.experts")
+
+    @cached_property
+    def _by_suffix(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.modules:
+            for suffix in suffixes(name):
+                found.setdefault(suffix, []).append(name)
+        return found
+
+    def parameter(self, site: Site) -> TensorRef | None:
+        """The stored parameter at a site, as it lies in the checkpoint; None if there is none.
+
+        A head that is tied to its embedding has the embedding's.
+        """
+        module = self.locate(site.module)
+        if module is None:
+            return None
+        if site.expert is not None:
+            return self._experts.matrix(module, site.param, site.expert)
+        stored = self.tensors.get(f"{module}.{site.param}")
+        if stored is None and site.param in experts.STACKED:
+            return self._experts.stack(module, site.param, self.expert_count)
+        if stored is None and site.param == "weight":
+            return self._experts.part(module) or self._tied(module)
+        return stored
+
+    def place(self, site: Site) -> Place | None:
+        """Where the parameter at a site is stored by itself, or as one matrix of a stack; None if neither.
+
+        A head that is tied to its embedding has a place that holds nothing yet.
+        """
+        module = self.locate(site.module)
+        if module is None:
+            return None
+        name, turned = f"{module}.{site.param}", self.is_transposed(site)
+        if site.expert is not None:
+            stack = self.tensors.get(name)
+            found = stack is not None and len(stack.shape) == 3 and site.expert < stack.shape[0]
+            return Place(name, site.expert, turned) if found else None
+        tied = site.param == "weight" and self._tied(module) is not None
+        return Place(name, None, turned) if name in self.tensors or tied else None
+
+    def _tied(self, module: str) -> TensorRef | None:
+        if not self.config.get("tie_word_embeddings") or not _is_vocabulary(module):
+            return None
+        names = (f"{name}.weight" for name in sorted(self.modules) if _is_vocabulary(name))
+        return next((self.tensors[name] for name in names if name in self.tensors), None)
+
+    @property
+    def _experts(self) -> experts.Checkpoint:
+        return experts.Checkpoint(self.tensors, self._stacks_transposed)
+
+    @property
+    def _stacks_transposed(self) -> bool:
+        return self.architecture in experts.TRANSPOSED
+
+    def weight(self, site: Site) -> TensorRef | None:
+        """The parameter at a site as edits see it: (out, in) for matrices, kernels flattened."""
+        stored = self.parameter(site)
+        if stored is None or len(stored.shape) < 2:
+            return stored
+        if self.is_transposed(site):
+            return stored.T
+        return stored.reshape(stored.shape[0], stored.count // stored.shape[0])
+
+    def is_transposed(self, site: Site) -> bool:
+        """Whether the checkpoint holds the weight as (in, out), as `transformers`' Conv1D does."""
+        if site.expert is not None:
+            return self._stacks_transposed
+        turned = self.architecture in CONV1D_MODELS and site.param == "weight"
+        return turned and site.module.rpartition(".")[2] in CONV1D_MODULES
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all names, shapes, dtypes and the first and last bytes of every stored tensor."""
+        if self.stored is not None:
+            return self.stored.fingerprint
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            ref = self.tensors[name]
+            digest.update(f"{name} {ref.dtype} {list(ref.shape)}\n".encode())
+            digest.update(_ends(ref))
+        return f"sampled-1:{digest.hexdigest()}"
+
+
+def replicated(base: Base, ranges: Sequence[tuple[int, int]]) -> Base:
+    """The base with copies of its layers in ranges one after the other, as files see it: the tensors of a
+    copy are those of the layer that it copies."""
+    if not ranges:
+        return base
+    copies = [index for start, stop in ranges for index in range(start, stop)]
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in base.tensors.items():
+        own = layer_index(name)
+        found = [place for place, index in enumerate(copies) if index == own]
+        at = [name] if own is None else [_numbered(name, place) for place in found]
+        tensors.update(dict.fromkeys(at, ref))
+    key = next((key for key in LAYER_COUNTS if key in base.config), LAYER_COUNTS[0])
+    return replace(base, tensors=tensors, config={**base.config, key: len(copies)})
+
+
+def _numbered(name: str, layer: int) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", str(layer), name, count=1)
+
+
+def _is_stack(name: str, ref: TensorRef) -> bool:
+    return name.rpartition(".")[2] in experts.STACKED and len(ref.shape) == 3
+
+
+def _is_vocabulary(module: str) -> bool:
+    return module.rpartition(".")[2] in VOCABULARY
+
+
+def _one_longer(name: str, module: str) -> bool:
+    return name.count(".") == module.count(".") + 1
+
+
+def _ends(ref: TensorRef) -> bytes:
+    if not isinstance(ref.source, Stored):
+        return b""
+    with Path(ref.source.path).open("rb") as file:
+        file.seek(ref.source.offset)
+        head = file.read(min(SAMPLE, ref.nbytes))
+        file.seek(ref.source.offset + max(0, ref.nbytes - SAMPLE))
+        return head + file.read(min(SAMPLE, ref.nbytes))

@@ -1,0 +1,313 @@
+"""Fusing adapters into the weights of a base model, shard by shard; what rounding did to each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adaptmerge import __version__
+from adaptmerge.adapters.graph import Kind, Note
+from adaptmerge.bases.base import GGUF
+from adaptmerge.commands.fuse import folder
+from adaptmerge.commands.fuse.calibration import is_text, moments_of_text
+from adaptmerge.commands.fuse.options import FuseOptions
+from adaptmerge.commands.fuse.pieces.executors import EXECUTORS, Job
+from adaptmerge.commands.fuse.pieces.journal import Journal, unpacked
+from adaptmerge.commands.fuse.pieces.write import Line, lines_of, settings_of, survey
+from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
+from adaptmerge.commands.fuse.report import (
+    KEPT,
+    AdapterLoss,
+    FuseReport,
+    is_fused,
+    load_fuse_report,
+    losses,
+    noise,
+    site_of,
+)
+from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
+from adaptmerge.files.staging import Staging, refuse_existing
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.outputs.described import described_input
+from adaptmerge.outputs.report import FILE, check_strict
+from adaptmerge.rounding.error_feedback import NEAREST
+
+__all__ = [
+    "FuseOptions",
+    "FusePlan",
+    "FuseReport",
+    "fuse",
+    "is_fused",
+    "load_fuse_report",
+    "plan_fusion",
+    "predict",
+]
+
+DEFAULTS = FuseOptions()
+SPARE = 64 << 20  # bytes of disk beside the tensors
+JOURNAL = "finished"
+# options that say nothing of the output, or that the report says otherwise
+UNSAID = ("original", "calibration", "jobs", "force", "strict", "executor", "total")
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """A progress callback that says nothing."""
+
+
+def predict(plan: FusePlan) -> list[Line]:
+    """For every matrix how it will be rounded, and what nearest rounding would keep; nothing is written."""
+    from adaptmerge.rounding.matrix import Measured
+
+    blank = Measured(0.0, 0.0, 0.0, (), (), ())
+    found: list[Line] = []
+    for shard in plan.shards:
+        choices = survey(shard, settings_of(plan.options))
+        found += lines_of(shard, choices, [blank] * len(choices))
+    return found
+
+
+def fuse(
+    base: str,
+    specs: Sequence[InputSpec],
+    output: Path,
+    options: FuseOptions = DEFAULTS,
+    progress: Progress = silent,
+) -> FuseReport:
+    """Fuses adapters into a base model's weights as a new folder, and returns the report.
+
+    Raises AdaptmergeError; then there is no output. Interrupted work is taken up by the next run with the
+    same inputs and options.
+    """
+    if output.suffix == GGUF:
+        raise UsageError(
+            f"-o {output}: the output is a folder with the model in it, under the name of the base's file"
+        )
+    if not is_text(options.calibration):
+        return _fuse(base, specs, output, options, progress)
+    assert options.calibration is not None
+    refuse_existing(output, force=options.force)  # before minutes of reading
+    unread = plan_fusion(base, specs, replace(options, calibration=None, max_growth=0.0))
+    with moments_of_text(options.calibration, unread.base, unread.shards, progress) as measured:
+        return _fuse(base, specs, output, replace(options, calibration=measured), progress)
+
+
+def _fuse(
+    base: str,
+    specs: Sequence[InputSpec],
+    output: Path,
+    options: FuseOptions,
+    progress: Progress,
+) -> FuseReport:
+    plan = plan_fusion(base, specs, options)
+    check_strict(plan.notes, options.strict)
+    digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
+    key = plan.key(digests)[:16]
+    paths = [*(item.path for item in plan.inputs), plan.base.path]
+    staging = Staging(output, force=options.force, inputs=paths, key=key)
+    with staging:
+        try:
+            _check_disk(plan, staging)
+            _check_prediction(plan)
+            found, files = _write_shards(plan, staging, options, progress)
+            report = _report(plan, found, files, digests)
+            _check_loss(report.adapters, options)
+            check_strict(report.notes, options.strict)
+        except OutputError:
+            raise
+        except AdaptmergeError:
+            staging.discard()
+            raise
+        folder.write_folder(plan, staging)
+        staging.path(folder.CARD).write_text(folder.card(plan, report), encoding="utf-8")
+        staging.path(FILE).write_text(report.as_text(), encoding="utf-8")
+        staging.commit(folder.main_file(plan), obsolete=_obsolete(output, plan))
+    return report
+
+
+def _write_shards(
+    plan: FusePlan, staging: Staging, options: FuseOptions, progress: Progress
+) -> tuple[list[Line], dict[str, str]]:
+    """Every shard written, or found finished; its lines in order, and the sha256 of each file."""
+    journal = Journal(staging.scratch(JOURNAL))
+    staging.scratch(f"{JOURNAL}/.").mkdir(parents=True, exist_ok=True)
+    records: dict[str, Mapping[str, Any]] = {}
+    jobs = []
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        progress(done := done + count, plan.nbytes)
+
+    for shard in plan.shards:
+        path = staging.path(shard.name)
+        record = journal.finished(shard.name, path)
+        if record is None:
+            beside = staging.scratch(f"{shard.name}.packed")
+            jobs.append(Job(shard, path, beside, settings_of(options)))
+        else:
+            records[shard.name] = record
+            advance(shard.nbytes)
+    for job, record in EXECUTORS[options.executor](jobs, advance):
+        journal.record(job.shard.name, record)
+        records[job.shard.name] = record
+    lines, files = list[Line](), dict[str, str]()
+    for shard in plan.shards:
+        digest, choices, measured = unpacked(records[shard.name])
+        files[shard.name] = digest
+        lines += lines_of(shard, choices, measured)
+    return lines, files
+
+
+def _check_disk(plan: FusePlan, staging: Staging) -> None:
+    """Raises OutputError when the output has no room on its disk."""
+    at = staging.path(plan.shards[0].name).parent
+    there = sum(path.stat().st_size for path in at.rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(at).free + there, plan.nbytes + SPARE
+    if free < needed:
+        raise OutputError(
+            f"needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some space or "
+            "choose another -o",
+            where=str(staging.given),
+        )
+
+
+def _check_prediction(plan: FusePlan) -> None:
+    """Raises CannotMerge before anything is written where nearest rounding is asked for and loses much."""
+    options = plan.options
+    if options.rounding != NEAREST or "loss" in options.allow:
+        return
+    kept: dict[str, list[float]] = {}
+    for line in predict(plan):
+        for part, gain in zip(line.matrix.parts, line.choice.predicted, strict=False):
+            if gain is not None:
+                kept.setdefault(part.adapter, []).append(gain)
+    means = {name: sum(gains) / len(gains) for name, gains in kept.items()}
+    _check_loss({n: AdapterLoss(0.0, gain, None, 0.0) for n, gain in means.items()}, options)
+
+
+def _check_loss(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> None:
+    """Raises CannotMerge for adapters that rounding has taken away."""
+    problems = [
+        f"{name}: {_how_lost(loss, options.max_loss)}"
+        for name, loss in adapters.items()
+        if _is_lost(loss, options.max_loss)
+    ]
+    if problems and "loss" not in options.allow:
+        raise CannotMerge(problems)
+
+
+def _how_lost(loss: AdapterLoss, most: float) -> str:
+    if _drowns(loss, most):
+        return (
+            "is too small for this base: the weights it is run with are rounded to 16 bits, and that alone "
+            f"makes an error of {_percent(loss.floor)} of what it adds: keep it an adapter, fuse into "
+            "wider weights (--quant fp32), or pass --allow loss"
+        )
+    error = (
+        f", with an error of {_percent(loss.sub)} of it in its inputs' space" if loss.sub else ""
+    )
+    return (
+        f"rounding leaves {_percent(loss.gain)} of what it adds (gain){error}: use --rounding adaptive, "
+        "wider weights (--dtype, --quant), or pass --allow loss to keep what is left"
+    )
+
+
+def _is_lost(loss: AdapterLoss, most: float) -> bool:
+    small = loss.gain is not None and loss.gain < KEPT
+    return small or (loss.sub is not None and loss.sub > most) or _drowns(loss, most)
+
+
+def _drowns(loss: AdapterLoss, most: float) -> bool:
+    return loss.floor is not None and loss.floor > most
+
+
+def _percent(value: float | None) -> str:
+    return "an unknown part" if value is None else f"{100 * value:.3g} %"
+
+
+def _obsolete(output: Path, plan: FusePlan) -> list[str]:
+    """Files of weights that an output before had: beside the new ones they would be read instead."""
+    if not output.is_dir():
+        return []
+    kept = {shard.name for shard in plan.shards}
+    return [
+        p.name for p in output.iterdir() if p.name.endswith(folder.WEIGHTS) and p.name not in kept
+    ]
+
+
+def _report(
+    plan: FusePlan,
+    lines: Sequence[Line],
+    files: Mapping[str, str],
+    digests: Mapping[str, Mapping[str, str]],
+) -> FuseReport:
+    adapters = losses(lines, plan.running)
+    named, differ = folder.licences(plan)
+    notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
+    notes += _backward(plan, lines)
+    base: dict[str, Any] = {
+        "name": plan.base.path.name,
+        "fingerprint": plan.view.stored.fingerprint,
+        "licences": named,
+        "trained_on": plan.trained_on,
+        "quantised": plan.view.scheme,
+        "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
+    }
+    if plan.original is not None:
+        base["original"] = plan.original.fingerprint
+    if plan.moments is not None and plan.moments.file is not None:
+        base["calibration"] = plan.moments.as_json()
+    options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
+    options |= {
+        "weights": dict(plan.weights.base),
+        "rules": [asdict(rule) for rule in plan.weights.rules],
+        "heads": plan.heads.as_json(),
+        "allow": sorted(plan.options.allow),
+    }
+    options |= {"plain": sorted(plan.plain)}
+    grown = () if options["max_growth"] else ("max_growth", "plain")
+    for unsaid in (*UNSAID, *grown):
+        del options[unsaid]
+    return FuseReport(
+        options=options,
+        inputs=[described_input(item, digests[item.name]) for item in plan.inputs],
+        base=base,
+        versions={"adaptmerge": __version__, "torch": version("torch")},
+        adapters=adapters,
+        noise=noise([line.measured for line in lines]),
+        sites=[site_of(line) for line in lines],
+        files=dict(files),
+        changed=sorted(plan.targets.tensors),
+        config=folder.changed_config(plan),
+        notes=sorted(set(notes)),
+        method=plan.options.method,
+    )
+
+
+def _lost_notes(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> list[Note]:
+    found = {n: loss for n, loss in adapters.items() if _is_lost(loss, options.max_loss)}
+    said = {name: _how_lost(loss, options.max_loss) for name, loss in found.items()}
+    return [
+        Note(Kind.APPROXIMATED, f"{what.rpartition(': ')[0]}, as allowed", input=name)
+        for name, what in said.items()
+    ]
+
+
+def _backward(plan: FusePlan, lines: Sequence[Line]) -> list[Note]:
+    """What cannot be got back where an adapter is taken out of weights that were rounded with it."""
+    out = [name for name, weight in plan.weights.base.items() if weight < 0]
+    if not out:
+        return []
+    lost = sum((site.grid * site.weight_norm) ** 2 for site in map(site_of, lines)) ** 0.5
+    size = sum(loss.norm**2 for name, loss in losses(lines).items() if name in out) ** 0.5
+    share = f", {100 * lost / size:.3g} % of what is taken out" if size else ""
+    what = (
+        f"taken out of weights that were rounded when it was fused: what that rounding changed, about "
+        f"{lost:.3g} in all{share}, cannot be got back"
+    )
+    return [Note(Kind.APPROXIMATED, what, input=", ".join(out))]

@@ -1,0 +1,156 @@
+"""Weights that are quantised anew: which, of what values their scales are taken, and how they are stored.
+
+Scales are what the scheme's library takes for weight plus delta. Where adapters were trained on the base
+quantised that very way, they are those of the original weight: then the model is the trained one, on its
+own grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from adaptmerge.adapters import experts
+from adaptmerge.adapters.graph import Site
+from adaptmerge.bases.base import Base
+from adaptmerge.commands.fuse.on_base.provenance import RoundTrip
+from adaptmerge.commands.fuse.pieces.layout import Repacked, Tensor
+from adaptmerge.errors import CannotStore
+from adaptmerge.lazy import torch
+from adaptmerge.rounding.codes import Packing
+from adaptmerge.rounding.matrix import Matrix, target_rows
+from adaptmerge.runtime.linears import linear_layers
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.scheme import Fresh, Kept, fresh
+from adaptmerge.schemes.view import View, running_dtype
+from adaptmerge.tensors.dtypes import BF16, F32, DType, widest
+from adaptmerge.tensors.refs import TensorRef, computed
+
+QUANTISATION = "quantization_config"
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A matrix (out, in) with all that is added to it, in float32: a source of refs."""
+
+    matrix: Matrix
+
+    @property
+    def at_once(self) -> bool:
+        """Whether some rows of it cost as much as all."""
+        return self.matrix.whole
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.matrix.shape
+
+    @property
+    def dtype(self) -> DType:
+        return F32
+
+    def read(self) -> torch.Tensor:
+        return target_rows(self.matrix, (0, self.matrix.shape[0]))[0].float()
+
+    def rows(self, start: int, stop: int) -> MergedRows:
+        """Some rows of it, as a source that reads no others."""
+        return MergedRows(self.matrix, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class MergedRows:
+    """Rows of a matrix with all that is added to it."""
+
+    matrix: Matrix
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stop - self.start, self.matrix.shape[1]
+
+    @property
+    def dtype(self) -> DType:
+        return F32
+
+    def read(self) -> torch.Tensor:
+        return target_rows(self.matrix, (self.start, self.stop))[0].float()
+
+
+@dataclass(frozen=True)
+class Anew:
+    """How the linear layers of a base are quantised.
+
+    modules: what the model calls them, by the names of their weights. dtype: what the model computes in.
+    usual: the linear layers that libraries leave as they are; lost: those that the base does not store.
+    """
+
+    fresh: Fresh
+    modules: Mapping[str, str]
+    dtype: DType
+    usual: tuple[str, ...]
+    lost: tuple[str, ...] = ()
+
+    def packing(self, name: str, matrix: Matrix) -> Packing:
+        """A matrix as it is packed. Raises CannotStore for shapes that there is no room for."""
+        source, matrix = matrix.weight.source, replace(matrix, dtype=F32, packed=True)
+        if isinstance(source, RoundTrip) and source.trained_on == self.fresh.name:
+            return Packing(self._packed(name, source.ref), matrix, fresh=not matrix.parts)
+        values = computed(Merged(matrix), name) if matrix.parts else matrix.weight
+        return Packing(self._packed(name, values), matrix, fresh=True)
+
+    def _packed(self, name: str, values: TensorRef) -> Packed:
+        return self.fresh.quantise(name.removesuffix(".weight"), values, self.dtype)
+
+    def config(self, plain: Sequence[str] = ()) -> dict[str, object]:
+        """The entries of the config that say how layers are quantised, but for the weights named."""
+        chosen = (*self.lost, *(self.modules[name] for name in plain))
+        kept = Kept(self.usual, chosen)
+        return {QUANTISATION: dict(self.fresh.config(kept, self.dtype))}
+
+
+def anew(view: View, name: str, asked: DType | None) -> Anew | None:
+    """How the linear layers of a base are quantised where a way to do it is named; None where none is.
+
+    Raises CannotStore for layers that cannot be quantised that way.
+    """
+    way = fresh().get(name)
+    if way is None:
+        return None
+    base, layers = view.base, linear_layers(view.base.path)
+    names = {module: f"{base.locate(module)}.weight" for module in layers.quantised}
+    held = {name: module for module, name in names.items() if name in base.tensors}
+    lost = tuple(module for module, name in names.items() if name not in base.tensors)
+    turned = [one for one in held if base.is_transposed(Site(one.removesuffix(".weight")))]
+    if turned and not way.conv1d:
+        raise CannotStore(
+            f"--quant {name} is for linear layers, and {len(turned)} are Conv1D: use nf4 or int8",
+            where=turned[0],
+        )
+    if not way.experts:
+        _refuse_experts(base, name, held)
+    stored = [ref.dtype for one in held if one not in view.packed and (ref := base.tensors[one])]
+    usual = running_dtype(view.stored.config) or F32 if view.packed else widest(stored or [BF16])
+    return Anew(way, held, asked or usual, tuple(layers.kept), lost)
+
+
+def _refuse_experts(base: Base, name: str, held: Mapping[str, str]) -> None:
+    """Raises CannotStore where experts would stay in full precision that no loader then finds."""
+    kept = [
+        one
+        for one in base.tensors
+        if one not in held and experts.matrix_of(one.removesuffix(".weight")) is not None
+    ]
+    if kept:
+        raise CannotStore(
+            f"--quant {name} leaves experts as they are, which transformers does not load beside packed "
+            "layers: use nf4, int8, fp8-channel or gptq-int4-g128",
+            where=kept[0],
+        )
+
+
+def tensors_of(packing: Packing) -> dict[str, Tensor]:
+    """The tensors that a packed weight is stored as, all of them made anew together."""
+    return {
+        name: Tensor(name, ref.dtype, ref.shape, (Repacked(packing, name, ref, leads=number == 0),))
+        for number, (name, ref) in enumerate(packing.packed.tensors.items())
+    }

@@ -1,0 +1,291 @@
+"""What lies beside the tensors of a fused model: config, tokenizer, licences, index and a model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptmerge.adapters.graph import Kind, Labels, Note
+from adaptmerge.bases.gguf_model import LIBRARY, GgufModel
+from adaptmerge.commands.fuse.anew import QUANTISATION as ENTRY
+from adaptmerge.commands.fuse.options import SAME, WIDE
+from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
+from adaptmerge.commands.fuse.plan import FusePlan
+from adaptmerge.commands.fuse.report import FuseReport
+from adaptmerge.files.listing import sha256_of
+from adaptmerge.files.staging import Staging
+from adaptmerge.merging.heads.policies import is_vocabulary, owner_of
+from adaptmerge.merging.plan import Step
+from adaptmerge.outputs.companions import LICENCES, TOKENIZER
+from adaptmerge.outputs.report import FILE
+from adaptmerge.schemes.view import QUANTISATION
+from adaptmerge.tensors.dtypes import SPELLINGS
+
+CARD = "README.md"
+CONFIG = "config.json"
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+) + (".tflite", ".npz", ".index.json", ".onnx_data")
+QUANTISERS = ("quantize_config.json", "quant_config.json")  # how GPTQ and AWQ quantised the base
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def write_folder(plan: FusePlan, staging: Staging) -> None:
+    """Stages all that is no tensor file, the report and the card apart: a GGUF file has all in it."""
+    if _is_gguf(plan):
+        return
+    for name, source in carried(plan).items():
+        staging.path(name).write_bytes(_listing_plain(plan, name, source.read_bytes()))
+    config = changed_config(plan)
+    stored = plan.base.path / CONFIG
+    gone = set(QUANTISATION if plan.options.quant != SAME else ()) - plan.targets.config.keys()
+    if config or gone:
+        before = json.loads(stored.read_text("utf-8-sig"))
+        after = {key: value for key, value in {**before, **config}.items() if key not in gone}
+        text = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
+        staging.path(CONFIG).write_text(text, encoding="utf-8")
+    else:
+        staging.path(CONFIG).write_bytes(stored.read_bytes())
+    _write_index(plan, staging)
+
+
+def _listing_plain(plan: FusePlan, name: str, held: bytes) -> bytes:
+    """A file that goes along. One that says how AWQ quantised the base gets the list of layers that are
+    stored plainly: earlier versions of AutoAWQ look for it there, and not in config.json."""
+    before, after = plan.view.stored.config, plan.targets.config.get(ENTRY)
+    if name not in QUANTISERS or not isinstance(after, Mapping):
+        return held
+    try:
+        said = json.loads(held.decode("utf-8-sig"))
+    except ValueError:
+        return held
+    stored = before.get(ENTRY) or {}
+    changed = {key: value for key, value in after.items() if stored.get(key) != value}
+    if not isinstance(said, dict) or not changed:
+        return held
+    return (json.dumps({**said, **changed}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _is_gguf(plan: FusePlan) -> bool:
+    return isinstance(plan.base, GgufModel)
+
+
+def main_file(plan: FusePlan) -> str:
+    """The file that makes an output a model."""
+    return plan.shards[0].name if _is_gguf(plan) else CONFIG
+
+
+def _write_index(plan: FusePlan, staging: Staging) -> None:
+    """The index: the base's own bytes where nothing in it changes."""
+    if len(plan.shards) == 1 and not (plan.base.path / INDEX).is_file():
+        return
+    source = next((plan.base.path / n for n in INDEXES if (plan.base.path / n).is_file()), None)
+    stored = {} if source is None else json.loads(source.read_text("utf-8-sig"))
+    metadata = {k: v for k, v in (stored.get("metadata") or {}).items() if k != "total_size"}
+    made = index_of(plan.shards, metadata)
+    same = stored.get("weight_map") == made["weight_map"]
+    size = (stored.get("metadata") or {}).get("total_size")
+    if source is not None and same and size in (None, made["metadata"]["total_size"]):  # type: ignore[index]
+        staging.path(INDEX).write_bytes(source.read_bytes())
+    else:
+        staging.path(INDEX).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def carried(plan: FusePlan) -> dict[str, Path]:
+    """The files that go along: all of the base but weights, and tokenizers of adapters that change it."""
+    root = plan.base.path
+    found = {
+        name: path for name, path in _files(root) if name not in (CONFIG, CARD, FILE, *INDEXES)
+    }
+    if plan.options.quant != SAME:
+        found = {name: path for name, path in found.items() if name not in QUANTISERS}
+    found.update(_tokenizer(plan))
+    for item in plan.inputs:
+        for name in LICENCES:
+            path = item.listing.root / name
+            if item.listing.single is None and item.listing.has(name):
+                same = name in found and sha256_of(found[name]) == sha256_of(path)
+                found.update({} if same else {f"{name}.{item.name}": path})
+    return found
+
+
+def _files(root: Path) -> Iterator[tuple[str, Path]]:
+    """All files below a folder that hold no weights, hidden ones left out."""
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if path.is_file() and not hidden and not name.endswith(WEIGHTS):
+            yield name, path
+
+
+def _tokenizer(plan: FusePlan) -> dict[str, Path]:
+    """The tokenizer of the adapter that changes the vocabulary, where it brings one."""
+    if "vocab_size" not in plan.targets.config and not any(
+        step.edit.kind == "rows" for step in plan.plan.steps
+    ):
+        return {}
+    owners = {m.adapter for step in plan.plan.steps if _is_vocabulary(step) for m in step.members}
+    found: dict[str, Path] = {}
+    for item in plan.inputs:
+        if item.name in owners and item.listing.single is None:
+            found |= {n: item.listing.root / n for n in TOKENIZER if item.listing.has(n)}
+    return found
+
+
+def _is_vocabulary(step: Step) -> bool:
+    return step.edit.kind in ("rows", "replace") and is_vocabulary(step.site.module)
+
+
+def left_out(plan: FusePlan) -> list[Note]:
+    """Files of weights that are not fused into, and would be stale beside those that are."""
+    if _is_gguf(plan):
+        return []
+    used = {Path(path).name for path in _sources(plan)} | set(INDEXES)
+    root = plan.base.path
+    others = [
+        p.relative_to(root).as_posix()
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.name.endswith(WEIGHTS) and p.name not in used
+    ]
+    if not others:
+        return []
+    what = f"other weights of the base are left out, being without the adapters: {', '.join(others[:5])}"
+    return [Note(Kind.INFO, what)]
+
+
+def _sources(plan: FusePlan) -> list[str]:
+    return [
+        path
+        for ref in plan.view.stored.tensors.values()
+        if isinstance(path := getattr(ref.source, "path", None), str)
+    ]
+
+
+def changed_config(plan: FusePlan) -> dict[str, Any]:
+    """The entries of config.json that change, with their new values."""
+    if _is_gguf(plan):
+        return {}
+    stored = json.loads((plan.base.path / CONFIG).read_text("utf-8-sig"))
+    wanted = {k: v for k, v in plan.base.config.items() if stored.get(k) != v}
+    wanted |= plan.targets.config
+    if plan.options.quant in WIDE:
+        wanted |= {"torch_dtype": TORCH_NAMES[SPELLINGS[plan.options.quant].name]}
+    if plan.options.dtype:
+        name = TORCH_NAMES[SPELLINGS[plan.options.dtype].name]
+        wanted |= {key: name for key in ("torch_dtype", "dtype") if key in stored}
+        wanted |= {} if "torch_dtype" in stored or "dtype" in stored else {"torch_dtype": name}
+    wanted |= _head(plan)
+    return {key: value for key, value in wanted.items() if stored.get(key) != value}
+
+
+def _head(plan: FusePlan) -> dict[str, Any]:
+    """Labels of a head, and the class that has it where the base's own has not."""
+    found: dict[str, Any] = {}
+    labels = [(owner_of(s.edit), s.labels) for s in plan.plan.steps if s.labels is not None]
+    if labels:
+        found |= _label_map(labels[-1][1])
+    fresh = [s for s in plan.plan.steps if getattr(s.edit, "owner", "") and _is_new(plan, s)]
+    if fresh:
+        from adaptmerge.runtime.models import class_with_heads, model_config
+
+        adapter = plan.inputs[0].adapter.with_edits([step.edit for step in fresh])
+        name = class_with_heads(model_config(plan.base.path), adapter).__name__
+        found |= {"architectures": [name]}
+    return found
+
+
+def _is_new(plan: FusePlan, step: Step) -> bool:
+    place = plan.base.place(step.site)
+    return place is None or place.name not in plan.base.tensors
+
+
+def _label_map(labels: Labels) -> dict[str, Any]:
+    names = dict(enumerate(labels.names))
+    found: dict[str, Any] = {
+        "id2label": {str(i): name for i, name in names.items()},
+        "label2id": {name: i for i, name in names.items()},
+    }
+    return found | ({"problem_type": labels.problem} if labels.problem else {})
+
+
+def licences(plan: FusePlan) -> tuple[dict[str, str], list[Note]]:
+    """The licence that each model card names, by input and base, and a Note where they differ."""
+    cards = {"base": plan.base.path / CARD}
+    cards |= {i.name: i.listing.root / CARD for i in plan.inputs if i.listing.single is None}
+    found = {name: text for name, path in cards.items() if (text := _licence(path))}
+    if len(set(found.values())) < 2:
+        return found, []
+    listed = ", ".join(f"{name}: {licence}" for name, licence in found.items())
+    return found, [Note(Kind.INFO, f"licences differ ({listed}): see which holds for the result")]
+
+
+def _licence(card: Path) -> str | None:
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    line = re.search(r"^license:\s*(\S+)", head[1], re.MULTILINE) if head else None
+    return line[1] if line else None
+
+
+def card(plan: FusePlan, report: FuseReport) -> str:
+    """A model card that names base, adapters, weights and what rounding did."""
+    named, _ = licences(plan)
+    base = next((i.adapter.base.name for i in plan.inputs if i.adapter.base.name), None)
+    one = next(iter(named.values())) if len(set(named.values())) == 1 else None
+    head = ["---", "tags: [merged, adapter]"]
+    head += [f"library_name: {LIBRARY if _is_gguf(plan) else 'transformers'}"]
+    head += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
+    head += [f"license: {one}"] if one else []
+    return "\n".join(
+        [
+            *head,
+            "---",
+            "",
+            "# Base model with adapters fused in",
+            "",
+            f"Base `{base or plan.base.path.name}`, dtype of weights as stored there{_written(plan)}.",
+            "`adaptmerge.json` has the numbers of every tensor; `adaptmerge verify` checks them.",
+            "",
+            "| adapter | format | weight | licence | gain | sub |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *_rows(plan, report, named),
+            "",
+            "gain: the share of the delta that rounding left, 1 is all. sub: the error in the space of the",
+            "adapter's inputs, relative to the delta.",
+            "",
+        ]
+    )
+
+
+def _written(plan: FusePlan) -> str:
+    """What weights are written as, where that is not as they are stored."""
+    said = f", written as {plan.options.dtype}" if plan.options.dtype else ""
+    return f"{said}, linear layers quantised as {plan.options.quant}" if plan.quantised else said
+
+
+def _rows(plan: FusePlan, report: FuseReport, named: Mapping[str, str]) -> Sequence[str]:
+    rows = []
+    for item in plan.inputs:
+        loss = report.adapters.get(item.name)
+        gain = "-" if loss is None or loss.gain is None else f"{loss.gain:.4f}"
+        sub = "-" if loss is None or loss.sub is None else f"{loss.sub:.1e}"
+        weight = plan.weights.base[item.name]
+        licence = named.get(item.name, "-")
+        rows.append(
+            f"| {item.name} | {item.format.name} | {weight:.6g} | {licence} | {gain} | {sub} |"
+        )
+    return rows

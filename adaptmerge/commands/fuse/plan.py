@@ -1,0 +1,367 @@
+"""Every decision of a fusion that headers can tell, as printable and hashable data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adaptmerge import __version__
+from adaptmerge.adapters.graph import Adapter, Edit, Kind, Note
+from adaptmerge.adapters.weight_edits import WeightEdit
+from adaptmerge.bases.base import Base, replicated
+from adaptmerge.bases.open import open_base
+from adaptmerge.commands.fuse.anew import anew
+from adaptmerge.commands.fuse.calibration import Inputs, inputs_of
+from adaptmerge.commands.fuse.kept_wide import can_mix, check_growth, plain, spared
+from adaptmerge.commands.fuse.on_base.moved_scales import with_moved_scales
+from adaptmerge.commands.fuse.on_base.provenance import ORIGINAL, QUANTISED, as_trained, provenance
+from adaptmerge.commands.fuse.on_base.smoothing import Smoothing, smoothing_of
+from adaptmerge.commands.fuse.on_base.stored_whole import stored_whole
+from adaptmerge.commands.fuse.options import SAME, SMOOTHED, FuseOptions, check_options, check_view
+from adaptmerge.commands.fuse.pieces.layout import Shard, files_of, shards_of
+from adaptmerge.commands.fuse.targets import Targets, Wishes, targets_of
+from adaptmerge.errors import CannotMerge
+from adaptmerge.formats.format import Format, Stores, WriteOptions
+from adaptmerge.formats.inputs import Input, InputSpec, in_natural_order, open_inputs
+from adaptmerge.merging.align import align
+from adaptmerge.merging.heads.policies import Policies, check_policies, is_vocabulary, policies
+from adaptmerge.merging.plan import Plan, make_plan
+from adaptmerge.merging.request import Request
+from adaptmerge.merging.weights import Weights, base_weights, is_checkpoint_schedule
+from adaptmerge.methods.registry import method_named
+from adaptmerge.rounding.codes import Packing
+from adaptmerge.rounding.error_feedback import ADAPTIVE
+from adaptmerge.rounding.floats import AUTO
+from adaptmerge.rounding.scales import SOLVE, check_free
+from adaptmerge.runtime.linears import quantised_modules, ties_head
+from adaptmerge.schemes.scheme import fresh as ways
+from adaptmerge.schemes.view import View, running_dtype, view_of
+from adaptmerge.tensors import dtypes
+from adaptmerge.tensors.dtypes import DType
+from adaptmerge.tensors.refs import forget
+
+EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
+
+
+@dataclass(frozen=True)
+class FusePlan:
+    """The files of the output with every tensor's making, and what goes beside them."""
+
+    base: Base  # the view of it, with its layers copied where the adapters are for copies
+    view: View
+    inputs: Sequence[Input]
+    weights: Weights
+    shards: Sequence[Shard]
+    targets: Targets
+    heads: Policies
+    plan: Plan
+    options: FuseOptions
+    notes: tuple[Note, ...] = ()
+    trained_on: str | None = None
+    plain: tuple[str, ...] = ()  # weights that are not quantised, though others are
+    original: Base | None = None  # what a smoothed base was quantised from
+    moments: Inputs | None = None  # of what flows into layers
+    _hash: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether linear layers are quantised anew."""
+        return self.options.quant in ways()
+
+    @property
+    def running(self) -> DType | None:
+        """What a quantised output computes with its weights in; None for float32."""
+        if self.view.scheme is None and not self.quantised:
+            return None
+        return running_dtype({**self.view.stored.config, **self.targets.config})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensor files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def key(self, digests: Mapping[str, Mapping[str, str]]) -> str:
+        """A hash of all that decides the bytes of the output: what resumes must be of the same plan.
+
+        digests: the sha256 of every file of each adapter.
+        """
+        stats = {path: Path(path).stat() for path in files_of(self.view.stored)}
+        stamps = [(Path(p).name, found.st_size, found.st_mtime_ns) for p, found in stats.items()]
+        options = replace(
+            self.options,
+            original=None,
+            calibration=None,
+            jobs=None,
+            force=False,
+            strict=False,
+            executor="local",
+        )
+        said = (
+            self.view.stored.fingerprint,
+            None if self.original is None else self.original.fingerprint,
+            stamps,
+            sorted((name, sorted(found.items())) for name, found in digests.items()),
+            repr(options),
+            [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in self.shards],
+            repr(self.weights),
+            None if self.moments is None else self.moments.sha256,
+            __version__,
+            version("torch"),
+        )
+        return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("a base is no adapter")
+
+
+TARGET = Format(
+    name="a base checkpoint",
+    title="",
+    url="",
+    detect=lambda _: False,
+    read=_never,
+    stores=lambda _: Stores(
+        kinds=frozenset({"add", "replace", "rows"}),
+        layers=frozenset({"linear", "embedding", "conv", "experts", "parameter", "norm"}),
+        one_family=False,
+        low_rank=False,
+        scale="site",
+        params=None,
+        dtypes=EVERYTHING,
+    ),
+)
+
+
+def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptions) -> FusePlan:
+    """The plan of a fusion. Raises every error that headers can tell."""
+    forget()
+    check_options(specs, options)
+    if is_checkpoint_schedule(options.weights):
+        specs = in_natural_order(specs)
+    view = view_of(open_base(base_source))
+    check_view(view, options)
+    inputs = open_inputs(specs, view.base)
+    read = {item.name: item.adapter for item in inputs}
+    stored, adapters = _on_copies(view, read, options.quant)
+    stored, tied = _with_ties(stored, adapters)
+    notes = [*_fingerprints(adapters, view.stored, options), *_trained_on(view, options)]
+    trained_on, said = provenance(adapters, options.trained_on)
+    notes += said
+    base = as_trained(stored, trained_on, _linears(stored) if trained_on else ())
+    weights = _weights(inputs, options)
+    heads = policies(options.heads, list(adapters))
+    check_policies(heads, adapters)
+    plan, smoothing, said = _plan_edits(adapters, base, weights, heads, options)
+    asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
+    fresh = anew(view, options.quant, asked)
+    wide = fresh.dtype if fresh else dtypes.SPELLINGS.get(options.quant)
+    check_growth(options.max_growth, view, fresh)
+    landing, moved = _landing(plan, stored, view, options)
+    wishes = Wishes(
+        asked, options.keep_tied, tied, view.packed, wide, spelled=view.spelled, anew=fresh
+    )
+    whole = stored_whole(plan, view.base, view.packed) if wide is None and can_mix(view) else []
+    if whole:
+        wishes = replace(wishes, plain=plain(whole, (), view, None))
+    moments = inputs_of(options.calibration, stored)
+    targets, shards = _laid_out(landing, view, stored, base, wishes, moments)
+    made = [one for tensor in targets.tensors.values() for one in tensor.made]
+    check_free([one.packed for one in made if isinstance(one, Packing)], options.scales)
+    sparing = spared(shards, options)
+    if sparing:
+        wishes = replace(wishes, plain=plain([*whole, *sparing], shards, view, fresh))
+        targets, shards = _laid_out(landing, view, stored, base, wishes, moments)
+    notes += [*said, *plan.notes, *moved, *targets.notes, *moments.notes(shards)]
+    notes += _default_weights(inputs, options)
+    notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
+    notes += _unfused(weights, plan)
+    return FusePlan(
+        stored,
+        view,
+        inputs,
+        weights,
+        shards,
+        targets,
+        heads,
+        plan,
+        options,
+        tuple(notes),
+        trained_on,
+        tuple(sparing),
+        smoothing.original,
+        moments,
+    )
+
+
+def _laid_out(
+    plan: Plan, view: View, stored: Base, trained: Base, wishes: Wishes, moments: Inputs
+) -> tuple[Targets, list[Shard]]:
+    """What changes, and the files that it goes into."""
+    targets = targets_of(plan, stored, trained, view.stored, wishes)
+    own_names = view.spelled or (view.packed and wishes.wide is None)
+    kept = view.stored if own_names else stored
+    shards = shards_of(kept, targets.tensors, targets.added, wishes.dtype, targets.gone)
+    return targets, moments.attached(shards)
+
+
+def _plan_edits(
+    adapters: Mapping[str, Adapter],
+    base: Base,
+    weights: Weights,
+    heads: Policies,
+    options: FuseOptions,
+) -> tuple[Plan, Smoothing, list[Note]]:
+    """What becomes of every site, as a merge plans it for a target that is the base itself; and how that
+    is smoothed."""
+    groups, notes = align(adapters, base, options.allow, base.expert_layout)
+    smoothing = smoothing_of(base, options.original, [group.site for group in groups])
+    _refuse_activations([edit for group in groups for _, edit in group.members])
+    request = Request(
+        method=method_named(options.method),
+        weights=weights,
+        target=TARGET,
+        stores=TARGET.stores(WriteOptions()),  # type: ignore[misc]
+        heads=heads,
+        adapters=adapters,
+        base=smoothing.undone(base),
+        allowed=options.allow,
+    )
+    plan = make_plan(groups, request, list(adapters))
+    _refuse_several(plan)
+    return smoothing.redone(plan, base), smoothing, [*smoothing.notes, *notes]
+
+
+def _landing(plan: Plan, base: Base, view: View, options: FuseOptions) -> tuple[Plan, list[Note]]:
+    """The plan as weights take it up: on a quantised base scales go where codes can stay."""
+    free = options.rounding in (AUTO, ADAPTIVE) and options.scales == SOLVE
+    if options.quant != SAME or not view.packed or not free:
+        return plan, []
+    return with_moved_scales(plan, base, view.packed)
+
+
+def _on_copies(
+    view: View, adapters: Mapping[str, Adapter], quant: str
+) -> tuple[Base, dict[str, Adapter]]:
+    """The base with the copies of layers that the adapters are for, where all are for the same."""
+    base = view.base
+    ranges = {adapter.base.replication for adapter in adapters.values()}
+    if len(ranges) != 1 or ranges == {()}:
+        return base, dict(adapters)
+    if view.packed or quant in ways():
+        raise CannotMerge(
+            "copies of layers cannot be made where a base is quantised, or is to be: give the original "
+            "base, and fuse without --quant first"
+        )
+    flat = {n: replace(a, base=replace(a.base, replication=())) for n, a in adapters.items()}
+    return replicated(base, ranges.pop()), flat
+
+
+def _trained_on(view: View, options: FuseOptions) -> list[Note]:
+    """A word on bases that adapters may not have been trained on as they are."""
+    if view.scheme is not None and options.trained_on == ORIGINAL:
+        what = "trained on the original weights: what quantising changed in the base stays"
+        return [Note(Kind.INFO, what)]
+    if view.scheme != SMOOTHED[0] or options.trained_on is not None:
+        return []
+    what = (
+        "taken to be trained on this quantised base, whose layers take other inputs than the original's "
+        f"(smoothing): pass --trained-on {QUANTISED} if so; else --trained-on {ORIGINAL} --original DIR"
+    )
+    return [Note(Kind.ASSUMED, what)]
+
+
+def _with_ties(base: Base, adapters: Mapping[str, Adapter]) -> tuple[Base, bool]:
+    """The base with what its class takes for granted in its config, and whether its head is its embedding;
+    only asked where an adapter changes either."""
+    edited = (edit.site.module for adapter in adapters.values() for edit in adapter.edits)
+    if not any(is_vocabulary(module) for module in edited):
+        return base, bool(base.config.get("tie_word_embeddings"))
+    found = ties_head(base.path)
+    said = base.config.get("tie_word_embeddings")
+    tied = bool(said) if found is None else found
+    if tied and said is None:
+        base = replace(base, config={**base.config, "tie_word_embeddings": True})
+    return base, tied
+
+
+def _fingerprints(adapters: Mapping[str, Adapter], base: Base, options: FuseOptions) -> list[Note]:
+    """Raises CannotMerge for adapters that say they were made for other weights."""
+    other = [
+        name
+        for name, adapter in adapters.items()
+        if adapter.base.fingerprint not in (None, base.fingerprint)
+    ]
+    what = f"{', '.join(other)}: made for a base with another fingerprint than {base.path.name}"
+    if other and "base" not in options.allow:
+        raise CannotMerge(
+            f"{what}: give that base, or pass --allow base if it has the same weights"
+        )
+    return [Note(Kind.ASSUMED, f"{what}, which was allowed")] if other else []
+
+
+def _weights(inputs: Sequence[Input], options: FuseOptions) -> Weights:
+    names = [item.name for item in inputs]
+    given = [item.spec.weight for item in inputs]
+    return Weights(base_weights(names, given, options.weights, options.total), options.rules)
+
+
+def _default_weights(inputs: Sequence[Input], options: FuseOptions) -> list[Note]:
+    given = options.weights or options.total or any(i.spec.weight is not None for i in inputs)
+    if given or len(inputs) < 2:
+        return []
+    what = f"no weights were given: each of {len(inputs)} inputs counts 1/{len(inputs)}"
+    return [Note(Kind.INFO, what)]
+
+
+def _refuse_activations(edits: Sequence[Edit]) -> None:
+    """Raises CannotMerge for edits that no weight can hold."""
+    kinds = sorted(
+        {
+            edit.kind
+            for edit in edits
+            if not isinstance(edit, WeightEdit) or not hasattr(edit, "apply")
+        }
+    )
+    if kinds:
+        raise CannotMerge(
+            f"{' and '.join(kinds)} edits change what flows through the model, no weights: they cannot be "
+            "fused and stay an adapter"
+        )
+
+
+def _refuse_several(plan: Plan) -> None:
+    """Raises CannotMerge where heads are to be kept apart: a model has one of each."""
+    names = sorted({step.adapter for step in plan.steps if step.adapter})
+    if names:
+        raise CannotMerge(
+            f"--heads separate makes a head for each of {', '.join(names)}, and a fused model has one: "
+            "keep one by its input's name, or use concat or average"
+        )
+
+
+def _linears(base: Base) -> frozenset[str]:
+    """The modules of the checkpoint whose weights bitsandbytes would quantise."""
+    found = (base.locate(module) for module in quantised_modules(base.path))
+    return frozenset(module for module in found if module is not None)
+
+
+def _unfused(weights: Weights, plan: Plan) -> list[Note]:
+    """A word where adapters are taken out that stored something whole."""
+    whole = {
+        member.adapter
+        for step in plan.steps
+        if getattr(step.edit, "value", None) is not None
+        for member in step.members
+        if member.weight < 0
+    }
+    if whole:
+        raise CannotMerge(
+            f"{', '.join(sorted(whole))}: stores parameters whole, so what was there before cannot be "
+            "computed back: pass --heads drop"
+        )
+    return []

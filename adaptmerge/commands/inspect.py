@@ -1,0 +1,179 @@
+"""What an adapter is made of, grouped for a reader, from headers; with its values where asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from adaptmerge.adapters.graph import Edit, Kind, Labels, Note
+from adaptmerge.adapters.module_paths import layer_index
+from adaptmerge.adapters.weight_edits import factor_of, family_of
+from adaptmerge.algebra.factors import rank_bound, refs_of
+from adaptmerge.formats.inputs import Input
+from adaptmerge.merging.heads.policies import Head, heads_of, shown
+from adaptmerge.merging.storable import stored_scale
+from adaptmerge.tensors.refs import TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Edits that look alike but for their layer: `modules` has * for the layer number."""
+
+    modules: str
+    count: int
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    scale: float | None
+    dtype: str
+    norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLine:
+    """A module stored whole: the shapes of its parameters, and what its rows stand for where known."""
+
+    module: str
+    listed: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    labels: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One adapter at a glance."""
+
+    name: str
+    format: str
+    base: dict[str, Any]
+    sites: int
+    parameters: int
+    families: Sequence[Family]
+    heads: Sequence[HeadLine]
+    notes: Sequence[Note]
+    values: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def head_rows(self) -> list[list[object]]:
+        """Table rows, one per head."""
+        return [
+            [
+                head.module,
+                ", ".join("x".join(map(str, shape)) for shape in head.shapes.values()),
+                "yes" if head.listed else "no",
+                None if head.labels is None else shown(Labels(head.labels)),
+            ]
+            for head in self.heads
+        ]
+
+    def rows(self) -> list[list[object]]:
+        """Table rows, one per family."""
+        rows: list[list[object]] = [
+            [f.modules, f.count, f.kind, "x".join(map(str, f.shape)), f.rank, f.scale, f.dtype]
+            for f in self.families
+        ]
+        if self.values:
+            for row, family in zip(rows, self.families, strict=True):
+                row.append(family.norm)
+        return rows
+
+
+def summarise(item: Input, *, values: bool = False) -> Summary:
+    """The summary of an opened input; `values` reads every tensor."""
+    edits = item.adapter.edits
+    stored = [tuple(refs_of(edit)) for edit in edits]
+    groups: dict[tuple[Any, ...], list[Edit]] = {}
+    for edit, refs in zip(edits, stored, strict=True):
+        groups.setdefault(_likeness(edit, refs), []).append(edit)
+    families = [_family(key, group, values) for key, group in groups.items()]
+    notes = [*item.adapter.notes, *(_value_notes(edits) if values else ())]
+    return Summary(
+        name=item.name,
+        format=item.format.name,
+        base=asdict(item.adapter.base),
+        sites=len({edit.site for edit in edits}),
+        parameters=_parameters(ref for refs in stored for ref in refs),
+        families=families,
+        heads=[_head_line(head) for head in heads_of(item.adapter)],
+        notes=notes,
+        values=values,
+    )
+
+
+def _head_line(head: Head) -> HeadLine:
+    labels = None if head.labels is None else head.labels.names
+    return HeadLine(head.owner, head.listed, head.shapes, labels)
+
+
+def _parameters(refs: Iterable[TensorRef]) -> int:
+    """Stored numbers, shared tensors counted once."""
+    shared: dict[Any, int] = {}
+    own = 0
+    for ref in refs:
+        if ref.shared:
+            shared[ref.source] = math.prod(ref.source.shape)
+        else:
+            own += ref.count
+    return own + sum(shared.values())
+
+
+def _likeness(edit: Edit, refs: Sequence[TensorRef]) -> tuple[Any, ...]:
+    factor = factor_of(edit)
+    shape = factor.shape if factor is not None else refs[0].shape
+    rank = None if factor is None else rank_bound(factor)
+    scale = None if factor is None else stored_scale(factor)
+    dtypes = "/".join(sorted({str(ref.dtype) for ref in refs}))
+    role = getattr(edit, "role", "")
+    family = family_of(edit)
+    special = family if edit.kind == "add" and family != "lora" else ""
+    kind = f"{edit.kind} ({role or special})" if role or special else edit.kind
+    return _pattern(str(edit.site)), kind, shape, rank, scale, dtypes
+
+
+def _pattern(site: str) -> str:
+    number = layer_index(site)
+    if number is None:
+        return site
+    return ".".join("*" if part == str(number) else part for part in site.split("."))
+
+
+def _family(key: tuple[Any, ...], edits: Sequence[Edit], values: bool) -> Family:
+    modules, kind, shape, rank, scale, dtype = key
+    norm = _norm(edits) if values else None
+    return Family(modules, len(edits), kind, shape, rank, scale, dtype, norm)
+
+
+def _norm(edits: Sequence[Edit]) -> float:
+    """Root of the summed squares of the deltas, or of the stored tensors where there is none."""
+    from adaptmerge.algebra.linalg import product_norm, working
+
+    total = 0.0
+    for edit in edits:
+        factor = factor_of(edit)
+        if factor is None:
+            total += sum(float(ref.read().double().square().sum()) for ref in refs_of(edit))
+            continue
+        for term in factor.thin():
+            total += (term.scale * product_norm(working(term.up), working(term.down))) ** 2
+    return math.sqrt(total)
+
+
+def _value_notes(edits: Sequence[Edit]) -> list[Note]:
+    from adaptmerge.lazy import torch
+
+    notes = []
+    for edit in edits:
+        for ref in refs_of(edit):
+            value = ref.read()
+            if ref.dtype.is_float and not bool(torch.isfinite(value.float()).all()):
+                notes.append(
+                    Note(Kind.INFO, f"{ref.name} holds NaN or infinity", site=str(edit.site))
+                )
+        if factor_of(edit) is not None and _norm([edit]) == 0.0:
+            notes.append(Note(Kind.INFO, "the delta is exactly zero", site=str(edit.site)))
+    return notes

@@ -1,0 +1,300 @@
+"""Does an output compute what its report promises? Three oracles, cheapest first.
+
+1. weights: each site's stored delta against the inputs' own tensors, dense, in float64.
+2. forward: outputs of the real base model with the result, against base plus the promised edits.
+3. native: inputs and output loaded by their format's own library, where it is installed.
+
+1 and 2 prove the merge, given our readers; only 3 proves the spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adaptmerge.adapters.experts import layout_of
+from adaptmerge.adapters.graph import Adapter, Kind
+from adaptmerge.bases.base import Base
+from adaptmerge.commands.fuse import FuseOptions, FuseReport, is_fused, load_fuse_report
+from adaptmerge.commands.verify import forward
+from adaptmerge.commands.verify.audit import malformed
+from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
+from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
+from adaptmerge.commands.verify.promise import promises
+from adaptmerge.commands.verify.stored import check_labels
+from adaptmerge.commands.verify.weights import UNPROVEN as UNJUDGED
+from adaptmerge.commands.verify.weights import check_weights
+from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed, did_you_mean
+from adaptmerge.formats.inputs import Input, InputSpec, open_input
+from adaptmerge.merging.align import align, in_one_layout
+from adaptmerge.merging.heads.policies import owner_of
+from adaptmerge.outputs.report import Report, load_report
+from adaptmerge.runtime.models import device_named
+from adaptmerge.schemes.view import open_values
+from adaptmerge.tensors.dtypes import BY_NAME
+from adaptmerge.tensors.refs import forget
+
+__all__ = ["FAIL", "PASS", "SKIPPED", "UNDECIDABLE", "Check", "Questions", "Verdict", "verify"]
+
+TRUSTED = (
+    "adaptmerge's own readers (pass --base and install the format's library to prove them too)"
+)
+UNPROVEN = "adaptmerge's own readers, where no library of the format's own was asked"
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """How to verify: the base to run, where inputs lie if not where the report says, and the device.
+
+    adapters: what should have been fused, for a model that has no report of its own; with the dtype it was
+    written in and what the base was trained as (`fuse`, which also says where the base's original lies).
+    """
+
+    base: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    device: str = "auto"
+    layerwise: bool = False
+    adapters: tuple[InputSpec, ...] = ()
+    fuse: FuseOptions = FuseOptions()
+
+
+def verify(output: Path, questions: Questions = Questions()) -> Verdict:
+    """The verdict on an output with a report. Raises InputError when it cannot be examined at all."""
+    forget()
+    if not output.exists():
+        raise InputError(
+            "does not exist: give the folder or file that was written", where=str(output)
+        )
+    if questions.adapters or is_fused(output):
+        return _of_fused(output, questions)
+    report = load_report(output)
+    problems = malformed(report)
+    if problems:
+        raise InputError(f"its report is damaged: {problems[0]}", where=str(output))
+    _check_questions(report, questions)
+    base = open_values(questions.base) if questions.base else None
+    find = _tuned if is_extraction(report) else _inputs
+    inputs, checks = find(output, report, questions, base)
+    results = _results(output, report, base)
+    for name, result in results.items():
+        found = [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]
+        checks += _of_adapter(name, found)
+    if inputs is None:
+        return Verdict(output.name, checks, TRUSTED)
+    try:
+        named = {i.name: i.adapter for i in inputs}
+        edits = [edit for result in results.values() for edit in result.adapter.edits]
+        layouts = {layout_of(edit.site) for edit in edits} - {None}
+        layout = layouts.pop() if len(layouts) == 1 else None
+        promised = promises(report, in_one_layout(named, base, layout), base)
+    except VerificationFailed as problem:
+        return Verdict(
+            output.name, [*checks, Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
+        )
+    references = {}
+    for name, result in results.items():
+        own = [item for item in promised if item.line.adapter in ("", name)]
+        check, expected = check_weights(report, own, result.adapter)
+        labels = {owner_of(item.edit): item.labels for item in own if item.labels is not None}
+        checks += _of_adapter(name, [check, *check_labels(labels, result.adapter)])
+        references[name] = result.adapter.with_edits(expected)
+    if base is None:
+        skipped = Check("forward", SKIPPED, "no base model was given: pass --base DIR")
+        return Verdict(output.name, [*checks, skipped], TRUSTED)
+    if _failed(checks, "base"):
+        return Verdict(output.name, checks, TRUSTED)
+    more, trusted = _model_checks(report, references, results, inputs, base, questions)
+    blind = sum(check.numbers.get(UNJUDGED, 0) for check in checks)
+    more = [_with_doubt(check, blind) for check in more]
+    return Verdict(output.name, [*checks, *more], trusted)
+
+
+def _of_fused(output: Path, questions: Questions) -> Verdict:
+    """The verdict on a model that adapters were fused into."""
+    from adaptmerge.commands.verify.fused.model import options_in, verify_fused
+
+    how: Any = {"device": questions.device, "layerwise": questions.layerwise}
+    if questions.adapters:
+        options = replace(questions.fuse, allow=questions.fuse.allow | {"loss"})
+        return verify_fused(output, questions.base, questions.adapters, options, None, **how)
+    report = load_fuse_report(output)
+    _check_questions(report, questions)
+    base = open_values(questions.base) if questions.base else None
+    inputs, checks = _inputs(output, report, questions, base)
+    if inputs is None:
+        return Verdict(output.name, checks, TRUSTED)
+    weights = report.options["weights"]
+    specs = [replace(item.spec, weight=weights[item.name]) for item in inputs]
+    options = options_in(report, questions.fuse.original)
+    found = verify_fused(output, questions.base, specs, options, report, **how)
+    return replace(found, checks=[*checks, *found.checks])
+
+
+def _with_doubt(check: Check, blind: int) -> Check:
+    """A word on sites whose nearest form is its own reference in the forward checks."""
+    if not blind or not check.name.startswith("forward"):
+        return check
+    what = f"{check.detail}; {blind} sites of a nearest form are judged by their weights alone"
+    return replace(check, detail=what)
+
+
+def _results(output: Path, report: Report, base: Base | None) -> dict[str, Input]:
+    """The adapters of the output by name; "" for the only one."""
+    names = report.output.get("adapters") or ()
+    if not names:
+        return {"": open_input(InputSpec(str(output), "output"), base)}
+    specs = {
+        name: InputSpec(str(output / name), name)
+        if (output / name).is_dir()
+        else InputSpec(str(output), name, adapter=name)
+        for name in names
+    }
+    return {name: open_input(spec, base) for name, spec in specs.items()}
+
+
+def _of_adapter(name: str, checks: Sequence[Check]) -> list[Check]:
+    """The checks, called after the adapter where there are several."""
+    return [
+        replace(check, name=f"{check.name} of {name}" if name else check.name) for check in checks
+    ]
+
+
+def _check_questions(report: Report | FuseReport, questions: Questions) -> None:
+    names = [item["name"] for item in report.inputs]
+    unknown = [name for name in questions.inputs if name not in names]
+    if unknown:
+        raise UsageError(f"--input {unknown[0]}: {did_you_mean(unknown[0], names)}")
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", questions.device) is None:
+        raise UsageError(f"--device {questions.device}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+def _reading(output: Adapter) -> list[Check]:
+    """An output says all that it is: what must be assumed to read it is read otherwise elsewhere."""
+    said = [str(note) for note in output.notes if note.kind in Kind.FATAL_UNDER_STRICT]
+    return [Check("reading", FAIL, "; ".join(said[:3]), {"notes": said})] if said else []
+
+
+def _failed(checks: Sequence[Check], name: str) -> bool:
+    return any(c.name.partition(" ")[0] == name and c.status == FAIL for c in checks)
+
+
+def _inputs(
+    output: Path, report: Report | FuseReport, questions: Questions, base: Base | None
+) -> tuple[list[Input] | None, list[Check]]:
+    """The report's inputs, found and unchanged; None with a failed check when they are not."""
+    opened, problems = [], []
+    for described in report.inputs:
+        path = _find(output, described, questions)
+        if path is None:
+            problems.append(
+                f"input {described['name']} is not at {described['source']}: "
+                f"say --input {described['name']}=PATH"
+            )
+            continue
+        options: Any = {key: described.get(key) for key in ("alpha", "task", "init", "adapter")}
+        item = open_input(InputSpec(path, described["name"], **options), base)
+        opened.append(item)
+        problems += _changed(item, described["sha256"])
+    if problems:
+        return None, [Check("inputs", FAIL, "; ".join(problems), {"problems": problems})]
+    said = "the input is the file" if len(opened) == 1 else f"{len(opened)} inputs are the files"
+    return opened, [Check("inputs", PASS, f"{said} that went into the merge")]
+
+
+def _tuned(
+    output: Path, report: Report, questions: Questions, base: Base | None
+) -> tuple[list[Input] | None, list[Check]]:
+    """The tuned model of an extraction; None with a failed check when it is not there."""
+    (described,) = report.inputs
+    path = _find(output, described, questions)
+    if path is None:
+        detail = f"the tuned model is not at {described['source']}: say --input tuned=PATH"
+        return None, [Check("inputs", FAIL, detail)]
+    item, checks = tuned_input(output, report, path, base)
+    return None if item is None else [item], checks
+
+
+def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> str | None:
+    """The input's path: as told, as written relative to here, beside the output, or its hub id."""
+    if described["name"] in questions.inputs:
+        return questions.inputs[described["name"]]
+    source = str(described["source"])
+    beside = output.resolve().parent
+    places = [Path(source), beside / source, beside / Path(source).name]
+    found = next((str(place) for place in places if place.exists()), None)
+    return found or (_pinned(source, described["revision"]) if described["revision"] else None)
+
+
+def _pinned(source: str, revision: str) -> str:
+    """A hub id at the very revision that was merged."""
+    repository, slashes, subfolder = source.partition("//")
+    return f"{repository.partition('@')[0]}@{revision}{slashes}{subfolder}"
+
+
+def _changed(item: Input, recorded: Mapping[str, str]) -> list[str]:
+    unknown = sorted(set(item.listing.used) - set(recorded))
+    if unknown:
+        return [f"input {item.name}: the report has no sha256 of {unknown[0]}"]
+    missing = [name for name in recorded if not item.listing.has(name)]
+    if missing:
+        return [f"input {item.name} has no file {missing[0]}"]
+    now = item.listing.sha256(*recorded)
+    return [
+        f"input {item.name}: {name} has changed since the merge (sha256 {now[name][:12]}…, merged was "
+        f"{digest[:12]}…)"
+        for name, digest in recorded.items()
+        if now[name] != digest
+    ]
+
+
+def _base_checks(report: Report, output: Adapter, base: Base | None) -> list[Check]:
+    """Whether the base is the one the adapter is for: by fingerprint, modules and shapes."""
+    if base is None:
+        return []
+    recorded = (report.base or {}).get("fingerprint")
+    if recorded and recorded != base.fingerprint:
+        detail = f"{base.path.name} is not the base this was merged for (its fingerprint differs)"
+        return [Check("base", FAIL, detail)]
+    try:
+        align({"output": output}, base, frozenset())
+    except CannotMerge as problem:
+        return [Check("base", FAIL, problem.problems[0], {"problems": list(problem.problems)})]
+    how = "fingerprint, modules and shapes" if recorded else "modules and shapes"
+    return [Check("base", PASS, f"{base.path.name} fits by {how}")]
+
+
+def _model_checks(
+    report: Report,
+    expected: Mapping[str, Adapter],
+    results: Mapping[str, Input],
+    inputs: Sequence[Input],
+    base: Base,
+    questions: Questions,
+) -> tuple[list[Check], str]:
+    pass
+
+    device = device_named(questions.device)
+    edits = [edit for result in results.values() for edit in result.adapter.edits]
+    invoking = [token for edit in edits[:1] for token in getattr(edit, "tokens", ())]
+    tokens = invoking + sorted({token for edit in edits for token in getattr(edit, "rows", ())})
+    # weights that stand for quantised ones are streamed: live quantised layers would be another code path
+    layerwise = questions.layerwise or base.stored is not None
+    bench = forward.Bench.of(base, device, layerwise, tokens)
+    dtype = BY_NAME[report.output["dtype"].upper()]
+    checks: list[Check] = []
+    asked = False
+    for name, result in results.items():
+        found, y_ref, y_base = forward.check_forward(bench, expected[name], result.adapter, dtype)
+        asked = forward.installed(result.format) and not layerwise
+        if asked:
+            found.append(forward.check_native_output(bench, result, y_ref, y_base, dtype))
+        checks += _of_adapter(name, found)
+    if not asked:
+        return checks, UNPROVEN
+    readings = forward.check_native_inputs(replace(bench, device="cpu"), inputs)
+    proved = [c for c in readings if c.status == PASS]
+    trusted = "" if len(proved) == len(inputs) else UNPROVEN
+    return [*checks, *readings], trusted

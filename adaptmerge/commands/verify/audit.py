@@ -1,0 +1,247 @@
+"""Does a report say more than its options allow? What was lost must be rounding, or asked for and optimal.
+
+Without this a report could excuse any damage by calling it truncation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaptmerge.algebra.by_rows import row_blocks
+from adaptmerge.algebra.factors import Factor, as_low_rank
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.algebra.linalg import noise_floor, product_norm, thin_spectrum
+from adaptmerge.commands.extract.tuned import Difference
+from adaptmerge.commands.verify.extracted import is_extraction
+from adaptmerge.commands.verify.promise import Distance, Promised
+from adaptmerge.lazy import torch
+from adaptmerge.methods.registry import method_named
+from adaptmerge.outputs.report import Report, SiteLine
+from adaptmerge.tensors.dtypes import BY_NAME
+
+TOLERANCE = 1e-5  # of the delta, as for the deltas themselves
+PROBES = 8  # random vectors that look for what a truncation should have kept
+NEAR = 0.02  # share of a loss that directions found at random may be off by
+NUMBERS = ("norm", "truncation", "rounding", "error")
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "options": ("weights", "rules", "heads", "budget"),
+    "output": ("dtype",),
+    "totals": (),
+}
+INPUT_FIELDS = ("name", "source", "revision", "alpha", "sha256")
+
+
+def malformed(report: Report) -> list[str]:
+    """What a report lacks that a verification reads."""
+    problems = [
+        f"{part} has no {name}"
+        for part, names in FIELDS.items()
+        for name in names
+        if not isinstance(table := getattr(report, part), Mapping) or name not in table
+    ]
+    problems += [
+        f"an input has no {name}"
+        for item in report.inputs
+        for name in INPUT_FIELDS
+        if not isinstance(item, Mapping) or name not in item
+    ]
+    if problems:
+        return problems
+    known = set(report.options["weights"])
+    if known != {item["name"] for item in report.inputs}:
+        problems.append(f"the weights are not those of its inputs ({', '.join(sorted(known))})")
+    if str(report.output["dtype"]).upper() not in BY_NAME:
+        problems.append(f"the dtype is {report.output['dtype']!r}")
+    return problems + [p for line in report.sites for p in _malformed_line(line)]
+
+
+def _malformed_line(line: SiteLine) -> list[str]:
+    wrong = [name for name in NUMBERS if not _is_number(getattr(line, name))]
+    if not (isinstance(line.weights, Mapping) and all(map(_is_number, line.weights.values()))):
+        wrong.append("weights")
+    return [f"{line.site}: {name} is {getattr(line, name)!r}" for name in wrong]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not math.isinf(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What one site lost: `apart` of `size`, of which `room` may be rounding; `capped` sites were cut
+    to the rank cap."""
+
+    line: SiteLine
+    apart: float
+    size: float
+    room: float
+    capped: bool
+
+    @property
+    def excess(self) -> float:
+        """The loss that is no rounding."""
+        return self.apart if self.apart > self.room else 0.0
+
+
+def loss_of(report: Report, item: Promised, stored: Factor | None, apart: Distance) -> Loss:
+    """What a site lost, and what of it its dtype explains."""
+    pair = None if stored is None else as_low_rank(stored)
+    cap = _cap(report, item)
+    rank = pair.rank if pair is not None else item.line.rank or 0
+    sizes = [abs(weight) * _size(factor) for weight, factor in item.terms]
+    floor = noise_floor(item.terms[0][1].shape, torch.float32, sizes)
+    ranks = sum(item.line.ranks_in.values()) or 1
+    room = TOLERANCE * apart.left + math.sqrt(ranks) * floor + _rounding(report, stored)
+    if item.weight is not None:  # magnitudes and sides are rounded relative to the base, too
+        room += _eps(report) * float(item.weight.read().double().norm())
+    capped = cap is not None and rank >= cap
+    return Loss(item.line, apart.apart, apart.left, room, capped)
+
+
+def _size(factor: Factor) -> float:
+    """|factor|_F through its thin terms in float64; for a noise floor the digits do not matter."""
+    if isinstance(factor, Difference):
+        return float(factor.matrix().norm())
+    terms = factor.thin()
+    up = torch.cat([term.up.double() * term.scale for term in terms], dim=1)
+    return product_norm(up, torch.cat([term.down.double() for term in terms]))
+
+
+def _cap(report: Report, item: Promised) -> int | None:
+    """The rank cap of a site: that of the budget, or the method's own."""
+    caps = [_budget(report).rank]
+    own = method_named(report.method).rank
+    if own is not None and item.line.action == "fit":
+        full = min(item.terms[0][1].shape)
+        ranks = [rank for rank in item.line.ranks_in.values() if rank < full]
+        caps.append(own(ranks or list(item.line.ranks_in.values()) or [1]))
+    return min((cap for cap in caps if cap is not None), default=None)
+
+
+def _budget(report: Report) -> Budget:
+    return Budget(**report.options["budget"])
+
+
+def _eps(report: Report) -> float:
+    return float(torch.finfo(BY_NAME[str(report.output["dtype"]).upper()].torch).eps)
+
+
+def _rounding(report: Report, stored: Factor | None) -> float:
+    """The most that rounding the stored sides to their dtype can have changed."""
+    if stored is None:
+        return 0.0
+    info = torch.finfo(BY_NAME[str(report.output["dtype"]).upper()].torch)
+    pair = as_low_rank(stored)
+    if pair is None:
+        value = stored.dense()
+        return info.eps * float(value.norm()) + info.tiny * math.sqrt(value.numel())
+    up, down = pair.up.read().double(), pair.down.read().double()
+    ups, downs = up.norm(dim=0), down.norm(dim=1)
+    least = info.tiny * info.eps
+    tiny = least * float(
+        math.sqrt(up.shape[0]) * downs.sum() + math.sqrt(down.shape[1]) * ups.sum()
+    )
+    return abs(pair.scale) * (info.eps * float((ups * downs).sum()) + tiny)
+
+
+def unearned(report: Report, losses: Sequence[Loss]) -> list[str]:
+    """Losses beyond rounding that no budget allows."""
+    budget = _budget(report)
+    near = (
+        report.options.get("form") is not None
+    )  # a family that holds no sum: the nearest of its kind
+    fixed = [
+        loss
+        for loss in losses
+        if loss.excess
+        and not _may_be_cut(budget, loss)
+        and not (near and loss.line.action == "value")
+    ]
+    problems = [
+        f"{loss.line.site}: {loss.excess / (loss.size or 1.0):.2e} of the delta is lost, which no "
+        "budget allows"
+        for loss in fixed
+    ]
+    if not budget.spectral:
+        return problems
+    allowed = math.sqrt(budget.allowed_loss)
+    if budget.per_site:
+        return problems + [
+            f"{loss.line.site}: more is lost than the budget allows"
+            for loss in losses
+            if not loss.capped and loss.excess > allowed * loss.size + loss.room
+        ]
+    lost = math.sqrt(sum(loss.excess**2 for loss in losses if not loss.capped))
+    whole = math.sqrt(sum(loss.size**2 for loss in losses))
+    if lost > allowed * whole + sum(loss.room for loss in losses):
+        problems.append("more is lost over all sites than the budget allows")
+    return problems
+
+
+def _may_be_cut(budget: Budget, loss: Loss) -> bool:
+    """Whether this site may have been truncated at all."""
+    is_matrix = loss.line.action == "fit" and loss.line.param != "bias"
+    return is_matrix and (budget.spectral or budget.rank is not None or loss.capped)
+
+
+def not_optimal(report: Report, item: Promised, whole: Factor, stored: Factor, loss: Loss) -> bool:
+    """Whether a site cut by a rank alone lost more than the smallest directions: the rest must be
+    orthogonal to what is stored, and no larger in any direction than the least that was kept."""
+    cap, pair = _cap(report, item), as_low_rank(stored)
+    if not loss.excess or cap is None or pair is None or _budget(report).spectral:
+        return False
+    up, down = pair.up.read().double() * pair.scale, pair.down.read().double()
+    kept: list[float] = thin_spectrum(up, down)[0].tolist()
+    least = kept[cap - 1] if len(kept) >= cap else 0.0
+    beside, largest = _rest(whole, up, down)
+    angle = loss.room + torch.finfo(pair.up.dtype.torch).eps * len(kept) * loss.size
+    if is_extraction(report):
+        angle += NEAR * loss.apart
+    return beside > 4 * angle or largest > least + angle
+
+
+def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[float, float]:
+    """What of whole - up @ down lies in the spaces of `up` and `down`, and a lower bound of its norm
+    in its largest direction, from two passes over its rows."""
+    left, right = _basis(up), _basis(down.T)
+    seeded = torch.Generator().manual_seed(0)
+    count = min(PROBES, *whole.shape)
+    start = torch.randn(whole.shape[1], count, generator=seeded, dtype=torch.float64)
+    probes, largest, beside = torch.linalg.qr(start).Q, 0.0, 0.0
+    for _ in range(2):
+        below = torch.zeros(left.shape[1], whole.shape[1], dtype=torch.float64)
+        turned, squared = torch.zeros_like(probes), 0.0
+        for rows in row_blocks(whole):
+            rest = whole.dense(rows) - up[slice(*rows)] @ down
+            below += left[slice(*rows)].T @ rest
+            squared += float((rest @ right).square().sum())
+            turned += rest.T @ (rest @ probes)
+        beside = max(float(below.norm()), math.sqrt(squared))
+        largest = math.sqrt(float(torch.linalg.matrix_norm(probes.T @ turned, 2)))
+        probes = torch.linalg.qr(turned).Q
+    return beside, largest
+
+
+def _basis(columns: torch.Tensor) -> torch.Tensor:
+    basis: torch.Tensor = torch.linalg.qr(columns[:, columns.any(dim=0)]).Q
+    return basis
+
+
+Audit = Callable[[Promised, Factor, "Factor | None", Distance], list[str]]
+
+
+def auditor(report: Report, losses: list[Loss]) -> Audit:
+    """Looks at one site at a time and keeps what it lost in `losses`, for `unearned` in the end."""
+
+    def audit(item: Promised, whole: Factor, stored: Factor | None, apart: Distance) -> list[str]:
+        loss = loss_of(report, item, stored, apart)
+        losses.append(loss)
+        cut = stored is None and loss.excess and not _budget(report).spectral
+        if cut or (stored is not None and not_optimal(report, item, whole, stored, loss)):
+            return [f"{item.line.site}: what was cut off is not what matters least"]
+        return []
+
+    return audit

@@ -1,0 +1,1 @@
+"""Verifying fused models: by their weights and by their outputs."""

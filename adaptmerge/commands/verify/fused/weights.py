@@ -1,0 +1,392 @@
+"""Is a fused model what its report, or the base and adapters that are named, say it is?
+
+Every tensor is looked at. What nothing touched must be the base's own bits; what was fused is compared with
+weight plus delta by their plain definition in float64: bit for bit where it was rounded to nearest, by
+the certificate (gain, sub, error), computed anew from the files, where it was not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra.linalg import one_thread_each
+from adaptmerge.bases.base import Base
+from adaptmerge.commands.fuse.pieces.layout import Fused, Repacked, Tensor
+from adaptmerge.commands.fuse.plan import FusePlan
+from adaptmerge.commands.fuse.report import FusedSite, FuseReport
+from adaptmerge.commands.verify.checks import FAIL, PASS, Check
+from adaptmerge.lazy import torch
+from adaptmerge.parallel import ordered, workers_default
+from adaptmerge.rounding.codes import Packing, packed_error
+from adaptmerge.rounding.error_feedback import NEAREST, FloatGrid
+from adaptmerge.rounding.floats import GRID_ERROR
+from adaptmerge.rounding.matrix import PIECE, Matrix, Measured, delta_of, weight_rows
+from adaptmerge.schemes.coded import Packed, dequantised, named
+from adaptmerge.schemes.view import View
+from adaptmerge.tensors.compare import same_values
+from adaptmerge.tensors.dtypes import DType
+from adaptmerge.tensors.refs import TensorRef
+
+NEAR = 1e-2  # of a step: how far from the middle between two values a tie may seem to be
+RESOLVED = 1e-6  # of weight and delta: what float32 sums of them may differ by
+AGREES = 1e-3  # by which a gain computed anew may differ from the reported one
+SHOWN = 3
+EXACT, TIES, DOUBLE, MEASURED = "exact", "near ties", "rounded twice", "measured"
+KEPT, LOST = 0.9, 0.25  # a gain and a sub that models of other tools must reach
+ROUNDED, COMPUTED = 4.0, 0.02  # their error: at most so much of the grid's own, and of the delta
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is stored of one matrix: how it agrees, in how many entries it does not, and the certificate."""
+
+    tensor: str
+    matrix: Matrix
+    how: str
+    apart: int
+    measured: Measured
+    grid: float  # |error| / |weight| that its dtype or quantisation has by itself
+
+
+@dataclass
+class Looked:
+    """All that was found in the tensors of a fused model; `cast`: how far those written in another dtype
+    are from the base's."""
+
+    findings: list[Finding] = field(default_factory=list)
+    copied: int = 0
+    cast: list[tuple[Site, tuple[int, int], float]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def look(plan: FusePlan, view: View) -> Looked:
+    """Every tensor of a fused model against what the plan says of it."""
+    fused = view.stored
+    found = Looked()
+    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+    with one_thread_each(), ThreadPoolExecutor(workers_default()) as pool:
+        work = partial(_look_at, view=view)
+        for one in ordered(pool, workers_default(), work, tensors):
+            found.findings += one.findings
+            found.copied += one.copied
+            found.cast += one.cast
+            found.problems += one.problems
+    known = {tensor.name for tensor in tensors}
+    if not fused.tensors.keys() <= known:
+        extra = sorted(name for name in fused.tensors.keys() - known if not _is_tied(name, fused))
+        found.problems += [
+            f"{name}: is stored, and neither base nor adapters have it" for name in extra
+        ]
+    return found
+
+
+def _is_tied(name: str, fused: Base) -> bool:
+    return bool(fused.config.get("tie_word_embeddings")) and name.endswith("lm_head.weight")
+
+
+def _look_at(tensor: Tensor, view: View) -> Looked:
+    fused = view.stored
+    module, _, param = tensor.name.rpartition(".")
+    stored = fused.tensors.get(tensor.name)
+    if stored is None:
+        stored = fused.parameter(Site(module, param))
+    if stored is None:
+        return Looked(problems=[f"{tensor.name}: is missing"])
+    if stored.shape != tensor.shape:
+        what = f"has shape {list(stored.shape)}, expected {list(tensor.shape)}"
+        return Looked(problems=[f"{tensor.name}: {what}"])
+    found = Looked()
+    for part, ref in zip(tensor.parts, _parts(tensor, stored), strict=True):
+        if isinstance(part, Repacked):
+            _look_at_packed(tensor.name, part, view, found)
+            continue
+        if isinstance(part, Fused):
+            found.findings.append(_finding(tensor.name, part, ref))
+            continue
+        found.copied += part.ref.dtype == ref.dtype
+        if not same_values(_cast(part.ref, ref.dtype), ref):
+            found.problems.append(f"{tensor.name}: {_why_not_copied(tensor.name, ref)}")
+        elif part.ref.dtype != ref.dtype and len(ref.shape) == 2:
+            found.cast.append((Site(module, param), *_distance(part.ref, ref)))
+    return found
+
+
+def _look_at_packed(name: str, part: Repacked, view: View, found: Looked) -> None:
+    """A quantised matrix is looked at once, with its codes."""
+    stored = view.packed.get(named(part.packing.packed))
+    if stored is None:
+        found.problems.append(f"{name}: is not quantised as in the base")
+    elif part.leads:
+        found.findings.append(_packed_finding(name, part.packing, stored))
+
+
+def _distance(one: TensorRef, two: TensorRef) -> tuple[tuple[int, int], float]:
+    """The shape of two matrices, and how far they are apart."""
+    rows, columns = one.shape
+    step = max(1, PIECE // max(1, columns))
+    squared = 0.0
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        apart = (
+            one.slice(0, start, stop).read().double() - two.slice(0, start, stop).read().double()
+        )
+        squared += float(apart.square().sum())
+    return (rows, columns), math.sqrt(squared)
+
+
+def _parts(tensor: Tensor, stored: TensorRef) -> Iterator[TensorRef]:
+    """The stored values of each part of a tensor."""
+    if len(tensor.parts) == 1:
+        yield stored
+        return
+    for expert in range(len(tensor.parts)):
+        yield stored.slice(0, expert, expert + 1).reshape(*stored.shape[1:])
+
+
+def _cast(ref: TensorRef, dtype: DType) -> TensorRef:
+    return ref if ref.dtype == dtype else ref.cast(dtype)
+
+
+def _why_not_copied(name: str, stored: TensorRef) -> str:
+    tied = " (is it tied to an embedding that changed?)" if stored.name != name else ""
+    return f"differs from what base and adapters store{tied}"
+
+
+def _finding(name: str, part: Fused, stored: TensorRef) -> Finding:
+    """How a stored matrix agrees with weight plus delta."""
+    ref = part.seen(stored)
+    dtype = ref.dtype.torch
+
+    def nearest(target: torch.Tensor, _: tuple[int, int]) -> torch.Tensor:
+        return FloatGrid(dtype, torch.float64).near(target)
+
+    grid = GRID_ERROR * ref.dtype.eps if ref.dtype.is_float else 0.0
+    return _compared(name, part.matrix, lambda rows: ref.slice(0, *rows).read(), nearest, grid)
+
+
+def _packed_finding(name: str, packing: Packing, stored: Packed) -> Finding:
+    """How a stored quantised matrix agrees with weight plus delta."""
+    columns = slice(0, packing.matrix.shape[1])
+
+    def nearest(target: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+        codes, grid = packing.packed.grid(rows)
+        codes = codes if packing.fresh else grid.codes(target.float(), columns)
+        return grid.values(codes, columns, torch.empty(target.shape)).double()
+
+    grid = packed_error(packing.packed)
+    return _compared(name, packing.matrix, lambda rows: dequantised(stored, rows), nearest, grid)
+
+
+def _compared(
+    name: str,
+    matrix: Matrix,
+    read: Callable[[tuple[int, int]], torch.Tensor],
+    nearest: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    grid: float,
+) -> Finding:
+    """Stored rows against the nearest to weight plus delta, a few at a time."""
+    total: Measured | None = None
+    apart, off, twice = 0, 0, True
+    for rows in matrix.row_ranges():
+        one, differing, far, double = _rows(matrix, rows, read(rows), nearest)
+        total = one if total is None else total.plus(one)
+        apart, off, twice = apart + differing, off + far, twice and double
+    assert total is not None
+    how = EXACT if not apart else TIES if not off else DOUBLE if twice else MEASURED
+    return Finding(name, matrix, how, apart, total, grid)
+
+
+def _rows(
+    matrix: Matrix,
+    rows: tuple[int, int],
+    value: torch.Tensor,
+    nearest_to: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+) -> tuple[Measured, int, int, bool]:
+    """The certificate of some rows, how many entries are not the nearest value, how many of these are no
+    near tie, and whether all are what rounding first the delta and then the sum gives."""
+    stored, kept = value.double(), _other_rows(matrix, rows)
+    weight = weight_rows(matrix, rows).double()
+    deltas = [part.factor.dense(rows).reshape(weight.shape) * part.weight for part in matrix.parts]
+    added = torch.zeros_like(weight)
+    for delta in deltas:
+        added += delta
+    nearest = nearest_to(weight + added, rows)
+    error = (stored - (weight + added))[kept]
+    differ = (stored != nearest)[kept] & ~(stored.isnan() & nearest.isnan())[kept]
+    gap = (stored - nearest).abs()[kept]
+    # a near tie lies as far from the one as from the other value
+    # a delta is a sum itself, whose terms may cancel
+    terms = added.abs() + added.square().mean(1, keepdim=True).sqrt()
+    blur = RESOLVED * (weight.abs() + terms)[kept]
+    tie = error.abs() - (nearest - weight - added).abs()[kept] <= NEAR * gap + blur
+    double = weight.to(value.dtype) + added.to(value.dtype)
+    twice = bool((double.double() == stored)[kept].all())
+    measured = _certificate(matrix, kept, weight, deltas, error)
+    return measured, int(differ.sum()), int((differ & ~tie).sum()), twice
+
+
+def _other_rows(matrix: Matrix, rows: tuple[int, int]) -> torch.Tensor:
+    """The rows that no token replaces."""
+    taken = {n - rows[0] for numbers, _ in matrix.tokens for n in numbers}
+    kept = [i for i in range(rows[1] - rows[0]) if i not in taken]
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def _certificate(
+    matrix: Matrix,
+    kept: torch.Tensor,
+    weight: torch.Tensor,
+    deltas: Sequence[torch.Tensor],
+    error: torch.Tensor,
+) -> Measured:
+    delta = delta_of(matrix)
+    basis = delta.basis.double()
+    inside = error @ basis
+    dense = [value[kept] for value in deltas]
+    total = sum(dense, torch.zeros_like(error))
+    thin = [
+        side if not full and basis.shape[1] else None
+        for side, full in zip(delta.thin, delta.dense, strict=True)
+    ]
+    return Measured(
+        float(weight.square().sum()),
+        float(total.square().sum()),
+        float(error.square().sum()),
+        tuple(float(value.square().sum()) for value in dense),
+        tuple(
+            None if s is None else float((inside @ s.span.double()).square().sum()) for s in thin
+        ),
+        tuple(float((error * value).sum()) for value in dense),
+    )
+
+
+def check_weights(found: Looked, report: FuseReport | None) -> Check:
+    """The check of all tensors; with a report also against what it says of rounding."""
+    said = {(site.tensor, site.site): site for site in report.sites} if report else {}
+    problems = list(found.problems)
+    for finding in found.findings:
+        key = (finding.tensor, str(finding.matrix.site))
+        line = said.pop(key, None)
+        if report is not None and line is None:
+            problems.append(f"{key[1]}: the report does not know that it was fused")
+        problems += _judged(finding, line)
+    problems += [f"{site}: was reported to be fused, and is not" for _, site in said]
+    numbers = _numbers(found)
+    if problems:
+        shown = "; ".join(problems[:SHOWN])
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        return Check("weights", FAIL, shown + more, {**numbers, "problems": problems})
+    return Check("weights", PASS, _sentence(found), numbers)
+
+
+def _numbers(found: Looked) -> dict[str, object]:
+    counts = Counter(finding.how for finding in found.findings)
+    return {
+        "matrices": len(found.findings),
+        "copied": found.copied,
+        "agreement": dict(counts),
+        "near_ties": sum(f.apart for f in found.findings if f.how == TIES),
+    }
+
+
+def _sentence(found: Looked) -> str:
+    counts = Counter(finding.how for finding in found.findings)
+    ties = sum(f.apart for f in found.findings if f.how == TIES)
+    words = {
+        EXACT: "{} matrices bit for bit",
+        TIES: f"{{}} but for {ties} near ties",
+        DOUBLE: "{} rounded twice (first the delta, then the sum, as PEFT merges)",
+        MEASURED: "{} by their certificate",
+    }
+    parts = [text.format(counts[how]) for how, text in words.items() if counts[how]]
+    if found.copied:
+        parts.append(f"{found.copied} tensors are the base's own bits")
+    if found.cast:
+        parts.append(f"{len(found.cast)} matrices are only cast")
+    return ", ".join(parts)
+
+
+def _judged(finding: Finding, line: FusedSite | None) -> list[str]:
+    """What is wrong with one matrix."""
+    site, measured = finding.matrix.site, finding.measured
+    if finding.how in (EXACT, TIES):
+        return []
+    gains = dict(zip(_adapters(finding.matrix), measured.gains, strict=True))
+    diagnosis = _diagnosis(gains)
+    if diagnosis:
+        return [f"{site}: {diagnosis}"]
+    if line is not None and line.rounding == NEAREST:
+        return [f"{site}: {finding.apart} entries are not the nearest to weight plus delta"]
+    if line is not None:
+        return _unlike(finding, line)
+    return _too_far(finding) if finding.how == MEASURED else []
+
+
+def _adapters(matrix: Matrix) -> list[str]:
+    return [part.adapter for part in matrix.parts]
+
+
+def _diagnosis(gains: dict[str, float | None]) -> str | None:
+    """What a gain that is far from 1 tells of how a model was made."""
+    for name, gain in gains.items():
+        if gain is None or abs(gain - 1) < 1 - KEPT:
+            continue
+        if abs(gain) < 1 - KEPT:
+            return f"{name} is not in it (gain {gain:.3f})"
+        if abs(gain - round(gain)) < 0.1 and round(gain) == 2:
+            return f"{name} is in it twice (gain {gain:.3f})"
+        return f"{name} is in it {gain:.3g} times: is its scale (alpha / r) right?"
+    return None
+
+
+def _unlike(finding: Finding, line: FusedSite) -> list[str]:
+    """Where the certificate is not the reported one."""
+    measured, names = finding.measured, _adapters(finding.matrix)
+    problems = []
+    for name, gain, sub in zip(names, measured.gains, measured.subs, strict=True):
+        before = line.gain.get(name), line.sub.get(name)
+        for what, now, then in (("gain", gain, before[0]), ("sub", sub, before[1])):
+            known = now is not None and then is not None
+            if (now is None) != (then is None) or (known and abs(now - then) > AGREES):  # type: ignore[operator]
+                problems.append(
+                    f"{line.site}: {what} of {name} is {_shown(now)}, reported was {_shown(then)}"
+                )
+    error = math.sqrt(measured.error)
+    if abs(error - line.error) > 0.01 * line.error + 1e-9 * line.weight_norm:
+        problems.append(f"{line.site}: error is {error:.4g}, reported was {line.error:.4g}")
+    return problems
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+def _too_far(finding: Finding) -> list[str]:
+    """A model of another tool may round as it likes, but must hold what the adapters add."""
+    measured = finding.measured
+    far = [
+        f"{finding.matrix.site}: {name} arrived with gain {_shown(gain)} and an error of {_shown(sub)} in "
+        "its inputs' space"
+        for name, gain, sub in zip(
+            _adapters(finding.matrix), measured.gains, measured.subs, strict=True
+        )
+        if (gain is not None and gain < KEPT) or (sub is not None and sub > LOST)
+    ]
+    if not finding.matrix.parts:
+        far = [f"{finding.matrix.site}: {finding.apart} entries differ from what is promised"]
+    size, weight, delta = (math.sqrt(x) for x in (measured.error, measured.weight, measured.delta))
+    if not far and size > ROUNDED * finding.grid * weight + COMPUTED * delta:
+        far = [
+            f"{finding.matrix.site}: is further from weight plus delta than rounding explains "
+            f"({size / max(weight, 1e-300):.1e} of the weight): was something else fused, too?"
+        ]
+    return far
+
+
+__all__ = ["Finding", "Looked", "check_weights", "look"]

@@ -1,0 +1,268 @@
+"""Oracle 1: every site of the output against what its report promises, in dense float64."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from adaptmerge.adapters.graph import Adapter, Edit
+from adaptmerge.adapters.weight_edits import delta_on, factor_of
+from adaptmerge.algebra.factors import Factor, as_low_rank, refs_of
+from adaptmerge.algebra.linalg import noise_floor
+from adaptmerge.commands.verify.audit import Audit, Loss, auditor, unearned
+from adaptmerge.commands.verify.checks import FAIL, PASS, Check
+from adaptmerge.commands.verify.promise import (
+    Distance,
+    Key,
+    Projected,
+    Promised,
+    WeightedSum,
+    distance,
+    expected_edit,
+    key_of,
+    line_key,
+    other_tensors,
+    settings,
+)
+from adaptmerge.lazy import torch
+from adaptmerge.outputs.report import Report
+from adaptmerge.tensors.compare import same_values
+from adaptmerge.tensors.refs import TensorRef
+
+TOLERANCE = 1e-5  # relative; float32 factors and their products stay well below
+UNPROVEN = "sites that outputs do not judge"
+SLACK = 0.01  # share by which a reported error may be off
+
+
+def check_weights(
+    report: Report, promised: Sequence[Promised], output: Adapter
+) -> tuple[Check, list[Edit]]:
+    """The check of all sites, and the promised edits for oracle 2: truncated where the output is."""
+    stored = {key_of(edit): edit for edit in output.edits}
+    expected: list[Edit] = []
+    problems = _twice(output) + _dtypes(report, promised, stored)
+    worst: list[tuple[float, str]] = []
+    effect = 0.0
+    unproven = 0
+    losses: list[Loss] = []
+    audit = auditor(report, losses)
+    for item in promised:
+        edit = stored.pop(line_key(item.line), None)
+        unproven += _is_own_reference(item, edit)
+        found, size, off = _site(item, edit, expected, audit)
+        problems += found
+        effect += size**2
+        worst.append((off, item.line.site))
+    unasked = [edit for edit in stored.values() if not _does_nothing(edit)]
+    problems += [f"{edit.site}: is in the output, but in no input" for edit in unasked]
+    problems += unearned(report, losses)
+    if not problems and effect == 0.0 and _any_delta(promised):
+        problems.append("the output has no effect at all")
+    check = _check(problems, worst, len(promised))
+    return replace(check, numbers={**check.numbers, UNPROVEN: unproven}), expected
+
+
+def _is_own_reference(item: Promised, edit: Edit | None) -> bool:
+    """Whether a lossy form is the nearest of its kind: then outputs cannot judge it, its delta can."""
+    stored = _stored(item, edit)
+    return item.line.truncation > 0.0 and stored is not None and as_low_rank(stored) is None
+
+
+def _does_nothing(edit: Edit) -> bool:
+    """Whether it adds exactly zero, as the biases do that a format stores for all modules or none."""
+    factor = factor_of(edit)
+    return edit.kind == "add" and factor is not None and not bool(factor.dense().any())
+
+
+def _twice(output: Adapter) -> list[str]:
+    counts = Counter(key_of(edit) for edit in output.edits)
+    return [f"{module}: is in the output {n} times" for (module, *_), n in counts.items() if n > 1]
+
+
+def _dtypes(report: Report, promised: Sequence[Promised], stored: Mapping[Key, Edit]) -> list[str]:
+    """What was computed is stored in the dtype that the report says, which sets the tolerances."""
+    said = report.output["dtype"]
+    fitted = [item.line for item in promised if item.line.action == "fit"]
+    keys = [line_key(line) for line in fitted]
+    return [
+        f"{line.site}: is stored as {ref.dtype}, reported was {said}"
+        for line, key in zip(fitted, keys, strict=True)
+        if key in stored
+        for ref in refs_of(factor_of(stored[key]))
+        if str(ref.dtype) != said
+    ]
+
+
+def _any_delta(promised: Sequence[Promised]) -> bool:
+    """Whether there are only deltas, and one of them at least is no rounding noise."""
+    if not all(item.terms for item in promised):
+        return False
+    return any(not _is_noise(item, _whole(item)) for item in promised)
+
+
+def _whole(item: Promised) -> WeightedSum:
+    return WeightedSum(item.terms, item.terms[0][1].shape)
+
+
+def _check(problems: list[str], worst: list[tuple[float, str]], count: int) -> Check:
+    numbers: dict[str, Any] = {
+        "sites": count,
+        "worst": [{"site": site, "error": off} for off, site in sorted(worst, reverse=True)[:5]],
+    }
+    if problems:
+        shown = "; ".join(problems[:5]) + (
+            f"; and {len(problems) - 5} more" if problems[5:] else ""
+        )
+        return Check("weights", FAIL, shown, {**numbers, "problems": problems})
+    detail = f"{count} sites hold what was promised (float64, dense)"
+    return Check("weights", PASS, detail, numbers)
+
+
+def _site(
+    item: Promised, edit: Edit | None, expected: list[Edit], audit: Audit
+) -> tuple[list[str], float, float]:
+    """Problems of one site, the size of its stored delta, and its error beyond what was reported."""
+    if item.by_value:
+        return _value(item, edit, expected)
+    if not item.terms:
+        expected.append(item.edit)
+        return (_same_tensors(item, edit), 0.0, 0.0) if edit else ([_missing(item)], 0.0, 0.0)
+    whole = _whole(item)
+    stored = _stored(item, edit)
+    if edit is None or stored is None:
+        found, size, off = _absent(item, whole, expected)
+        size_of = distance(whole, whole).left
+        return found or audit(item, whole, None, Distance(size_of, size_of, 0.0)), size, off
+    if stored.shape != whole.shape:
+        return [f"{item.line.site}: stored {stored.shape}, promised {whole.shape}"], 0.0, 1.0
+    lossy = item.line.truncation > 0.0
+    projected = Projected(whole, stored) if as_low_rank(stored) is not None else stored
+    expected.append(expected_edit(item, projected if lossy else whole))
+    apart = distance(whole, stored)
+    problems = [] if item.weight is not None else _same_tensors(item, edit)
+    problems += _error(item, apart)
+    problems += audit(item, whole, stored, apart)
+    return problems, apart.right, abs(apart.relative - item.line.error)
+
+
+def _stored(item: Promised, edit: Edit | None) -> Factor | None:
+    """What the stored edit adds: its factor, or on the base where that is the promise."""
+    if edit is None or item.weight is None:
+        return factor_of(edit) if edit else None
+    return delta_on([edit], item.weight)  # type: ignore[list-item]
+
+
+def _missing(item: Promised) -> str:
+    return f"{item.line.site}: was promised and is not in the output"
+
+
+def _absent(
+    item: Promised, whole: WeightedSum, expected: list[Edit]
+) -> tuple[list[str], float, float]:
+    """A site without a stored delta is right only when the promise is that nothing is left of it."""
+    if item.line.rank == 0 and not other_tensors(item.edit) and _nothing_left(item, whole):
+        return [], 0.0, 0.0
+    expected.append(expected_edit(item, whole))
+    return [_missing(item)], 0.0, 1.0
+
+
+def _nothing_left(item: Promised, whole: WeightedSum) -> bool:
+    """Whether all of the delta was truncated, as reported, or inputs cancel up to rounding."""
+    return abs(item.line.error - 1.0) <= TOLERANCE or _is_noise(item, whole)
+
+
+def _is_noise(item: Promised, whole: WeightedSum) -> bool:
+    """Whether inputs cancel up to what float32 resolves of their sizes (not of the sum's)."""
+    sizes = [abs(weight) * distance(factor, factor).left for weight, factor in item.terms]
+    floor = noise_floor(whole.shape, torch.float32, sizes)
+    return distance(whole, whole).left <= floor
+
+
+def _error(item: Promised, apart: Distance) -> list[str]:
+    """The measured error must be the reported one."""
+    if item.line.rank == 0 and apart.right == 0.0 and _is_noise(item, _whole(item)):
+        return []
+    if item.weight is not None and apart.left <= TOLERANCE * (size := _base_size(item)):
+        return [] if apart.apart <= TOLERANCE * size else [f"{item.line.site}: is not what is left"]
+    allowed = max(TOLERANCE, SLACK * item.line.error)
+    if abs(apart.relative - item.line.error) <= allowed:
+        return []
+    return [
+        f"{item.line.site}: is {apart.relative:.2e} of the delta away from what was promised, "
+        f"reported was {item.line.error:.2e}"
+    ]
+
+
+def _base_size(item: Promised) -> float:
+    assert item.weight is not None
+    return float(item.weight.read().double().norm())
+
+
+def _same_tensors(item: Promised, edit: Edit | None) -> list[str]:
+    """Magnitudes, vectors and stored values must be the inputs' own, bit for bit."""
+    if edit is None:
+        return [_missing(item)]
+    theirs, said = other_tensors(edit), settings(edit)
+    wrong = [name for name, value in settings(item.edit).items() if said.get(name) != value]
+    wrong += [
+        name
+        for name, ref in other_tensors(item.edit).items()
+        if name not in theirs or not _equal(ref, theirs[name])
+    ]
+    return [f"{item.line.site}: {name} differs from the input's" for name in wrong]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if hasattr(a.source, "store"):
+        return bool(a.count == b.count and _squares(a, b.reshape(*a.shape)) <= 2 * _rounding(a, b))
+    if same_values(a, b):
+        return True
+    shapes = [tuple(size for size in ref.shape if size != 1) for ref in (a, b)]
+    return shapes[0] == shapes[1] and torch.equal(
+        a.read().double().flatten(), b.read().double().flatten()
+    )
+
+
+def _value(
+    item: Promised, edit: Edit | None, expected: list[Edit]
+) -> tuple[list[str], float, float]:
+    """Computed tensors, all of them against the definition."""
+    wanted = item.edit
+    expected.append(wanted)
+    if edit is None:
+        return [_missing(item)], 0.0, 1.0
+    found = other_tensors(edit)
+    pairs = [(ref, found.get(name)) for name, ref in other_tensors(wanted).items()]
+    if settings(edit) != settings(wanted) or any(b is None or a.shape != b.shape for a, b in pairs):
+        shapes = f"{[list(r.shape) for r in found.values()]}"
+        promised = f"{[list(a.shape) for a, _ in pairs]}"
+        return [f"{item.line.site}: has shapes {shapes}, promised were {promised}"], 0.0, 1.0
+    apart = math.sqrt(sum(_squares(a, b) for a, b in pairs if b is not None))
+    size = math.sqrt(sum(_moved(a) for a, _ in pairs)) or 1.0
+    room = math.sqrt(sum(_rounding(a, b) for a, b in pairs if b is not None))
+    off = apart / size
+    as_said = abs(off - item.line.error) <= max(TOLERANCE, SLACK * item.line.error)
+    if as_said and apart <= room + TOLERANCE * size:
+        return [], 0.0, off
+    return [f"{item.line.site}: value is {off:.2e} away from what was promised"], 0.0, off
+
+
+def _moved(ref: TensorRef) -> float:
+    """The squared distance of what was promised from what does nothing."""
+    neutral = getattr(ref.source, "neutral", 0.0)
+    return float((ref.read().double() - neutral).square().sum())
+
+
+def _rounding(meant: TensorRef, stored: TensorRef) -> float:
+    """The most, squared, that the stored dtype can have changed."""
+    if not stored.dtype.is_float:
+        return 0.0
+    eps = float(torch.finfo(stored.dtype.torch).eps)
+    return float((meant.read().double() * eps).square().sum())
+
+
+def _squares(a: TensorRef, b: TensorRef) -> float:
+    return float((a.read().double() - b.read().double()).square().sum())

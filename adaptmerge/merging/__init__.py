@@ -1,0 +1,1 @@
+"""From inputs' edits to settled edits: align, resolve, plan, settle."""

@@ -1,0 +1,1 @@
+"""Heads, biases and tokens: what is stored whole, and how several of it become one."""

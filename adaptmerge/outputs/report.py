@@ -1,0 +1,256 @@
+"""What was made of what, and what it cost: the data behind adaptmerge.json, tables and `explain`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptmerge.adapters.graph import Kind, Note
+from adaptmerge.adapters.module_paths import natural_key
+from adaptmerge.algebra.fit import Budget
+from adaptmerge.errors import AdaptmergeError, InputError
+from adaptmerge.files.strict_json import dump
+from adaptmerge.merging.resolve import WHOLE
+from adaptmerge.merging.settle import Settled, SiteStats
+
+VERSION = 1
+FILE = "adaptmerge.json"
+METADATA_KEY = "adaptmerge"
+LOST = 0.10  # share of the norm lost to opposing inputs that is worth a word
+ROUNDING = 1e-6  # relative; what float32 itself loses is no site's fault
+OVERSHOOT = 1.5  # times the largest input
+
+
+@dataclass(frozen=True, slots=True)
+class SiteLine:
+    """One site of a report. Norms are absolute (Frobenius); `error` is relative to the delta.
+
+    kinds_in: the kinds of edit that each input has there. adapter: the only one of the output that has
+    the site, where it holds several.
+    """
+
+    site: str
+    module: str
+    param: str
+    kind: str
+    action: str
+    weights: Mapping[str, float]
+    ranks_in: Mapping[str, int]
+    rank: int | None
+    norm: float
+    truncation: float
+    rounding: float
+    error: float
+    expert: int | None = None
+    kinds_in: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Over all sites: norms (root of the sum of squares), errors relative to the norm, cosines."""
+
+    norm: float
+    truncation: float
+    rounding: float
+    error: float
+    input_norms: Mapping[str, float]
+    cosines: Mapping[str, float]
+    kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything a reader of the output may ask; `as_json` is the file's content."""
+
+    command: str
+    method: str
+    format: str
+    options: Mapping[str, Any]
+    inputs: Sequence[Mapping[str, Any]]
+    base: Mapping[str, Any] | None
+    versions: Mapping[str, str]
+    totals: Totals
+    sites: Sequence[SiteLine]
+    notes: Sequence[Note]
+    output: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, without times and absolute paths, so that equal runs give equal bytes."""
+        return {"report": VERSION, **asdict(self)}
+
+    def as_text(self) -> str:
+        """The content of the report file."""
+        return dump(self.as_json()) + "\n"
+
+
+def site_lines(settled: Sequence[Settled]) -> list[SiteLine]:
+    """The lines of a report, in plan order."""
+    return [_line(item) for item in settled]
+
+
+def _line(item: Settled) -> SiteLine:
+    stats, site = item.stats, item.step.site
+    return SiteLine(
+        site=item.step.label,
+        module=site.module,
+        param=site.param,
+        kind=item.step.edit.kind,
+        action=item.step.action,
+        weights=dict(zip(stats.names, stats.weights, strict=True)),
+        ranks_in=dict(zip(stats.names, stats.ranks, strict=False)),
+        rank=stats.rank,
+        norm=stats.norm,
+        truncation=stats.truncation,
+        rounding=stats.rounding,
+        error=_share(stats.error, stats.norm),
+        expert=site.expert,
+        kinds_in={member.adapter: list(member.kinds) for member in item.step.members},
+        adapter=item.step.adapter,
+    )
+
+
+def totals(settled: Sequence[Settled], inputs: Sequence[str]) -> Totals:
+    """The sums over all deltas, with the cosines between inputs over the sites they share; over what is
+    stored whole only where there is nothing else."""
+    deltas = [item.stats for item in settled if item.step.edit.kind not in WHOLE]
+    stats = deltas or [item.stats for item in settled]
+    gram = _summed_gram(stats, inputs, weighted=False)
+    norms = {name: math.sqrt(max(gram[name, name], 0.0)) for name in inputs}
+    norm = _root_sum(s.norm for s in stats)
+    apart = math.sqrt(sum(_summed_gram(stats, inputs, weighted=True)[n, n] for n in inputs))
+    return Totals(
+        norm=norm,
+        truncation=_share(_root_sum(s.truncation for s in stats), norm),
+        rounding=_share(_root_sum(s.rounding for s in stats), norm),
+        error=_share(_root_sum(s.error for s in stats), norm),
+        input_norms=norms,
+        cosines=_cosines(gram, norms, inputs),
+        kept=_share(norm, apart) if len(inputs) > 1 else 1.0,
+    )
+
+
+def _summed_gram(
+    stats: Sequence[SiteStats], inputs: Sequence[str], *, weighted: bool
+) -> dict[tuple[str, str], float]:
+    total = {(a, b): 0.0 for a in inputs for b in inputs}
+    for s in stats:
+        for i, row in enumerate(s.gram):
+            for j, value in enumerate(row):
+                factor = s.weights[i] * s.weights[j] if weighted else 1.0
+                total[s.names[i], s.names[j]] += factor * value
+    return total
+
+
+def _cosines(
+    gram: Mapping[tuple[str, str], float], norms: Mapping[str, float], inputs: Sequence[str]
+) -> dict[str, float]:
+    pairs = [(a, b) for i, a in enumerate(inputs) for b in inputs[i + 1 :]]
+    return {f"{a} {b}": _share(gram[a, b], norms[a] * norms[b]) for a, b in pairs}
+
+
+def sanity_notes(found: Totals) -> list[Note]:
+    """Words on a merge that loses much of its inputs, or is much larger than they are."""
+    notes = []
+    if 0 < found.kept < 1 - LOST:
+        lost = f"{100 * (1 - found.kept):.0f} % of the norm is lost: inputs oppose each other"
+        notes.append(Note(Kind.INFO, lost))
+    largest = max(found.input_norms.values(), default=0.0)
+    if len(found.input_norms) > 1 and largest and found.norm > OVERSHOOT * largest:
+        notes.append(
+            Note(
+                Kind.INFO,
+                f"weights overshoot: the merge is {found.norm / largest:.1f} x as large as the "
+                "largest input",
+            )
+        )
+    return notes
+
+
+def _root_sum(values: Any) -> float:
+    return math.sqrt(sum(value**2 for value in values))
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def report_path(output: Path) -> Path:
+    """Where the report of an output lies: in the folder, or beside the file."""
+    return output / FILE if output.is_dir() else output.parent / report_name(output.name)
+
+
+def report_name(file: str) -> str:
+    """The report's file name for a single-file output."""
+    return f"{file.rpartition('.')[0] or file}.{FILE}"
+
+
+def load_report(output: Path) -> Report:
+    """The report of an output. Raises InputError when there is none or it is of another version."""
+    path = report_path(output)
+    if not output.exists():
+        raise InputError(
+            "does not exist: give the folder or file that was written", where=str(output)
+        )
+    if not path.is_file():
+        raise InputError(
+            f"has no report: expected {path.name}, written with every output; to compare two "
+            "adapters without one use 'adaptmerge diff'",
+            where=str(output),
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return _parsed(raw)
+    except (ValueError, KeyError, TypeError) as problem:
+        found = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
+        sentence = f"is no report of this version ({found}): restore it, or write the output again"
+        raise InputError(sentence, where=str(path)) from None
+
+
+def _parsed(raw: dict[str, Any]) -> Report:
+    version = raw.pop("report")
+    if version != VERSION:
+        raise ValueError(f"found version {version}, expected {VERSION}")
+    raw["totals"] = Totals(**raw["totals"])
+    raw["sites"] = [SiteLine(**_with_nan(line)) for line in raw["sites"]]
+    raw["notes"] = [Note(**note) for note in raw["notes"]]
+    return Report(**raw)
+
+
+def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: a site of inputs that are not finite was written with null."""
+    numbers = ("norm", "truncation", "rounding", "error")
+    return {k: math.nan if v is None and k in numbers else v for k, v in line.items()}
+
+
+def worst_sites(report: Report, count: int = 5) -> list[SiteLine]:
+    """The sites with the largest relative error above float32 rounding, worst first."""
+    lossy = [line for line in report.sites if line.error > ROUNDING]
+    return sorted(lossy, key=lambda line: (-line.error, natural_key(line.site)))[:count]
+
+
+def check_strict(notes: Sequence[Note], strict: bool) -> None:
+    """Raises AdaptmergeError for Notes that are fatal, where that was asked."""
+    fatal = [str(note) for note in notes if note.kind in Kind.FATAL_UNDER_STRICT]
+    if strict and fatal:
+        raise AdaptmergeError(fatal, where="--strict")
+
+
+def missed_budget(budget: Budget, found: Totals, lines: Sequence[SiteLine]) -> list[Note]:
+    """A word where a rank cap leaves a larger error than the other budgets allow."""
+    if not budget.spectral or budget.rank is None:
+        return []
+    lost = found.truncation
+    if budget.per_site:
+        lost = max((line.truncation / line.norm for line in lines if line.norm), default=0.0)
+    allowed = math.sqrt(budget.allowed_loss)
+    if lost <= allowed * (1 + 1e-6):
+        return []
+    what = (
+        f"--rank {budget.rank} leaves a truncation error of {lost:.3g}, asked for was {allowed:.3g}"
+    )
+    return [Note(Kind.APPROXIMATED, what)]

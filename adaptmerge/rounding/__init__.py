@@ -1,0 +1,1 @@
+"""From values to a grid, so that what was added survives."""

@@ -1,0 +1,208 @@
+"""Settling a quantised weight: codes that keep what was added, then scales that take up what is left.
+
+A quantised weight lies on its grid, and most deltas are smaller than half a step: nearest codes return the
+base. Codes are rounded with error feedback in the space of the adapters' inputs; then the scales of the
+blocks, which are numbers and no codes, are moved by the least that brings the rest of the error there to
+zero. Rows are independent of each other, and are worked on a few at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from adaptmerge.lazy import torch
+from adaptmerge.rounding.code_descent import exchanged
+from adaptmerge.rounding.error_feedback import (
+    ADAPTIVE,
+    NEAREST,
+    STOCHASTIC,
+    Feedback,
+    Rounded,
+    measured_codes,
+    round_adaptive,
+    round_nearest,
+)
+from adaptmerge.rounding.floats import AUTO, Choice
+from adaptmerge.rounding.matrix import (
+    Delta,
+    Matrix,
+    Measured,
+    delta_of,
+    feedback_of,
+    measure,
+    metric_in,
+    own_direction,
+    row_factor,
+    target_rows,
+)
+from adaptmerge.rounding.scales import KEEP, ONLY, SOLVE, Rows, Settled, solved
+from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.grids import BlockGrid
+
+SMALLEST = 1e-3  # a factor that a scale is multiplied by: 0 would leave nothing to choose codes for
+SAMPLE = 64  # rows that a prediction looks at
+BLOCK = 64  # entries of the blocks that may run across rows
+
+
+class Packing(NamedTuple):
+    """A packed weight and what is added to it; fresh: its grid and codes are of that sum already."""
+
+    packed: Packed
+    matrix: Matrix
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Requantised:
+    """Codes (rows, in) on a grid, and what rounding did to each part."""
+
+    codes: torch.Tensor
+    grid: BlockGrid
+    measured: Measured
+
+
+def choose_packed(packing: Packing, asked: str) -> Choice:
+    """How a packed weight is rounded: as asked; `auto` is adaptive, for nearest codes are the base's."""
+    if not packing.matrix.parts:
+        return Choice(NEAREST, ())
+    count = packing.matrix.shape[0]
+    rows = (0, count) if packing.matrix.whole else (0, min(count, SAMPLE))
+    gains = requantise_rows(packing, rows, NEAREST, KEEP, 0).measured.gains
+    return Choice(ADAPTIVE if asked == AUTO else asked, tuple(gains))
+
+
+def packed_error(packed: Packed) -> float:
+    """|error| / |W| that the grid of a packed weight has by itself, from a look at some rows."""
+    rows = (0, min(packed.shape[0], SAMPLE))
+    codes, grid = packed.grid(rows)
+    values = grid.values(codes, slice(0, packed.shape[1]), torch.empty(codes.shape))
+    return math.sqrt(grid.step_error(codes)) / max(float(values.norm()), 1e-30)
+
+
+def requantise(packing: Packing, rounding: str, scales: str, seed: int) -> Requantised:
+    """All rows of a packed weight, some at a time."""
+    found = [
+        requantise_rows(packing, rows, rounding, scales, seed)
+        for rows in packing.matrix.row_ranges(BLOCK)
+    ]
+    total = found[0].measured
+    for one in found[1:]:
+        total = total.plus(one.measured)
+    codes = torch.cat([one.codes for one in found])
+    return Requantised(codes, joined([one.grid for one in found]), total)
+
+
+def joined(grids: list[BlockGrid]) -> BlockGrid:
+    """The grid of all rows from those of some."""
+    first = grids[0]
+
+    def together(name: str) -> torch.Tensor | None:
+        parts = [getattr(grid, name) for grid in grids]
+        return None if parts[0] is None else torch.cat(parts)
+
+    scale = together("scale")
+    assert scale is not None
+    return replace(first, scale=scale, zero=together("zero"), offset=together("offset"))
+
+
+def requantise_rows(
+    packing: Packing, rows: tuple[int, int], rounding: str, scales: str, seed: int
+) -> Requantised:
+    """Some rows of a packed weight."""
+    matrix = packing.matrix
+    before, grid = packing.packed.grid(rows)
+    target, dense, weight = target_rows(matrix, rows)
+    delta = delta_of(matrix)
+    keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
+    if rounding == ADAPTIVE:
+        grid, folded = _with_row_factor(packing, rows, grid, delta, scales)
+        here = Rows(packing.packed, rows, grid, target, delta.basis, metric_in(matrix))
+        here = here.exchanging(scales, before, weight if packing.fresh else None)
+        here = here.stretched(before) if scales == SOLVE and not packing.fresh else here
+        own = own_direction(delta, rows, dense, target) if keep and not folded else None
+        found, grid = _adaptive(matrix, here, before, own, scales, keep=keep)
+    elif rounding == STOCHASTIC:
+        found = _stochastic(target, grid, delta, _seed(seed, matrix, rows))
+    elif packing.fresh:
+        found = measured_codes(before, target, grid, delta.basis, keep=keep)
+    else:
+        found = round_nearest(target, grid, delta.basis, keep=keep)
+    measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
+    moved = int((found.codes != before).sum())
+    return Requantised(found.codes, grid, replace(measured, moved=moved))
+
+
+def _adaptive(
+    matrix: Matrix,
+    here: Rows,
+    before: torch.Tensor,
+    own: torch.Tensor | None,
+    scales: str,
+    *,
+    keep: bool,
+) -> tuple[Rounded, BlockGrid]:
+    """Codes with feedback, also along each row's `own` direction; and scales as asked, where they can be
+    chosen."""
+    moves = here.moves(scales)
+    if scales == ONLY:
+        settled = here.with_codes(before)
+        settled = solved(here, settled) if moves else settled
+        return settled.rounded(keep=keep), settled.grid
+    feed = feedback_of(matrix, here.strength(scales), ordered=True)
+    found = _with_feedback(here, feed, own, keep=keep or moves)
+    if not moves:
+        return found, here.grid
+    assert found.error is not None
+    assert found.inside is not None
+    settled = solved(here, Settled(found.codes, here.grid, found.error, found.inside))
+    return settled.rounded(keep=keep), settled.grid
+
+
+def _with_feedback(here: Rows, feed: Feedback, own: torch.Tensor | None, *, keep: bool) -> Rounded:
+    """Codes with feedback along each row, also in its `own` direction, and exchanged afterwards where that
+    is worth while; `keep` the error."""
+    if here.cost is None:
+        return round_adaptive(here.target, here.grid, feed, own, keep=keep)
+    codes = round_adaptive(here.target, here.grid, feed, own).codes
+    codes = exchanged(codes, here.grid, here.target, here.cost)
+    return here.with_codes(codes).rounded(keep=keep)
+
+
+def _with_row_factor(
+    packing: Packing, rows: tuple[int, int], grid: BlockGrid, delta: Delta, scales: str
+) -> tuple[BlockGrid, bool]:
+    """The grid with what multiplies whole rows in its scales, and whether it is: codes then stay right."""
+    wanted = scales != KEEP and not packing.fresh
+    factor = row_factor(packing.matrix, delta, rows) if wanted else None
+    if factor is None or bool((factor.abs() < SMALLEST).any()):
+        return grid, False
+    scale = (grid.scale * factor).to(grid.scale.dtype)
+    stored = packing.packed.nearest_scales(scale, rows)
+    if stored is None or grid.offset is not None:
+        return grid, False
+    return grid.rescaled(stored), True
+
+
+def _stochastic(target: torch.Tensor, grid: BlockGrid, delta: Delta, seed: int) -> Rounded:
+    """Each entry to one of the two values around it, with probabilities that make it exact on average."""
+    everywhere = slice(0, target.shape[1])
+    codes = grid.codes(target, everywhere)
+    near = grid.values(codes, everywhere, torch.empty_like(target))
+    rising = (target > near) == (grid.at(grid.scale, everywhere) >= 0)
+    last = grid.count - 1
+    other = (codes.int() + torch.where(rising, 1, -1)).clamp(0, last).to(torch.uint8)
+    far = grid.values(other, everywhere, torch.empty_like(target))
+    share = (target - near).abs() / (far - near).abs().clamp(min=1e-30)
+    generator = torch.Generator().manual_seed(seed)
+    taken = (torch.rand(target.shape, generator=generator) < share) & (other != codes)
+    codes = torch.where(taken, other, codes)
+    error = torch.where(taken, far, near).sub_(target)
+    return Rounded(codes, error @ delta.basis, float(error.norm()) ** 2, error)
+
+
+def _seed(seed: int, matrix: Matrix, rows: tuple[int, int]) -> int:
+    text = f"{seed} {matrix.site} {rows[0]}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")

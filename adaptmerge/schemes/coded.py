@@ -1,0 +1,119 @@
+"""Quantised weights in checkpoints: which stored tensors make one up, and what they stand for.
+
+A scheme is one module of `adaptmerge.schemes` with a constant SCHEME. It knows a layout and nothing of
+rounding: it finds packed weights, reads rows of them as codes on a grid, and stores codes on a grid again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from adaptmerge.tensors.dtypes import F32, DType
+from adaptmerge.tensors.refs import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptmerge.schemes.grids import BlockGrid
+
+
+class Packed(Protocol):
+    """One quantised weight (out, in) of a checkpoint. Data: refs and numbers, no tensors."""
+
+    @property
+    def module(self) -> str:
+        """The module whose weight it is, as the checkpoint names it; one matrix of a parameter that stacks
+        several is named PARAMETER[3]."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """All stored tensors that make it up, by their names in the checkpoint, the codes first; NAME[3] is
+        an entry of the first axis of NAME."""
+
+    def grid(self, rows: tuple[int, int]) -> tuple[torch.Tensor, BlockGrid]:
+        """The codes (rows, in), uint8, of some rows and the grid that they lie on, in float32."""
+
+    def pack(self, codes: torch.Tensor, grid: BlockGrid) -> dict[str, torch.Tensor]:
+        """What is stored for codes (out, in) on a grid of all rows: those of `tensors` that change with
+        them, in their dtypes and shapes. Codes and grid as they were read give the stored bytes."""
+
+    def nearest_scales(self, scale: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor | None:
+        """The storable scales nearest to these (rows, blocks); None where scales cannot be chosen freely
+        enough to be fitted (powers of two, blocks of several rows, blocks across rows)."""
+
+    def __hash__(self) -> int:
+        """Packed weights are data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantised:
+    """A packed weight as the values that it stands for, in float32: a source of refs."""
+
+    at_once: ClassVar[bool] = False
+    packed: Packed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.packed.shape
+
+    @property
+    def dtype(self) -> DType:
+        return F32
+
+    def read(self) -> torch.Tensor:
+        return dequantised(self.packed, (0, self.packed.shape[0]))
+
+    def rows(self, start: int, stop: int) -> DequantisedRows:
+        """Some rows of it, as a source that reads no others."""
+        return DequantisedRows(self.packed, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class DequantisedRows:
+    """Rows of a packed weight as the values that they stand for."""
+
+    packed: Packed
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stop - self.start, self.packed.shape[1]
+
+    @property
+    def dtype(self) -> DType:
+        return F32
+
+    def read(self) -> torch.Tensor:
+        return dequantised(self.packed, (self.start, self.stop))
+
+
+def named(packed: Packed) -> str:
+    """The name of the values of a packed weight: of the module's weight, or NAME[3] in a stack of them."""
+    return packed.module if packed.module.endswith("]") else f"{packed.module}.weight"
+
+
+def stacked(name: str) -> tuple[str, int | None]:
+    """The tensor that a name is of, and which of the entries of its first axis; None for all of it."""
+    whole, bracket, number = name.removesuffix("]").rpartition("[")
+    return (whole, int(number)) if bracket else (name, None)
+
+
+def stands_alone(packed: Packed) -> bool:
+    """Whether the tensors of a packed weight hold no other, as those of a stack do."""
+    return all(stacked(name)[1] is None for name in packed.tensors)
+
+
+def dequantised(packed: Packed, rows: tuple[int, int]) -> torch.Tensor:
+    """Rows of a packed weight (rows, in) in float32."""
+    from adaptmerge.lazy import torch
+
+    codes, grid = packed.grid(rows)
+    out = torch.empty(codes.shape, dtype=torch.float32)
+    return grid.values(codes, slice(0, packed.shape[1]), out)

@@ -1,0 +1,98 @@
+"""A quantised base seen as one in full precision, and where its packed weights go in the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adaptmerge.adapters.graph import Site
+from adaptmerge.bases.base import Base
+from adaptmerge.bases.gguf_model import GgufModel
+from adaptmerge.bases.open import open_base
+from adaptmerge.bases.stored_as import Spelled
+from adaptmerge.runtime.linears import parameters_of
+from adaptmerge.schemes.coded import Dequantised, Packed, named, stacked
+from adaptmerge.schemes.scheme import scheme_of
+from adaptmerge.tensors.dtypes import BF16, F16, DType
+from adaptmerge.tensors.refs import TensorRef, computed, join
+
+QUANTISATION = ("quantization_config", "quantization", "compression_config")
+
+
+@dataclass(frozen=True)
+class View:
+    """A base with the values of its packed weights in place of the tensors that store them.
+
+    base: the view; stored: the base as it is. packed: the packed weights by the name of their values, one
+    of a stack as NAME[3]. spelled: how parameters are stored that have another name in the checkpoint.
+    """
+
+    base: Base
+    stored: Base
+    scheme: str | None = None
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    spelled: Mapping[str, Spelled] = field(default_factory=dict)
+
+
+def view_of(stored: Base) -> View:
+    """The view of a base; itself where nothing is quantised. Raises InputError for unknown layouts."""
+    if isinstance(stored, GgufModel):
+        stored = replace(stored, parameters=parameters_of(stored.path))
+    scheme = scheme_of(stored)
+    if scheme is None:
+        return View(stored, stored)
+    packed = {named(one): one for one in scheme.find(stored).values()}
+    spelled = scheme.spelled(stored)
+    inside = {stacked(name)[0] for one in packed.values() for name in one.tensors}
+    inside |= {stacked(one.name)[0] for one in spelled.values()}
+    tensors = {name: ref for name, ref in stored.tensors.items() if name not in inside}
+    tensors |= _respelled(spelled, stored) | _values(packed, stored)
+    config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
+    return View(
+        replace(stored, tensors=tensors, config=config, stored=stored),
+        stored,
+        scheme.name,
+        packed,
+        spelled,
+    )
+
+
+def _respelled(spelled: Mapping[str, Spelled], stored: Base) -> dict[str, TensorRef]:
+    """Parameters as their modules have them."""
+    found: dict[str, TensorRef] = {}
+    for name, one in spelled.items():
+        whole, entry = stacked(one.name)
+        ref = stored.tensors.get(whole)
+        if ref is not None:
+            found[name] = one.seen(ref if entry is None else ref.entry(entry))
+    return found
+
+
+def _values(packed: Mapping[str, Packed], stored: Base) -> dict[str, TensorRef]:
+    """What packed weights stand for, as a checkpoint in full precision stores it."""
+    found: dict[str, TensorRef] = {}
+    stacks: dict[str, list[TensorRef]] = {}
+    for name, one in packed.items():
+        whole, expert = stacked(name)
+        module, _, param = whole.rpartition(".")
+        value = computed(Dequantised(one), name)
+        turned = stored.is_transposed(Site(module, param, expert=expert))
+        value = value.T if turned else value
+        if expert is None:
+            found[name] = value
+        else:
+            stacks.setdefault(whole, []).append(value.reshape(1, *value.shape))
+    return found | {name: replace(join(parts, 0), name=name) for name, parts in stacks.items()}
+
+
+def open_values(source: str) -> Base:
+    """The base model at a source with quantised weights as what they stand for. Raises InputError."""
+    return view_of(open_base(source)).base
+
+
+def running_dtype(config: Mapping[str, Any]) -> DType | None:
+    """What a quantised model computes with its weights in, as its config says; None for float32."""
+    said = config.get("quantization_config") or {}
+    named = said.get("bnb_4bit_compute_dtype") or config.get("torch_dtype") or config.get("dtype")
+    return {"float16": F16, "float32": None}.get(str(named).removeprefix("torch."), BF16)

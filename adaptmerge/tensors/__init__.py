@@ -1,0 +1,1 @@
+"""A tensor described now, read later."""
