@@ -1,6 +1,6 @@
 """`python -m bench.narrow`: a table of docs/quantised-merging.md, as markdown.
 
-Rows with few columns per direction, by feedback and scales alone, and with codes exchanged in between.
+CodedRows with few columns per direction, by feedback and scales alone, and with codes exchanged in between.
 Times are ratios in one run.
 """
 
@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import torch
 
-from adaptmerge.rounding.codes import SOLVE, Packing, requantise
+from adaptmerge.rounding.codes import SOLVE, CodedMatrix, requantise
 from adaptmerge.rounding.error_feedback import ADAPTIVE
-from adaptmerge.rounding.scales import Rows
+from adaptmerge.rounding.scales import CodedRows
 from bench.formats import FORMATS, Quantised
 from bench.layers import drawn
 from bench.quantised import Loss, loss, matrix_of, scaled
@@ -50,7 +50,7 @@ def _measured(layer: tuple[str, int, int]) -> list[str]:
     held = FORMATS[name](drawn("Gaussian", (ROWS, columns), random))
     down, up = (drawn("Gaussian", shape, random) for shape in ((rank, columns), (ROWS, rank)))
     sides = scaled(held.values(), [(up, down)], ratio)
-    packing = Packing(held, matrix_of(held, sides))  # type: ignore[arg-type]
+    packing = CodedMatrix(held, matrix_of(held, sides))  # type: ignore[arg-type]
     requantise(packing, ADAPTIVE, SOLVE, 0)  # what is remembered of the adapter
 
     def timed() -> tuple[float, Loss]:
@@ -62,7 +62,7 @@ def _measured(layer: tuple[str, int, int]) -> list[str]:
 
     times: tuple[list[float], list[float]] = [], []
     for _ in range(ROUNDS):
-        with patch.object(Rows, "exchanges", lambda *_: False):
+        with patch.object(CodedRows, "exchanges", lambda *_: False):
             took, alone = timed()
         times[0].append(took)
         took, exchanged = timed()

@@ -16,7 +16,7 @@ import torch
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra.factors import low_rank
-from adaptmerge.rounding.codes import KEEP, SOLVE, Packing, requantise
+from adaptmerge.rounding.codes import KEEP, SOLVE, CodedMatrix, requantise
 from adaptmerge.rounding.error_feedback import ADAPTIVE, NEAREST
 from adaptmerge.rounding.matrix import Matrix, Part
 from adaptmerge.tensors.dtypes import F32
@@ -92,7 +92,7 @@ def _layers() -> Iterator[list[str]]:
 
 def ways(name: str, held: Quantised, sides: Sequence[Sides]) -> Mapping[str, torch.Tensor]:
     """The values (out, in) that the weight has after each way of fusing."""
-    packing = Packing(held, matrix_of(held, sides))  # type: ignore[arg-type]
+    packing = CodedMatrix(held, matrix_of(held, sides))  # type: ignore[arg-type]
     target = held.values() + sum(up @ down for up, down in sides)
     found = {FRESH: FORMATS[name](target.float()).values()}
     for rounding, scales in ((NEAREST, KEEP), (ADAPTIVE, SOLVE)):
@@ -107,7 +107,7 @@ def matrix_of(held: Quantised, sides: Sequence[Sides]) -> Matrix:
         Part(str(number), 1.0, low_rank(_ref("up", up), _ref("down", down)))
         for number, (up, down) in enumerate(sides)
     ]
-    return Matrix(Site("layer"), _ref("weight", held.values()), F32, tuple(parts), packed=True)
+    return Matrix(Site("layer"), _ref("weight", held.values()), F32, tuple(parts), coded=True)
 
 
 def _ref(name: str, tensor: torch.Tensor) -> TensorRef:

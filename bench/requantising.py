@@ -133,7 +133,7 @@ def measured(
     down = sides[f"{key}.lora_A.weight"].double()
     delta = ratio * sides[f"{key}.lora_B.weight"].double() @ down
     weight = load_file(base / "model.safetensors")[f"{SITE}.weight"].double()
-    packed = view_of(open_base(str(output))).packed[f"{SITE}.weight"]
+    packed = view_of(open_base(str(output))).coded[f"{SITE}.weight"]
     error = dequantised(packed, (0, ROWS)).double() - weight - delta
     basis, _ = torch.linalg.qr(down.T)
     size = float(delta.norm())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from adaptmerge.rounding.codes import SOLVE, Packing, requantise
+from adaptmerge.rounding.codes import SOLVE, CodedMatrix, requantise
 from adaptmerge.rounding.error_feedback import ADAPTIVE
 from adaptmerge.schemes.bitsandbytes.codes import NF4, quantise_4bit
 from bench.formats import nf4
@@ -25,12 +25,12 @@ def adaptive(out: int, width: int, rank: int) -> float:
     return _second(lambda: requantise(site, ADAPTIVE, SOLVE, 0))
 
 
-def packing(out: int, width: int, rank: int) -> Packing:
+def packing(out: int, width: int, rank: int) -> CodedMatrix:
     """An NF4 matrix, and a delta of that rank, a hundredth of it."""
     weight = _drawn(out, width)
     held = nf4(weight)
     sides = (_drawn(out, rank), _drawn(rank, width))
-    return Packing(held, matrix_of(held, scaled(held.values(), [sides], RATIO)))  # type: ignore[arg-type]
+    return CodedMatrix(held, matrix_of(held, scaled(held.values(), [sides], RATIO)))  # type: ignore[arg-type]
 
 
 def nearest(out: int, width: int) -> float:

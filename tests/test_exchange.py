@@ -17,7 +17,7 @@ from adaptmerge.rounding import code_descent
 from adaptmerge.rounding.code_descent import Cost, cost_of, exchanged
 from adaptmerge.rounding.error_feedback import feedback, round_adaptive
 from adaptmerge.rounding.metric import Metric
-from adaptmerge.rounding.scales import KEEP, ONLY, SOLVE, Rows
+from adaptmerge.rounding.scales import KEEP, ONLY, SOLVE, CodedRows
 from adaptmerge.schemes.bitsandbytes.codes import FP4, NF4
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.view import view_of
@@ -179,7 +179,7 @@ def both(
 ) -> tuple[Fused, Fused]:
     """Fused with an exchange of codes and without."""
     with_it = with_lora(base, folder / "with", ratio, rank)
-    monkeypatch.setattr(Rows, "exchanges", lambda self, scales: False)
+    monkeypatch.setattr(CodedRows, "exchanges", lambda self, scales: False)
     return with_it, with_lora(base, folder / "without", ratio, rank)
 
 
@@ -217,9 +217,9 @@ def test_codes_are_exchanged_where_scales_cannot_take_up_all(
     columns: int, rank: int, kind: str, expected: dict[str, bool], tmp_path: Path
 ) -> None:
     base = layer(tmp_path / "base", kind, 8, columns)
-    (packed,) = view_of(open_base(str(base))).packed.values()
+    (packed,) = view_of(open_base(str(base))).coded.values()
     grid = packed.grid((0, 8))[1]
-    rows = Rows(packed, (0, 8), grid, torch.zeros(8, columns), torch.eye(columns, rank))
+    rows = CodedRows(packed, (0, 8), grid, torch.zeros(8, columns), torch.eye(columns, rank))
     assert {scales: rows.exchanges(scales) for scales in expected} == expected
-    nothing = Rows(packed, (0, 8), grid, rows.target, rows.basis[:, :0])
+    nothing = CodedRows(packed, (0, 8), grid, rows.target, rows.basis[:, :0])
     assert not any(nothing.exchanges(scales) for scales in expected)

@@ -59,7 +59,7 @@ PARTS = {leaf: part for style in (MIXTRAL, QWEN2_MOE) for part, leaf in style.le
 ONE = re.compile(rf"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<leaf>{'|'.join(PARTS)})$")
 
 
-class Matrix(NamedTuple):
+class ExpertMatrix(NamedTuple):
     """One matrix of one expert; `block` is the module that holds the experts."""
 
     block: str
@@ -74,10 +74,12 @@ class Matrix(NamedTuple):
         return Site(f"{block}.experts", param, expert=self.expert)
 
 
-def matrix_of(module: str) -> Matrix | None:
+def matrix_of(module: str) -> ExpertMatrix | None:
     """What the module of one expert's matrix is; None for all other modules."""
     found = ONE.match(module)
-    return Matrix(found["block"], int(found["expert"]), PARTS[found["leaf"]]) if found else None
+    return (
+        ExpertMatrix(found["block"], int(found["expert"]), PARTS[found["leaf"]]) if found else None
+    )
 
 
 def module_of(site: Site, part: str, style: Style) -> str:

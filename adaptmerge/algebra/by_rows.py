@@ -27,7 +27,7 @@ def at_once(factor: Any) -> bool:
     return any(at_once(getattr(factor, part.name)) for part in inside)
 
 
-def row_blocks(*factors: Factor) -> Iterator[tuple[int, int]]:
+def row_ranges(*factors: Factor) -> Iterator[tuple[int, int]]:
     """Row ranges that cover factors of one shape, of about BLOCK entries each where parts are cheap."""
     rows, columns = factors[0].shape
     step = rows if any(map(at_once, factors)) else max(1, BLOCK // max(1, columns))
@@ -38,7 +38,7 @@ def row_blocks(*factors: Factor) -> Iterator[tuple[int, int]]:
 def apart(a: Factor, b: Factor) -> tuple[float, float]:
     """|a - b| and |b| (Frobenius), dense in float64, a block of rows at a time."""
     off = size = 0.0
-    for rows in row_blocks(a, b):
+    for rows in row_ranges(a, b):
         meant = b.dense(rows)
         off += float((a.dense(rows) - meant).square().sum())
         size += float(meant.square().sum())

@@ -23,7 +23,7 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 SAMPLE = 1024  # bytes read at each end of a tensor for the fingerprint
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a parameter lies in a checkpoint: the tensor's name, which of the matrices that it stacks, and
     whether it is stored as (in, out)."""
 
@@ -126,7 +126,7 @@ class Base:
             return self._experts.part(module) or self._tied(module)
         return stored
 
-    def place(self, site: Site) -> Place | None:
+    def place(self, site: Site) -> TensorPlace | None:
         """Where the parameter at a site is stored by itself, or as one matrix of a stack; None if neither.
 
         A head that is tied to its embedding has a place that holds nothing yet.
@@ -138,9 +138,9 @@ class Base:
         if site.expert is not None:
             stack = self.tensors.get(name)
             found = stack is not None and len(stack.shape) == 3 and site.expert < stack.shape[0]
-            return Place(name, site.expert, turned) if found else None
+            return TensorPlace(name, site.expert, turned) if found else None
         tied = site.param == "weight" and self._tied(module) is not None
-        return Place(name, None, turned) if name in self.tensors or tied else None
+        return TensorPlace(name, None, turned) if name in self.tensors or tied else None
 
     def _tied(self, module: str) -> TensorRef | None:
         if not self.config.get("tie_word_embeddings") or not _is_vocabulary(module):

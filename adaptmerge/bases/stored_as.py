@@ -8,11 +8,11 @@ from typing import TypeVar
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef
 
-Matrix = TypeVar("Matrix", TensorRef, "torch.Tensor")
+RefOrTensor = TypeVar("RefOrTensor", TensorRef, "torch.Tensor")
 
 
 @dataclass(frozen=True, slots=True)
-class Spelled:
+class StoredAs:
     """The name in the checkpoint, NAME[3] for an entry of the first axis of NAME, and what differs there.
 
     heads: rows of each of so many heads lie in pairs, not in halves (llama.cpp's rotary embedding); added:
@@ -41,14 +41,14 @@ class Spelled:
         return ref
 
 
-def interleaved(ref: Matrix, heads: int) -> Matrix:
+def interleaved(ref: RefOrTensor, heads: int) -> RefOrTensor:
     """Rows of each head from two halves (transformers) to alternating pairs (llama.cpp)."""
     rows, columns = ref.shape
     halves = ref.reshape(heads, 2, rows // heads // 2, columns)
     return halves.permute(0, 2, 1, 3).reshape(rows, columns)
 
 
-def halved(ref: Matrix, heads: int) -> Matrix:
+def halved(ref: RefOrTensor, heads: int) -> RefOrTensor:
     """The inverse of `interleaved`."""
     rows, columns = ref.shape
     pairs = ref.reshape(heads, rows // heads // 2, 2, columns)

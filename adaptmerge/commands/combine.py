@@ -26,7 +26,7 @@ from adaptmerge.merging.heads.policies import Given, Policies, check_policies, p
 from adaptmerge.merging.plan import Plan, make_plan
 from adaptmerge.merging.request import Request
 from adaptmerge.merging.settle import Settled, run
-from adaptmerge.merging.storable import lower
+from adaptmerge.merging.storable import as_storable
 from adaptmerge.merging.weights import SiteRule, Weights, base_weights, is_checkpoint_schedule
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs import companions
@@ -271,7 +271,7 @@ def _write(prepared: Prepared, settled: Sequence[Settled], report: Report, outpu
 def _result(prepared: Prepared, settled: Sequence[Settled]) -> Adapter:
     """The settled edits, lowered for the target, with the promises that still hold."""
     full = prepared.adapter.with_edits(item.edit for item in settled)
-    lowered = lower(full, prepared.plan.stores)
+    lowered = as_storable(full, prepared.plan.stores)
     before = {
         name for item in prepared.inputs for edit in item.adapter.edits for name in _names(edit)
     }

@@ -69,7 +69,7 @@ def _is_column(factor: Factor) -> bool:
     )
 
 
-def lower(adapter: Adapter, stores: Stores) -> Adapter:
+def as_storable(adapter: Adapter, stores: Stores) -> Adapter:
     """The settled adapter as the target stores it: one rank for all where it has only one.
 
     Padding with zero rows and columns is exact. Sites of rank 0 are left out, unless all are or they

@@ -69,7 +69,7 @@ def _terms(blend: Blend) -> tuple[Factor, ...]:
     for index, (weight, edit) in enumerate(zip(blend.weights, blend.edits, strict=True)):
         added = getattr(edit, "factor", None)
         if added is not None:
-            share = Diag(computed(Part(blend, index)))
+            share = Diag(computed(MagnitudePart(blend, index)))
             parts = (added, share) if blend.axis == 0 else (share, added)
             terms.append(Product(parts, weight))
     return tuple(terms) or (_empty(blend.weight),)
@@ -109,7 +109,7 @@ def gain(blend: Blend) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MagnitudePart:
     """c / gain of one member, a tensor still to be computed."""
 
     blend: Blend

@@ -3,7 +3,7 @@
 A quantised weight lies on its grid, and most deltas are smaller than half a step: nearest codes return the
 base. Codes are rounded with error feedback in the space of the adapters' inputs; then the scales of the
 blocks, which are numbers and no codes, are moved by the least that brings the rest of the error there to
-zero. Rows are independent of each other, and are worked on a few at a time.
+zero. CodedRows are independent of each other, and are worked on a few at a time.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from adaptmerge.rounding.matrix import (
     row_factor,
     target_rows,
 )
-from adaptmerge.rounding.scales import KEEP, ONLY, SOLVE, Rows, Settled, solved
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.rounding.scales import KEEP, ONLY, SOLVE, CodedRows, Settled, solved
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 
 SMALLEST = 1e-3  # a factor that a scale is multiplied by: 0 would leave nothing to choose codes for
@@ -47,12 +47,12 @@ SAMPLE = 64  # rows that a prediction looks at
 BLOCK = 64  # entries of the blocks that may run across rows
 
 
-class Packing(NamedTuple):
-    """A packed weight and what is added to it; fresh: its grid and codes are of that sum already."""
+class CodedMatrix(NamedTuple):
+    """A coded weight and what is added to it; anew: its grid and codes are of that sum already."""
 
-    packed: Packed
+    weight: CodedWeight
     matrix: Matrix
-    fresh: bool = False
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +64,29 @@ class Requantised:
     measured: Measured
 
 
-def choose_packed(packing: Packing, asked: str) -> Choice:
-    """How a packed weight is rounded: as asked; `auto` is adaptive, for nearest codes are the base's."""
-    if not packing.matrix.parts:
+def choose_coded(coded: CodedMatrix, asked: str) -> Choice:
+    """How a coded weight is rounded: as asked; `auto` is adaptive, for nearest codes are the base's."""
+    if not coded.matrix.parts:
         return Choice(NEAREST, ())
-    count = packing.matrix.shape[0]
-    rows = (0, count) if packing.matrix.whole else (0, min(count, SAMPLE))
-    gains = requantise_rows(packing, rows, NEAREST, KEEP, 0).measured.gains
+    count = coded.matrix.shape[0]
+    rows = (0, count) if coded.matrix.all_at_once else (0, min(count, SAMPLE))
+    gains = requantise_rows(coded, rows, NEAREST, KEEP, 0).measured.gains
     return Choice(ADAPTIVE if asked == AUTO else asked, tuple(gains))
 
 
-def packed_error(packed: Packed) -> float:
-    """|error| / |W| that the grid of a packed weight has by itself, from a look at some rows."""
-    rows = (0, min(packed.shape[0], SAMPLE))
-    codes, grid = packed.grid(rows)
-    values = grid.values(codes, slice(0, packed.shape[1]), torch.empty(codes.shape))
+def coded_error(weight: CodedWeight) -> float:
+    """|error| / |W| that the grid of a coded weight has by itself, from a look at some rows."""
+    rows = (0, min(weight.shape[0], SAMPLE))
+    codes, grid = weight.grid(rows)
+    values = grid.values(codes, slice(0, weight.shape[1]), torch.empty(codes.shape))
     return math.sqrt(grid.step_error(codes)) / max(float(values.norm()), 1e-30)
 
 
-def requantise(packing: Packing, rounding: str, scales: str, seed: int) -> Requantised:
-    """All rows of a packed weight, some at a time."""
+def requantise(coded: CodedMatrix, rounding: str, scales: str, seed: int) -> Requantised:
+    """All rows of a coded weight, some at a time."""
     found = [
-        requantise_rows(packing, rows, rounding, scales, seed)
-        for rows in packing.matrix.row_ranges(BLOCK)
+        requantise_rows(coded, rows, rounding, scales, seed)
+        for rows in coded.matrix.row_ranges(BLOCK)
     ]
     total = found[0].measured
     for one in found[1:]:
@@ -109,24 +109,24 @@ def joined(grids: list[BlockGrid]) -> BlockGrid:
 
 
 def requantise_rows(
-    packing: Packing, rows: tuple[int, int], rounding: str, scales: str, seed: int
+    coded: CodedMatrix, rows: tuple[int, int], rounding: str, scales: str, seed: int
 ) -> Requantised:
-    """Some rows of a packed weight."""
-    matrix = packing.matrix
-    before, grid = packing.packed.grid(rows)
+    """Some rows of a coded weight."""
+    matrix = coded.matrix
+    before, grid = coded.weight.grid(rows)
     target, dense, weight = target_rows(matrix, rows)
     delta = delta_of(matrix)
     keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
     if rounding == ADAPTIVE:
-        grid, folded = _with_row_factor(packing, rows, grid, delta, scales)
-        here = Rows(packing.packed, rows, grid, target, delta.basis, metric_in(matrix))
-        here = here.exchanging(scales, before, weight if packing.fresh else None)
-        here = here.stretched(before) if scales == SOLVE and not packing.fresh else here
+        grid, folded = _with_row_factor(coded, rows, grid, delta, scales)
+        here = CodedRows(coded.weight, rows, grid, target, delta.basis, metric_in(matrix))
+        here = here.exchanging(scales, before, weight if coded.anew else None)
+        here = here.stretched(before) if scales == SOLVE and not coded.anew else here
         own = own_direction(delta, rows, dense, target) if keep and not folded else None
         found, grid = _adaptive(matrix, here, before, own, scales, keep=keep)
     elif rounding == STOCHASTIC:
         found = _stochastic(target, grid, delta, _seed(seed, matrix, rows))
-    elif packing.fresh:
+    elif coded.anew:
         found = measured_codes(before, target, grid, delta.basis, keep=keep)
     else:
         found = round_nearest(target, grid, delta.basis, keep=keep)
@@ -137,7 +137,7 @@ def requantise_rows(
 
 def _adaptive(
     matrix: Matrix,
-    here: Rows,
+    here: CodedRows,
     before: torch.Tensor,
     own: torch.Tensor | None,
     scales: str,
@@ -161,7 +161,9 @@ def _adaptive(
     return settled.rounded(keep=keep), settled.grid
 
 
-def _with_feedback(here: Rows, feed: Feedback, own: torch.Tensor | None, *, keep: bool) -> Rounded:
+def _with_feedback(
+    here: CodedRows, feed: Feedback, own: torch.Tensor | None, *, keep: bool
+) -> Rounded:
     """Codes with feedback along each row, also in its `own` direction, and exchanged afterwards where that
     is worth while; `keep` the error."""
     if here.cost is None:
@@ -172,15 +174,15 @@ def _with_feedback(here: Rows, feed: Feedback, own: torch.Tensor | None, *, keep
 
 
 def _with_row_factor(
-    packing: Packing, rows: tuple[int, int], grid: BlockGrid, delta: Delta, scales: str
+    coded: CodedMatrix, rows: tuple[int, int], grid: BlockGrid, delta: Delta, scales: str
 ) -> tuple[BlockGrid, bool]:
     """The grid with what multiplies whole rows in its scales, and whether it is: codes then stay right."""
-    wanted = scales != KEEP and not packing.fresh
-    factor = row_factor(packing.matrix, delta, rows) if wanted else None
+    wanted = scales != KEEP and not coded.anew
+    factor = row_factor(coded.matrix, delta, rows) if wanted else None
     if factor is None or bool((factor.abs() < SMALLEST).any()):
         return grid, False
     scale = (grid.scale * factor).to(grid.scale.dtype)
-    stored = packing.packed.nearest_scales(scale, rows)
+    stored = coded.weight.nearest_scales(scale, rows)
     if stored is None or grid.offset is not None:
         return grid, False
     return grid.rescaled(stored), True

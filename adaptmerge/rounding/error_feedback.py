@@ -75,7 +75,7 @@ class FloatGrid:
         return self.codes(values).to(self.work)
 
 
-class Step(NamedTuple):
+class FeedbackStep(NamedTuple):
     """Columns start..stop that are rounded together, and their gains (R, stop - start)."""
 
     start: int
@@ -127,7 +127,7 @@ class Feedback:
     """
 
     read: torch.Tensor
-    steps: Sequence[Step]
+    steps: Sequence[FeedbackStep]
     order: Order | None = None
     sketched: int = 0
     diagonal: torch.Tensor | None = None
@@ -165,7 +165,9 @@ def feedback(
     steps = []
     for start, stop in reversed(list(column_blocks(basis.shape[0]))):
         rest = rest + felt[start:stop].T @ read[start:stop]
-        steps.append(Step(start, stop, torch.linalg.solve(rest, felt[start:stop].T).to(work)))
+        steps.append(
+            FeedbackStep(start, stop, torch.linalg.solve(rest, felt[start:stop].T).to(work))
+        )
     diagonal = None if metric is None else metric.diagonal.to(work)
     return Feedback(read.to(work), steps[::-1], order, sketched, diagonal)
 

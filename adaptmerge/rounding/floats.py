@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class StoredRows:
     """Stored rows of a matrix (rows, in), and what rounding did to them."""
 
     value: torch.Tensor
@@ -66,7 +66,7 @@ def choose(matrix: Matrix, asked: str) -> Choice:
 def _predicted(matrix: Matrix) -> Measured:
     """What nearest rounding does to a few rows evenly spread."""
     count = matrix.shape[0]
-    if matrix.whole or count <= SAMPLE * RUNS:
+    if matrix.all_at_once or count <= SAMPLE * RUNS:
         return settle_rows(matrix, (0, count), NEAREST, 0).measured
     starts = range(0, count - SAMPLE, (count - SAMPLE) // (RUNS - 1))
     found = [
@@ -78,8 +78,8 @@ def _predicted(matrix: Matrix) -> Measured:
     return total
 
 
-def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int) -> Rows:
-    """Rows of a matrix, rounded once to its dtype, and what that did to each part."""
+def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int) -> StoredRows:
+    """StoredRows of a matrix, rounded once to its dtype, and what that did to each part."""
     target, dense, weight = target_rows(matrix, rows)
     delta = delta_of(matrix)
     grid = FloatGrid(BY_NAME[matrix.dtype.name].torch, working_dtype(matrix))
@@ -92,7 +92,7 @@ def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int)
     else:
         found = round_nearest(target, grid, delta.basis, keep=keep)
     measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
-    return Rows(_with_tokens(matrix, rows, found), measured)
+    return StoredRows(_with_tokens(matrix, rows, found), measured)
 
 
 def _with_tokens(matrix: Matrix, rows: tuple[int, int], found: Rounded) -> torch.Tensor:

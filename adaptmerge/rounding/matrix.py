@@ -45,7 +45,7 @@ class Part:
 class Matrix:
     """A weight (out, in), what is added to it and the rows that are put in its place.
 
-    tokens: (row numbers, values). moments: of what flows into it, where that was measured. packed: it is
+    tokens: (row numbers, values). moments: of what flows into it, where that was measured. coded: it is
     stored as codes, so that float32 is far finer than what it is rounded to.
     """
 
@@ -55,14 +55,14 @@ class Matrix:
     parts: tuple[Part, ...] = ()
     tokens: tuple[tuple[tuple[int, ...], TensorRef], ...] = ()
     moments: Moments | None = None
-    packed: bool = False
+    coded: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
-    def whole(self) -> bool:
+    def all_at_once(self) -> bool:
         """Whether some rows of it cost as much as all."""
         costly = getattr(self.weight.source, "at_once", False)
         return costly or any(at_once(part.factor) for part in self.parts)
@@ -77,7 +77,7 @@ class Matrix:
         """The rows that are worked on at once, in order; they do not depend on the number of workers. They
         end where blocks do that run across rows, unless these are larger than what is worked on."""
         rows, columns = self.shape
-        step = rows if self.whole else max(1, PIECE // max(1, columns))
+        step = rows if self.all_at_once else max(1, PIECE // max(1, columns))
         whole = block // math.gcd(block, max(1, columns))
         step -= step % whole if step >= whole else 0
         return [(start, min(rows, start + step)) for start in range(0, rows, max(1, step))]
@@ -110,7 +110,7 @@ class Delta:
 
 def working_dtype(matrix: Matrix) -> torch.dtype:
     """float64 where weights are stored as float32 or wider, so that rounding shows; else float32."""
-    wide = matrix.dtype.bits >= 32 and not matrix.packed
+    wide = matrix.dtype.bits >= 32 and not matrix.coded
     return torch.float64 if wide else torch.float32
 
 

@@ -1,6 +1,6 @@
 """The scales of a quantised weight, which are numbers and no codes: kept or solved for.
 
-Rows are independent of each other, and one whose new scales make things worse keeps its own.
+CodedRows are independent of each other, and one whose new scales make things worse keeps its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from adaptmerge.rounding.scale_solver import (
     strength_for,
     take_up_all,
 )
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 
 KEEP, SOLVE, ONLY = "keep", "solve", "only"
@@ -58,12 +58,12 @@ class Settled(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Some rows of a packed weight, the grid that they start from, what they should be (rows, in), the
+class CodedRows:
+    """Some rows of a coded weight, the grid that they start from, what they should be (rows, in), the
     basis (in, R) in which errors count most, and how they count elsewhere, if not alike. cost: of errors,
     where codes are exchanged after feedback."""
 
-    packed: Packed
+    weight: CodedWeight
     rows: tuple[int, int]
     grid: BlockGrid
     target: torch.Tensor
@@ -73,9 +73,9 @@ class Rows:
 
     def nearest(self, scale: torch.Tensor) -> torch.Tensor | None:
         """The storable scales nearest to these; None where they are not free."""
-        return self.packed.nearest_scales(scale, self.rows)
+        return self.weight.nearest_scales(scale, self.rows)
 
-    def stretched(self, codes: torch.Tensor) -> Rows:
+    def stretched(self, codes: torch.Tensor) -> CodedRows:
         """The rows on scales with which the target reaches as far into each block's grid as codes do now,
         where scales are free: what lies beyond an end is cut off, and feedback cannot make up for it.
 
@@ -116,7 +116,9 @@ class Rows:
             return False
         return is_worth_while(columns, directions, last=not solves)
 
-    def exchanging(self, scales: str, codes: torch.Tensor, weight: torch.Tensor | None) -> Rows:
+    def exchanging(
+        self, scales: str, codes: torch.Tensor, weight: torch.Tensor | None
+    ) -> CodedRows:
         """The rows with what errors cost, if codes are exchanged. codes: those without what is added, of
         `weight` where that is on no grid."""
         if not self.exchanges(scales):
@@ -146,7 +148,7 @@ class Rows:
         return grid.values(codes, slice(0, codes.shape[1]), torch.empty_like(self.target))
 
 
-def solved(rows: Rows, before: Settled) -> Settled:
+def solved(rows: CodedRows, before: Settled) -> Settled:
     """Codes with the scales that take their error in the basis to zero with least noise."""
     blocks = blocks_of(rows.grid, rows.target + before.error, rows.basis, rows.metric)
     wanted = solved_scales(rows.grid, blocks, rows.read(before))
@@ -159,9 +161,9 @@ def _squared(error: torch.Tensor) -> torch.Tensor:
     return error.square().sum(1)
 
 
-def check_free(packed: Iterable[Packed], scales: str) -> None:
+def check_free(coded: Iterable[CodedWeight], scales: str) -> None:
     """Raises CannotMerge with all weights whose scales alone are to move and are not free to."""
-    bound = [one.module for one in packed if scales == ONLY and not _is_free(one)]
+    bound = [one.module for one in coded if scales == ONLY and not _is_free(one)]
     if bound:
         what = "has scales that cannot take up what is added"
         why = "one a row, for several rows, across rows, or powers of two"
@@ -170,7 +172,7 @@ def check_free(packed: Iterable[Packed], scales: str) -> None:
         raise CannotMerge(problems)
 
 
-def _is_free(packed: Packed) -> bool:
-    first = (0, min(1, packed.shape[0]))
-    grid = packed.grid(first)[1]
-    return grid.blocks > 1 and packed.nearest_scales(grid.scale, first) is not None
+def _is_free(weight: CodedWeight) -> bool:
+    first = (0, min(1, weight.shape[0]))
+    grid = weight.grid(first)[1]
+    return grid.blocks > 1 and weight.nearest_scales(grid.scale, first) is not None

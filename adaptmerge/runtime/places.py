@@ -27,7 +27,7 @@ from adaptmerge.runtime.virtual import hook_prefix, hook_prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SubBlock:
     """Paths inside a layer: the module whose output is changed, the one that is given the residual
     (as its input number `argument`), and the norm over their sum where the model has one."""
 
@@ -38,17 +38,17 @@ class Place:
 
 
 PRE_NORM = {
-    "mlp": Place("mlp", "post_attention_layernorm"),
-    "attention": Place("self_attn", "input_layernorm"),
+    "mlp": SubBlock("mlp", "post_attention_layernorm"),
+    "attention": SubBlock("self_attn", "input_layernorm"),
 }
-GPT2 = {"mlp": Place("mlp", "ln_2"), "attention": Place("attn", "ln_1")}
+GPT2 = {"mlp": SubBlock("mlp", "ln_2"), "attention": SubBlock("attn", "ln_1")}
 POST_NORM = {
-    "mlp": Place("output.dense", "output", 1, "output.LayerNorm"),
-    "attention": Place(
+    "mlp": SubBlock("output.dense", "output", 1, "output.LayerNorm"),
+    "attention": SubBlock(
         "attention.output.dense", "attention.output", 1, "attention.output.LayerNorm"
     ),
 }
-PLACES: Mapping[str, Mapping[str, Place]] = {
+PLACES: Mapping[str, Mapping[str, SubBlock]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), PRE_NORM),
     "gpt2": GPT2,
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), POST_NORM),
@@ -98,7 +98,7 @@ def _hook_block(model: torch.nn.Module, path: str, edit: Bottleneck) -> list[Any
     ]
 
 
-def _place(model: torch.nn.Module, path: str, edit: Bottleneck) -> Place:
+def _place(model: torch.nn.Module, path: str, edit: Bottleneck) -> SubBlock:
     kind = str(getattr(getattr(model, "config", None), "model_type", None))
     places = PLACES.get(kind)
     if places is None or edit.place not in places:

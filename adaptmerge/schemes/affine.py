@@ -11,7 +11,7 @@ from typing import Any
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.tensors.refs import TensorRef
 
 WORDS = ("I32", "U32")
@@ -128,8 +128,8 @@ def mistyped(tensors: Tensors, expected: Mapping[str, Sequence[str]]) -> list[st
 
 
 def checked(
-    base: Base, found: Mapping[str, Packed], problems: list[str], title: str
-) -> Mapping[str, Packed]:
+    base: Base, found: Mapping[str, CodedWeight], problems: list[str], title: str
+) -> Mapping[str, CodedWeight]:
     """What was found. Raises InputError with all problems, or when nothing was found."""
     if not found and not problems:
         problems.append(f"its config says that {title} quantised it, but no weight is")

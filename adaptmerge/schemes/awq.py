@@ -19,7 +19,7 @@ from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.scheme import Scheme, kept_under
 from adaptmerge.tensors.refs import TensorRef
@@ -83,14 +83,14 @@ def _detect(base: Base) -> bool:
     return affine.said(base, "awq") is not None
 
 
-def _find(base: Base) -> Mapping[str, Packed]:
+def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     config = affine.said(base, "awq") or {}
     refused = _refused(config)
     if refused:
         raise InputError(refused, where=str(base.path))
     problems: list[str] = []
-    found: dict[str, Packed] = {}
+    found: dict[str, CodedWeight] = {}
     for module in affine.modules(base, "qweight"):
         one = _one(base, module, config, problems)
         found.update({} if one is None else {module: one})

@@ -1,7 +1,7 @@
 """Quantised weights in checkpoints: which stored tensors make one up, and what they stand for.
 
 A scheme is one module of `adaptmerge.schemes` with a constant SCHEME. It knows a layout and nothing of
-rounding: it finds packed weights, reads rows of them as codes on a grid, and stores codes on a grid again.
+rounding: it finds coded weights, reads rows of them as codes on a grid, and stores codes on a grid again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptmerge.schemes.grids import BlockGrid
 
 
-class Packed(Protocol):
+class CodedWeight(Protocol):
     """One quantised weight (out, in) of a checkpoint. Data: refs and numbers, no tensors."""
 
     @property
@@ -48,55 +48,55 @@ class Packed(Protocol):
         enough to be fitted (powers of two, blocks of several rows, blocks across rows)."""
 
     def __hash__(self) -> int:
-        """Packed weights are data."""
+        """CodedWeight weights are data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dequantised:
-    """A packed weight as the values that it stands for, in float32: a source of refs."""
+    """A coded weight as the values that it stands for, in float32: a source of refs."""
 
     at_once: ClassVar[bool] = False
-    packed: Packed
+    weight: CodedWeight
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.packed.shape
+        return self.weight.shape
 
     @property
     def dtype(self) -> DType:
         return F32
 
     def read(self) -> torch.Tensor:
-        return dequantised(self.packed, (0, self.packed.shape[0]))
+        return dequantised(self.weight, (0, self.weight.shape[0]))
 
     def rows(self, start: int, stop: int) -> DequantisedRows:
         """Some rows of it, as a source that reads no others."""
-        return DequantisedRows(self.packed, start, stop)
+        return DequantisedRows(self.weight, start, stop)
 
 
 @dataclass(frozen=True, slots=True)
 class DequantisedRows:
-    """Rows of a packed weight as the values that they stand for."""
+    """Rows of a coded weight as the values that they stand for."""
 
-    packed: Packed
+    weight: CodedWeight
     start: int
     stop: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.stop - self.start, self.packed.shape[1]
+        return self.stop - self.start, self.weight.shape[1]
 
     @property
     def dtype(self) -> DType:
         return F32
 
     def read(self) -> torch.Tensor:
-        return dequantised(self.packed, (self.start, self.stop))
+        return dequantised(self.weight, (self.start, self.stop))
 
 
-def named(packed: Packed) -> str:
-    """The name of the values of a packed weight: of the module's weight, or NAME[3] in a stack of them."""
-    return packed.module if packed.module.endswith("]") else f"{packed.module}.weight"
+def named(weight: CodedWeight) -> str:
+    """The name of the values of a coded weight: of the module's weight, or NAME[3] in a stack of them."""
+    return weight.module if weight.module.endswith("]") else f"{weight.module}.weight"
 
 
 def stacked(name: str) -> tuple[str, int | None]:
@@ -105,15 +105,15 @@ def stacked(name: str) -> tuple[str, int | None]:
     return (whole, int(number)) if bracket else (name, None)
 
 
-def stands_alone(packed: Packed) -> bool:
-    """Whether the tensors of a packed weight hold no other, as those of a stack do."""
-    return all(stacked(name)[1] is None for name in packed.tensors)
+def stands_alone(weight: CodedWeight) -> bool:
+    """Whether the tensors of a coded weight hold no other, as those of a stack do."""
+    return all(stacked(name)[1] is None for name in weight.tensors)
 
 
-def dequantised(packed: Packed, rows: tuple[int, int]) -> torch.Tensor:
-    """Rows of a packed weight (rows, in) in float32."""
+def dequantised(weight: CodedWeight, rows: tuple[int, int]) -> torch.Tensor:
+    """Rows of a coded weight (rows, in) in float32."""
     from adaptmerge.lazy import torch
 
-    codes, grid = packed.grid(rows)
+    codes, grid = weight.grid(rows)
     out = torch.empty(codes.shape, dtype=torch.float32)
-    return grid.values(codes, slice(0, packed.shape[1]), out)
+    return grid.values(codes, slice(0, weight.shape[1]), out)

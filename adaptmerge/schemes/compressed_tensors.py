@@ -24,7 +24,7 @@ from typing import Any
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import (
     Fp4,
@@ -155,11 +155,11 @@ def _detect(base: Base) -> bool:
     return _config(base).get("quant_method") == METHOD
 
 
-def _find(base: Base) -> dict[str, Packed]:
+def _find(base: Base) -> dict[str, CodedWeight]:
     """The weights that are stored as codes. Raises InputError naming what is missing, misshapen or of a
     kind that cannot be read."""
     problems = [*_refused(_config(base)), *_lost(base)]
-    found: dict[str, Packed] = {}
+    found: dict[str, CodedWeight] = {}
     for module in () if problems else _modules(base):
         try:
             found[module] = _weight(base, module)

@@ -16,11 +16,11 @@ from typing import Any
 
 from adaptmerge.errors import CannotStore
 from adaptmerge.lazy import torch
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.compressed_tensors import METHOD, Compressed
 from adaptmerge.schemes.computed import OfRows, named, renamed
 from adaptmerge.schemes.narrow import Fp8, Ints, packed
-from adaptmerge.schemes.scheme import Fresh, Kept
+from adaptmerge.schemes.scheme import Kept, Quantiser
 from adaptmerge.tensors.dtypes import BY_NAME, DType
 from adaptmerge.tensors.refs import TensorRef, listed
 
@@ -51,7 +51,9 @@ class Symmetric:
         return packed(levels.round_().clamp_(-half, half - 1).add_(half).byte(), self.bits)
 
 
-def _quantise(bits: int | None, group: int, module: str, values: TensorRef, dtype: DType) -> Packed:
+def _quantise(
+    bits: int | None, group: int, module: str, values: TensorRef, dtype: DType
+) -> CodedWeight:
     rows, width = shape = (values.shape[0], values.shape[1])
     if group and width % group:
         raise CannotStore(
@@ -95,8 +97,8 @@ def _config(bits: int | None, group: int, kept: Kept) -> dict[str, Any]:
     }
 
 
-def _fresh(name: str, bits: int | None, group: int) -> Fresh:
-    return Fresh(
+def _quantiser(name: str, bits: int | None, group: int) -> Quantiser:
+    return Quantiser(
         name,
         lambda module, values, dtype: _quantise(bits, group, module, values, dtype),
         lambda kept, _: _config(bits, group, kept),
@@ -105,8 +107,8 @@ def _fresh(name: str, bits: int | None, group: int) -> Fresh:
     )
 
 
-FRESH = (
-    _fresh("int4-g128", 4, 128),
-    _fresh("int8-channel", 8, 0),
-    _fresh("fp8-channel", None, 0),
+QUANTISERS = (
+    _quantiser("int4-g128", 4, 128),
+    _quantiser("int8-channel", 8, 0),
+    _quantiser("fp8-channel", None, 0),
 )

@@ -1,6 +1,6 @@
 """Tensors of a weight that is quantised anew: sources that compute what a library would store of values.
 
-A packed weight made of such refs is read like one in a file. Codes are computed for the rows that are asked
+A coded weight made of such refs is read like one in a file. Codes are computed for the rows that are asked
 for; what is read as a whole, being small, once.
 """
 
@@ -20,7 +20,7 @@ SMALL = 16  # entries of a weight for each byte of what is kept when it was read
 KEPT = 32  # of them, and of weights that are quantised as a whole
 
 
-class Quantiser(Protocol):
+class Encoder(Protocol):
     """How values (rows, in) become stored tensors, by their names there. Data."""
 
     def quantise(self, values: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -35,7 +35,7 @@ class OfRows:
     """One tensor of a quantised weight, whose first axis has `per_row` entries for each row."""
 
     values: TensorRef
-    how: Quantiser
+    how: Encoder
     part: str
     shape: tuple[int, ...]
     dtype: DType
@@ -76,7 +76,7 @@ class OfAll:
     """One tensor of what all values together are quantised to."""
 
     values: TensorRef
-    how: Quantiser
+    how: Encoder
     part: str
     shape: tuple[int, ...]
     dtype: DType
@@ -85,7 +85,7 @@ class OfAll:
         return _quantised(self.values, self.how)[self.part].view(self.shape)
 
 
-def _all_quantised(values: TensorRef, how: Quantiser) -> Mapping[str, torch.Tensor]:
+def _all_quantised(values: TensorRef, how: Encoder) -> Mapping[str, torch.Tensor]:
     return how.quantise(values.read())
 
 

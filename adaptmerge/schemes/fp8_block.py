@@ -20,7 +20,7 @@ from typing import Any
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import Fp8, block_of, scales
 from adaptmerge.schemes.scheme import Scheme, kept_under
@@ -72,7 +72,7 @@ def _detect(base: Base) -> bool:
     return _config(base).get("quant_method") == "fp8"
 
 
-def _find(base: Base) -> dict[str, Packed]:
+def _find(base: Base) -> dict[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     problems: list[str] = []
     found = {one.module: one for one in _weights(base, problems)}

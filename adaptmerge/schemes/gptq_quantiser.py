@@ -13,10 +13,10 @@ from typing import Any
 from adaptmerge.errors import CannotStore
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.computed import OfRows, renamed
 from adaptmerge.schemes.gptq import Gptq
-from adaptmerge.schemes.scheme import Fresh, Kept
+from adaptmerge.schemes.scheme import Kept, Quantiser
 from adaptmerge.tensors.dtypes import BY_NAME, F16, DType
 from adaptmerge.tensors.refs import TensorRef, computed, constant
 
@@ -80,7 +80,7 @@ def quantised(module: str, values: TensorRef, size: int) -> Gptq:
     return Gptq(module, (outputs, inputs), BITS, size, less_one=True, parts=parts)
 
 
-def _quantise(module: str, values: TensorRef, _: DType) -> Packed:
+def _quantise(module: str, values: TensorRef, _: DType) -> CodedWeight:
     outputs, inputs = values.shape
     if inputs % GROUP:
         raise CannotStore(f"{module}: {inputs} inputs are no whole groups of {GROUP}: use nf4")
@@ -101,4 +101,4 @@ def _config(_: Kept, __: DType) -> dict[str, Any]:
     }
 
 
-FRESH = (Fresh("gptq-int4-g128", _quantise, _config, mixed=False),)
+QUANTISERS = (Quantiser("gptq-int4-g128", _quantise, _config, mixed=False),)

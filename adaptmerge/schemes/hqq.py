@@ -21,7 +21,7 @@ from typing import NamedTuple
 from adaptmerge.bases.base import Base
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.scheme import Scheme
 from adaptmerge.tensors.refs import TensorRef
@@ -141,10 +141,10 @@ def _detect(base: Base) -> bool:
     return affine.said(base, "hqq") is not None
 
 
-def _find(base: Base) -> Mapping[str, Packed]:
+def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     problems: list[str] = []
-    found: dict[str, Packed] = {}
+    found: dict[str, CodedWeight] = {}
     for module in affine.modules(base, "W_q"):
         one = _one(base, module, problems)
         found.update({} if one is None else {module: one})

@@ -20,7 +20,7 @@ from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.scheme import Scheme
 from adaptmerge.tensors.refs import TensorRef
@@ -78,7 +78,7 @@ def _detect(base: Base) -> bool:
     return _said(base) is not None
 
 
-def _find(base: Base) -> Mapping[str, Packed]:
+def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     config = _said(base) or {}
     mode = config.get("mode") or MODE
@@ -87,7 +87,7 @@ def _find(base: Base) -> Mapping[str, Packed]:
             f"is quantised in MLX's mode {mode!r}, only {MODE!r} is known", where=str(base.path)
         )
     problems: list[str] = []
-    found: dict[str, Packed] = {}
+    found: dict[str, CodedWeight] = {}
     for module in affine.modules(base, "scales"):
         one = _one(base, module, config, problems)
         found.update({} if one is None else {module: one})

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import Fp4, e2m1, from_nibbles, nibbles, raw, scales
 from adaptmerge.schemes.scheme import Scheme
@@ -69,11 +69,11 @@ def _detect(base: Base) -> bool:
     return isinstance(found, Mapping) and found.get("quant_method") == "mxfp4"
 
 
-def _find(base: Base) -> dict[str, Packed]:
+def _find(base: Base) -> dict[str, CodedWeight]:
     """The matrices of all experts whose blocks are stored. Raises InputError naming what is missing or
     misshapen."""
     problems: list[str] = []
-    found: dict[str, Packed] = {}
+    found: dict[str, CodedWeight] = {}
     for name, blocks in base.tensors.items():
         for suffix, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
             beside = name.removesuffix(suffix) + other

@@ -12,10 +12,10 @@ from functools import cache
 from typing import Any
 
 from adaptmerge.bases.base import Base
-from adaptmerge.bases.stored_as import Spelled
+from adaptmerge.bases.stored_as import StoredAs
 from adaptmerge.discovery import modules_in
 from adaptmerge.errors import AdaptmergeError, InputError
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.tensors.dtypes import DType
 from adaptmerge.tensors.refs import TensorRef
 
@@ -32,18 +32,18 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """One layout of quantised weights. find: the packed weights, by module, of a base that it detects;
-    raises InputError for what it knows and cannot read. spelled: how parameters are stored, by their names
-    in `transformers`, where a scheme has its own. kept: the quantization_config of a base in which further
-    linear layers stay as they are; None where no loader would leave them so. typed: every stored tensor
-    says itself how it is stored, so that any may be otherwise."""
+    """One layout of quantised weights. find: the coded weights, by module, of a base that it detects;
+    raises InputError for what it knows and cannot read. stored_as: how parameters are stored, by their
+    names in `transformers`, where a scheme has its own. kept: the quantization_config of a base in which
+    further linear layers stay as they are; None where no loader would leave them so. typed: every stored
+    tensor says itself how it is stored, so that any may be otherwise."""
 
     name: str
     title: str
     url: str
     detect: Callable[[Base], bool]
-    find: Callable[[Base], Mapping[str, Packed]]
-    spelled: Callable[[Base], Mapping[str, Spelled]] = lambda _: {}
+    find: Callable[[Base], Mapping[str, CodedWeight]]
+    stored_as: Callable[[Base], Mapping[str, StoredAs]] = lambda _: {}
     refused: bool = False  # known by name only, and never read
     typed: bool = False
     kept: Callable[[Mapping[str, Any], Kept], Mapping[str, Any]] | None = None
@@ -59,10 +59,10 @@ def kept_under(key: str) -> Callable[[Mapping[str, Any], Kept], Mapping[str, Any
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
-    """A way to quantise weights anew, as a scheme's own library does it: one of the FRESH of its module.
+class Quantiser:
+    """A way to quantise weights anew, as a scheme's own library does it: one of QUANTISERS of its module.
 
-    quantise: the packed weight, of computed tensors, of a module's values (out, in), where a model computes
+    quantise: the coded weight, of computed tensors, of a module's values (out, in), where a model computes
     in a dtype; raises CannotStore for shapes that the layout has no room for. config: the
     quantization_config of a model of that dtype in which some linear layers stay as they are: those that
     the library leaves by itself, and others. conv1d: whether layers that are stored as (in, out) can be
@@ -71,7 +71,7 @@ class Fresh:
     """
 
     name: str
-    quantise: Callable[[str, TensorRef, DType], Packed]
+    quantise: Callable[[str, TensorRef, DType], CodedWeight]
     config: Callable[[Kept, DType], Mapping[str, Any]]
     conv1d: bool = False
     mixed: bool = True
@@ -92,9 +92,11 @@ def schemes() -> Mapping[str, Scheme]:
 
 
 @cache
-def fresh() -> Mapping[str, Fresh]:
+def quantisers() -> Mapping[str, Quantiser]:
     """All ways to quantise weights anew, by name."""
-    return {one.name: one for module in modules_in(PACKAGE) for one in getattr(module, "FRESH", ())}
+    return {
+        one.name: one for module in modules_in(PACKAGE) for one in getattr(module, "QUANTISERS", ())
+    }
 
 
 def scheme_of(base: Base) -> Scheme | None:

@@ -19,7 +19,7 @@ from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.scheme import Scheme
 from adaptmerge.tensors.refs import TensorRef
@@ -73,7 +73,7 @@ def _detect(base: Base) -> bool:
     return affine.said(base, "torchao") is not None
 
 
-def _find(base: Base) -> Mapping[str, Packed]:
+def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     kind = _kind(affine.said(base, "torchao") or {})
     if kind != KIND:
@@ -81,7 +81,7 @@ def _find(base: Base) -> Mapping[str, Packed]:
             f"is quantised with torchao's {kind}, only {KIND} is known", where=str(base.path)
         )
     problems: list[str] = []
-    found: dict[str, Packed] = {}
+    found: dict[str, CodedWeight] = {}
     for module in affine.modules(base, PARTS[0]):
         one = _one(base, module, problems)
         found.update({} if one is None else {module: one})

@@ -1,4 +1,4 @@
-"""A quantised base seen as one in full precision, and where its packed weights go in the output."""
+"""A quantised base seen as one in full precision, and where its coded weights go in the output."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from adaptmerge.adapters.graph import Site
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.gguf_model import GgufModel
 from adaptmerge.bases.open import open_base
-from adaptmerge.bases.stored_as import Spelled
+from adaptmerge.bases.stored_as import StoredAs
 from adaptmerge.runtime.linears import parameters_of
-from adaptmerge.schemes.coded import Dequantised, Packed, named, stacked
+from adaptmerge.schemes.coded import CodedWeight, Dequantised, named, stacked
 from adaptmerge.schemes.scheme import scheme_of
 from adaptmerge.tensors.dtypes import BF16, F16, DType
 from adaptmerge.tensors.refs import TensorRef, computed, join
@@ -22,17 +22,17 @@ QUANTISATION = ("quantization_config", "quantization", "compression_config")
 
 @dataclass(frozen=True)
 class View:
-    """A base with the values of its packed weights in place of the tensors that store them.
+    """A base with the values of its coded weights in place of the tensors that store them.
 
-    base: the view; stored: the base as it is. packed: the packed weights by the name of their values, one
-    of a stack as NAME[3]. spelled: how parameters are stored that have another name in the checkpoint.
+    base: the view; stored: the base as it is. coded: the coded weights by the name of their values, one
+    of a stack as NAME[3]. stored_as: how parameters are stored that have another name in the checkpoint.
     """
 
     base: Base
     stored: Base
     scheme: str | None = None
-    packed: Mapping[str, Packed] = field(default_factory=dict)
-    spelled: Mapping[str, Spelled] = field(default_factory=dict)
+    coded: Mapping[str, CodedWeight] = field(default_factory=dict)
+    stored_as: Mapping[str, StoredAs] = field(default_factory=dict)
 
 
 def view_of(stored: Base) -> View:
@@ -42,26 +42,26 @@ def view_of(stored: Base) -> View:
     scheme = scheme_of(stored)
     if scheme is None:
         return View(stored, stored)
-    packed = {named(one): one for one in scheme.find(stored).values()}
-    spelled = scheme.spelled(stored)
-    inside = {stacked(name)[0] for one in packed.values() for name in one.tensors}
-    inside |= {stacked(one.name)[0] for one in spelled.values()}
+    coded = {named(one): one for one in scheme.find(stored).values()}
+    stored_as = scheme.stored_as(stored)
+    inside = {stacked(name)[0] for one in coded.values() for name in one.tensors}
+    inside |= {stacked(one.name)[0] for one in stored_as.values()}
     tensors = {name: ref for name, ref in stored.tensors.items() if name not in inside}
-    tensors |= _respelled(spelled, stored) | _values(packed, stored)
+    tensors |= _as_modules_have_them(stored_as, stored) | _values(coded, stored)
     config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
     return View(
         replace(stored, tensors=tensors, config=config, stored=stored),
         stored,
         scheme.name,
-        packed,
-        spelled,
+        coded,
+        stored_as,
     )
 
 
-def _respelled(spelled: Mapping[str, Spelled], stored: Base) -> dict[str, TensorRef]:
+def _as_modules_have_them(stored_as: Mapping[str, StoredAs], stored: Base) -> dict[str, TensorRef]:
     """Parameters as their modules have them."""
     found: dict[str, TensorRef] = {}
-    for name, one in spelled.items():
+    for name, one in stored_as.items():
         whole, entry = stacked(one.name)
         ref = stored.tensors.get(whole)
         if ref is not None:
@@ -69,11 +69,11 @@ def _respelled(spelled: Mapping[str, Spelled], stored: Base) -> dict[str, Tensor
     return found
 
 
-def _values(packed: Mapping[str, Packed], stored: Base) -> dict[str, TensorRef]:
-    """What packed weights stand for, as a checkpoint in full precision stores it."""
+def _values(coded: Mapping[str, CodedWeight], stored: Base) -> dict[str, TensorRef]:
+    """What coded weights stand for, as a checkpoint in full precision stores it."""
     found: dict[str, TensorRef] = {}
     stacks: dict[str, list[TensorRef]] = {}
-    for name, one in packed.items():
+    for name, one in coded.items():
         whole, expert = stacked(name)
         module, _, param = whole.rpartition(".")
         value = computed(Dequantised(one), name)

@@ -24,7 +24,7 @@ from adaptmerge.files.safetensors import read_header
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.schemes.bitsandbytes.codes import round_trip
 from adaptmerge.schemes.coded import dequantised
-from adaptmerge.schemes.scheme import fresh, scheme_of
+from adaptmerge.schemes.scheme import quantisers, scheme_of
 from adaptmerge.schemes.view import view_of
 from adaptmerge.tensors.refs import computed
 
@@ -77,7 +77,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 def values(folder: Path) -> dict[str, Tensor]:
     """Every quantised weight as we read it, in float64."""
-    found = view_of(open_base(str(folder))).packed.values()
+    found = view_of(open_base(str(folder))).coded.values()
     return {one.module: dequantised(one, (0, one.shape[0])).double() for one in found}
 
 
@@ -259,7 +259,7 @@ def test_verify_proves_it_and_finds_what_is_wrong(
     verdict = library.verify(tmp_path / "out", questions)
     assert verdict.status == library.PASS, verdict.as_json()
     path = tmp_path / "out" / "model.safetensors"
-    codes = view_of(open_base(str(tmp_path / "out"))).packed["model.layers.0.mlp.gate_proj.weight"]
+    codes = view_of(open_base(str(tmp_path / "out"))).coded["model.layers.0.mlp.gate_proj.weight"]
     spoil(path, next(iter(codes.tensors)))
     verdict = library.verify(tmp_path / "out", questions)
     assert {check.name for check in verdict.checks if check.status == library.FAIL} >= {
@@ -436,8 +436,8 @@ def test_layers_that_are_not_stored_are_left_out(wide: Path, adapter: Path, tmp_
 def test_every_name_is_of_a_scheme_that_is_found_again(
     wide: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    assert set(fresh()) == {*BITSANDBYTES, *OTHERS}
-    for quant in fresh():
+    assert set(quantisers()) == {*BITSANDBYTES, *OTHERS}
+    for quant in quantisers():
         quantised(wide, adapter, tmp_path / quant, quant)
         scheme = scheme_of(open_base(str(tmp_path / quant)))
         assert scheme is not None

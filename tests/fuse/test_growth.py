@@ -206,7 +206,7 @@ def test_other_layouts_list_them_too(layout: str, key: str, tmp_path: Path) -> N
     assert [name for name in after if name.startswith(f"{module}.")] == [f"{module}.weight"]
     wanted = weight.double() + samples.deltas(adapter)[module]
     assert float((after[f"{module}.weight"].double() - wanted).norm()) < 4e-3 * float(wanted.norm())
-    others = view_of(open_base(str(tmp_path / "out"))).packed
+    others = view_of(open_base(str(tmp_path / "out"))).coded
     assert others.keys() == {f"{name}.weight" for name in expected if name != module}
 
 

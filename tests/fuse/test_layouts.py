@@ -36,7 +36,7 @@ def test_a_lora_arrives_in_every_layout(layout: str, tmp_path: Path) -> None:
     adapter = samples.write(tmp_path / "adapter", sides)
     options = FuseOptions(allow=frozenset({"loss", "base"}))
     fuse(str(FOLDER / layout), [InputSpec(str(adapter), "a")], tmp_path / "out", options)
-    after = view_of(open_base(str(tmp_path / "out"))).packed
+    after = view_of(open_base(str(tmp_path / "out"))).coded
     inner = squared = inside = 0.0
     for module, delta in samples.deltas(adapter).items():
         stored = dequantised(after[f"{module}.weight"], (0, delta.shape[0])).double()

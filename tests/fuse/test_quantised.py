@@ -79,7 +79,7 @@ def delta_of(adapter: Path, module: str) -> Tensor:
 def test_values_are_those_of_bitsandbytes(kind: str, base: Callable[[str], Path]) -> None:
     view = view_of(open_base(str(base(kind))))
     theirs = values(base(kind))
-    assert len(theirs) == len(view.packed) == 28
+    assert len(theirs) == len(view.coded) == 28
     for module, wanted in theirs.items():
         ours = view.base.tensors[f"{module}.weight"].read()
         # the library dequantises to the dtype that the model was quantised from
@@ -180,7 +180,7 @@ def test_dequantised_on_request(
     view = view_of(open_base(str(base("nf4"))))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
-    for module in (m.removesuffix(".weight") for m in view.packed):
+    for module in (m.removesuffix(".weight") for m in view.coded):
         wanted = view.base.tensors[f"{module}.weight"].read() + WEIGHT * delta_of(adapter, module)
         assert torch.allclose(stored[f"{module}.weight"], wanted, atol=1e-6)
 

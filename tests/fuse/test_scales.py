@@ -23,7 +23,7 @@ from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.rounding import matrix
 from adaptmerge.rounding.scale_solver import _least_change
-from adaptmerge.rounding.scales import Rows
+from adaptmerge.rounding.scales import CodedRows
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.view import view_of
 
@@ -89,7 +89,7 @@ REFUSED |= {
 @pytest.mark.parametrize("layout", sorted({*LAYOUTS, "hqq-1bit-straddling"}))
 def test_codes_stay_in_every_layout(layout: str, tmp_path: Path) -> None:
     base = FOLDER / layout
-    packed = view_of(open_base(str(base))).packed
+    packed = view_of(open_base(str(base))).coded
     sides = {
         one.module: (torch.ones(1, one.shape[1]), 1e-3 * torch.ones(one.shape[0], 1))
         for one in packed.values()
@@ -142,11 +142,11 @@ def test_scales_grow_where_the_sum_reaches_beyond_them(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scales_that_grow_stay_as_wide_as_they_are_stored(dtype: torch.dtype, nf4: Path) -> None:
     """Wider ones would be rounded one by one, each with an R x R system per row: R^3 instead of R."""
-    packed = next(iter(view_of(open_base(str(nf4))).packed.values()))
+    packed = next(iter(view_of(open_base(str(nf4))).coded.values()))
     whole = (0, packed.shape[0])
     codes, grid = packed.grid(whole)
     target = 2 * grid.values(codes, slice(0, packed.shape[1]), torch.empty(packed.shape)).to(dtype)
-    rows = Rows(packed, whole, grid, target, torch.eye(packed.shape[1], 4, dtype=dtype))
+    rows = CodedRows(packed, whole, grid, target, torch.eye(packed.shape[1], 4, dtype=dtype))
     grown = rows.stretched(codes).grid.scale
     assert grown.dtype == grid.scale.dtype == torch.float32
     assert torch.allclose(grown, 2 * grid.scale)
@@ -163,7 +163,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def feedback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No exchange of codes afterwards, so that what scales do shows."""
-    monkeypatch.setattr(Rows, "exchanges", lambda self, scales: False)
+    monkeypatch.setattr(CodedRows, "exchanges", lambda self, scales: False)
 
 
 @pytest.mark.usefixtures("feedback_alone")
@@ -221,13 +221,13 @@ def test_scales_of_blocks_across_rows(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stretched_grids_hold_the_sum(layout: str) -> None:
     """In every layout whose scales are free: as stored, with the zeros that are there."""
-    for packed in view_of(open_base(str(FOLDER / layout))).packed.values():
+    for packed in view_of(open_base(str(FOLDER / layout))).coded.values():
         every = (0, packed.shape[0])
         codes, grid = packed.grid(every)
         if packed.nearest_scales(grid.scale, every) is None:
             continue
         values = grid.values(codes, slice(0, packed.shape[1]), torch.empty(packed.shape))
-        rows = Rows(packed, every, grid, values, torch.eye(packed.shape[1])[:, : grid.blocks])
+        rows = CodedRows(packed, every, grid, values, torch.eye(packed.shape[1])[:, : grid.blocks])
         assert torch.equal(rows.stretched(codes).grid.scale, grid.scale)
         noise = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
         target = values + 0.3 * float(values.std()) * noise

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adaptmerge.commands import verify as library
 from adaptmerge.commands.fuse import FuseOptions, FuseReport, fuse
-from adaptmerge.commands.fuse.on_base.row_column_scales import Pair, scaling_of
+from adaptmerge.commands.fuse.on_base.row_column_scales import ScaledPair, scaling_of
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.tensors.dtypes import F32, F64
@@ -336,13 +336,15 @@ def test_norms_tell_the_exact_factors(more: float) -> None:
     noise = 0.05 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     stored = weight * wanted * (1 + noise)
     other = (ref(torch.rand(64, dtype=torch.float64)), ref(torch.rand(64, dtype=torch.float64)))
-    pair = Pair(ref(stored), ref(weight), (other, (ref((norm + more) / wanted - more), ref(norm))))
+    pair = ScaledPair(
+        ref(stored), ref(weight), (other, (ref((norm + more) / wanted - more), ref(norm)))
+    )
     found = scaling_of(pair)
     assert found.outputs is None
     assert found.error == 0.0
     assert found.inputs is not None
     assert torch.allclose(found.inputs, wanted, rtol=1e-9)
-    alone = scaling_of(Pair(ref(stored), ref(weight)))
+    alone = scaling_of(ScaledPair(ref(stored), ref(weight)))
     assert alone.inputs is not None
     assert 0.003 < alone.error < 0.008  # 0.05 / sqrt(96)
     assert float((alone.inputs / wanted - 1).square().mean().sqrt()) < 2 * alone.error
@@ -351,4 +353,4 @@ def test_norms_tell_the_exact_factors(more: float) -> None:
 def test_weights_of_another_model_fit_in_no_scaling() -> None:
     generator = torch.Generator().manual_seed(0)
     one, two = (torch.randn(64, 96, generator=generator, dtype=torch.float64) for _ in range(2))
-    assert scaling_of(Pair(ref(one), ref(two))).apart > 0.9
+    assert scaling_of(ScaledPair(ref(one), ref(two))).apart > 0.9

@@ -261,8 +261,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def of_values(source: Path, folder: Path) -> torch.Tensor:
     """The logits of the plain model with the values that we read from a checkpoint."""
     view, model = view_of(open_base(str(folder))), load(source)
-    assert view.packed
-    for name in view.packed:
+    assert view.coded
+    for name in view.coded:
         model.get_parameter(name).data.copy_(view.base.tensors[name].read())
     return logits(model)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from adaptmerge.bases.open import open_base
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.scheme import scheme_of
 
 Tensors = dict[str, torch.Tensor]
@@ -75,7 +75,9 @@ def random_scales(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16
     return (0.01 + torch.rand(shape, generator=generator)).to(dtype)
 
 
-def packed_in(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Mapping[str, Packed]:
+def packed_in(
+    folder: Path, tensors: Tensors, config: Mapping[str, Any]
+) -> Mapping[str, CodedWeight]:
     """The packed weights of a checkpoint, which is written into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {name: value.contiguous() for name, value in tensors.items()}
@@ -88,11 +90,11 @@ def packed_in(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Mapp
     return scheme.find(base)
 
 
-def whole(packed: Packed) -> tuple[int, int]:
+def whole(packed: CodedWeight) -> tuple[int, int]:
     return 0, packed.shape[0]
 
 
-def assert_stored_again(packed: Packed) -> None:
+def assert_stored_again(packed: CodedWeight) -> None:
     """Codes and grid as they were read give the stored bytes."""
     for name, found in packed.pack(*packed.grid(whole(packed))).items():
         stored = packed.tensors[name].read()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptmerge.bases.open import open_base
-from adaptmerge.schemes.coded import Packed, dequantised
+from adaptmerge.schemes.coded import CodedWeight, dequantised
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.scheme import scheme_of
 
@@ -35,18 +35,18 @@ def recorded(name: str) -> tuple[Tensors, dict[str, Any]]:
     return load_file(QUANTISED / name / "model.safetensors"), config["quantization_config"]
 
 
-def packed_of(folder: Path) -> Mapping[str, Packed]:
+def packed_of(folder: Path) -> Mapping[str, CodedWeight]:
     base = open_base(str(folder))
     scheme = scheme_of(base)
     assert scheme is not None
     return scheme.find(base)
 
 
-def values(packed: Packed) -> torch.Tensor:
+def values(packed: CodedWeight) -> torch.Tensor:
     return dequantised(packed, (0, packed.shape[0]))
 
 
-def whole(packed: Packed) -> tuple[torch.Tensor, BlockGrid]:
+def whole(packed: CodedWeight) -> tuple[torch.Tensor, BlockGrid]:
     return packed.grid((0, packed.shape[0]))
 
 
@@ -84,7 +84,7 @@ def assert_stored_again(folder: Path) -> None:
                 assert_same(tensor, packed.tensors[name].read())
 
 
-def random_codes(packed: Packed, seed: int = 0) -> torch.Tensor:
+def random_codes(packed: CodedWeight, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     count = whole(packed)[1].count
     return torch.randint(count, packed.shape, generator=generator, dtype=torch.int32).to(
@@ -92,7 +92,7 @@ def random_codes(packed: Packed, seed: int = 0) -> torch.Tensor:
     )
 
 
-def with_packed(folder: Path, path: Path, changes: Tensors) -> Mapping[str, Packed]:
+def with_packed(folder: Path, path: Path, changes: Tensors) -> Mapping[str, CodedWeight]:
     """The packed weights of a copy of a checkpoint with other tensors; "x[3]" is the fourth part of x."""
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -136,7 +136,7 @@ def assert_scales_fit(folder: Path, path: Path) -> None:
         assert_same(grid.scale, wanted[module])
 
 
-def _rounded(packed: Packed, scale: torch.Tensor) -> torch.Tensor:
+def _rounded(packed: CodedWeight, scale: torch.Tensor) -> torch.Tensor:
     found = packed.nearest_scales(scale, (0, packed.shape[0]))
     assert found is not None
     return found

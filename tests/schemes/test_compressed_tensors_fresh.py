@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptmerge.files.safetensors import read_header
 from adaptmerge.schemes.compressed_tensors_quantiser import Symmetric
-from adaptmerge.schemes.scheme import Kept, fresh
+from adaptmerge.schemes.scheme import Kept, quantisers
 from adaptmerge.tensors.dtypes import BF16
 
 QUANTISED = Path(__file__).resolve().parents[2] / "fixtures" / "quantised"
@@ -73,12 +73,12 @@ def test_tensors_and_config_are_laid_out_as_the_library_does(
 ) -> None:
     save_file({"w": weight_of((36, 128))}, tmp_path / "w.safetensors")
     ref = read_header(str(tmp_path / "w.safetensors")).refs["w"]
-    packed = fresh()[name].quantise(MODULE, ref, BF16)
+    packed = quantisers()[name].quantise(MODULE, ref, BF16)
     theirs = load_file(QUANTISED / case / "model.safetensors")
     wanted = {n: (t.dtype, t.ndim) for n, t in theirs.items() if n.startswith(f"{MODULE}.")}
     assert {n: (r.read().dtype, len(r.shape)) for n, r in packed.tensors.items()} == wanted
     said = json.loads((QUANTISED / case / "config.json").read_text())["quantization_config"]
-    config = dict(fresh()[name].config(Kept(("lm_head",), ("a.b",)), BF16))
+    config = dict(quantisers()[name].config(Kept(("lm_head",), ("a.b",)), BF16))
     assert config.pop("ignore") == ["lm_head", "a.b"]
     if name == "int4-g128":
         said["config_groups"]["group_0"]["weights"]["group_size"] = 128

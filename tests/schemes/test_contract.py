@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError
-from adaptmerge.schemes.coded import Packed, dequantised
+from adaptmerge.schemes.coded import CodedWeight, dequantised
 from adaptmerge.schemes.scheme import scheme_of, schemes
 from adaptmerge.tensors.dtypes import of_torch
 
@@ -28,14 +28,14 @@ cases = pytest.mark.parametrize(
 )
 
 
-def packed_in(folder: Path) -> dict[str, Packed]:
+def packed_in(folder: Path) -> dict[str, CodedWeight]:
     base = open_base(str(folder))
     scheme = scheme_of(base)
     assert scheme is not None
     return dict(scheme.find(base))
 
 
-def whole(packed: Packed) -> tuple[int, int]:
+def whole(packed: CodedWeight) -> tuple[int, int]:
     return 0, packed.shape[0]
 
 

@@ -14,7 +14,7 @@ from adaptmerge.errors import CannotStore
 from adaptmerge.files.safetensors import read_header
 from adaptmerge.schemes.coded import dequantised
 from adaptmerge.schemes.gptq_quantiser import quantised
-from adaptmerge.schemes.scheme import Kept, fresh
+from adaptmerge.schemes.scheme import Kept, quantisers
 from adaptmerge.tensors.dtypes import F16
 
 FOLDER = Path(__file__).resolve().parents[2] / "fixtures" / "quantised" / "gptq-v1"
@@ -48,7 +48,7 @@ def test_tensors_are_those_of_the_library(tmp_path: Path) -> None:
 
 
 def test_config_and_shapes_that_do_not_fit(tmp_path: Path) -> None:
-    way = fresh()["gptq-int4-g128"]
+    way = quantisers()["gptq-int4-g128"]
     said = json.loads((FOLDER / "config.json").read_text())["quantization_config"]
     assert dict(way.config(Kept(), F16)) == {**said, "group_size": 128}
     tensors = {"narrow": torch.ones(8, 64), "odd": torch.ones(9, 128)}

@@ -32,7 +32,7 @@ from adaptmerge.formats.inputs import Input, InputSpec
 from adaptmerge.formats.registry import format_named, formats
 from adaptmerge.merging.heads.policies import Policies
 from adaptmerge.merging.plan import Step
-from adaptmerge.merging.storable import lower, unstorable
+from adaptmerge.merging.storable import as_storable, unstorable
 from adaptmerge.methods.method import Member
 from adaptmerge.outputs import companions
 from adaptmerge.outputs.adapters import DEFAULT, left_by, said_of_heads, write_bundle
@@ -252,7 +252,7 @@ def _short(report: Report) -> dict[str, str]:
 def _write(prepared: Prepared, outcome: Outcome, report: Report, output: Output) -> str:
     base, options = prepared.base, prepared.options
     full = prepared.item.adapter.with_edits(item.edit for item in outcome.settled)
-    adapter = replace(lower(full, prepared.stores), name=DEFAULT)
+    adapter = replace(as_storable(full, prepared.stores), name=DEFAULT)
     how = WriteOptions(options.ranks, base, modules_of(base, adapter), options.version)
     main = write_bundle(Bundle({adapter.name: adapter}), prepared.target, output, how)
     if output.single is None:

@@ -16,7 +16,7 @@ from adaptmerge.commands.fuse import folder
 from adaptmerge.commands.fuse.calibration import is_text, moments_of_text
 from adaptmerge.commands.fuse.options import FuseOptions
 from adaptmerge.commands.fuse.pieces.executors import EXECUTORS, Job
-from adaptmerge.commands.fuse.pieces.journal import Journal, unpacked
+from adaptmerge.commands.fuse.pieces.journal import Journal, from_record
 from adaptmerge.commands.fuse.pieces.write import Line, lines_of, settings_of, survey
 from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
 from adaptmerge.commands.fuse.report import (
@@ -157,7 +157,7 @@ def _write_shards(
         records[job.shard.name] = record
     lines, files = list[Line](), dict[str, str]()
     for shard in plan.shards:
-        digest, choices, measured = unpacked(records[shard.name])
+        digest, choices, measured = from_record(records[shard.name])
         files[shard.name] = digest
         lines += lines_of(shard, choices, measured)
     return lines, files

@@ -14,14 +14,14 @@ from adaptmerge.adapters import experts
 from adaptmerge.adapters.graph import Site
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.fuse.on_base.provenance import RoundTrip
-from adaptmerge.commands.fuse.pieces.layout import Repacked, Tensor
+from adaptmerge.commands.fuse.pieces.layout import Recoded, Tensor
 from adaptmerge.errors import CannotStore
 from adaptmerge.lazy import torch
-from adaptmerge.rounding.codes import Packing
+from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix, target_rows
 from adaptmerge.runtime.linears import linear_layers
-from adaptmerge.schemes.coded import Packed
-from adaptmerge.schemes.scheme import Fresh, Kept, fresh
+from adaptmerge.schemes.coded import CodedWeight
+from adaptmerge.schemes.scheme import Kept, Quantiser, quantisers
 from adaptmerge.schemes.view import View, running_dtype
 from adaptmerge.tensors.dtypes import BF16, F32, DType, widest
 from adaptmerge.tensors.refs import TensorRef, computed
@@ -38,7 +38,7 @@ class Merged:
     @property
     def at_once(self) -> bool:
         """Whether some rows of it cost as much as all."""
-        return self.matrix.whole
+        return self.matrix.all_at_once
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,28 +84,28 @@ class Anew:
     usual: the linear layers that libraries leave as they are; lost: those that the base does not store.
     """
 
-    fresh: Fresh
+    quantiser: Quantiser
     modules: Mapping[str, str]
     dtype: DType
     usual: tuple[str, ...]
     lost: tuple[str, ...] = ()
 
-    def packing(self, name: str, matrix: Matrix) -> Packing:
-        """A matrix as it is packed. Raises CannotStore for shapes that there is no room for."""
-        source, matrix = matrix.weight.source, replace(matrix, dtype=F32, packed=True)
-        if isinstance(source, RoundTrip) and source.trained_on == self.fresh.name:
-            return Packing(self._packed(name, source.ref), matrix, fresh=not matrix.parts)
+    def coded(self, name: str, matrix: Matrix) -> CodedMatrix:
+        """A matrix as it is coded. Raises CannotStore for shapes that there is no room for."""
+        source, matrix = matrix.weight.source, replace(matrix, dtype=F32, coded=True)
+        if isinstance(source, RoundTrip) and source.trained_on == self.quantiser.name:
+            return CodedMatrix(self._coded(name, source.ref), matrix, anew=not matrix.parts)
         values = computed(Merged(matrix), name) if matrix.parts else matrix.weight
-        return Packing(self._packed(name, values), matrix, fresh=True)
+        return CodedMatrix(self._coded(name, values), matrix, anew=True)
 
-    def _packed(self, name: str, values: TensorRef) -> Packed:
-        return self.fresh.quantise(name.removesuffix(".weight"), values, self.dtype)
+    def _coded(self, name: str, values: TensorRef) -> CodedWeight:
+        return self.quantiser.quantise(name.removesuffix(".weight"), values, self.dtype)
 
     def config(self, plain: Sequence[str] = ()) -> dict[str, object]:
         """The entries of the config that say how layers are quantised, but for the weights named."""
         chosen = (*self.lost, *(self.modules[name] for name in plain))
         kept = Kept(self.usual, chosen)
-        return {QUANTISATION: dict(self.fresh.config(kept, self.dtype))}
+        return {QUANTISATION: dict(self.quantiser.config(kept, self.dtype))}
 
 
 def anew(view: View, name: str, asked: DType | None) -> Anew | None:
@@ -113,7 +113,7 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
 
     Raises CannotStore for layers that cannot be quantised that way.
     """
-    way = fresh().get(name)
+    way = quantisers().get(name)
     if way is None:
         return None
     base, layers = view.base, linear_layers(view.base.path)
@@ -128,8 +128,8 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
         )
     if not way.experts:
         _refuse_experts(base, name, held)
-    stored = [ref.dtype for one in held if one not in view.packed and (ref := base.tensors[one])]
-    usual = running_dtype(view.stored.config) or F32 if view.packed else widest(stored or [BF16])
+    stored = [ref.dtype for one in held if one not in view.coded and (ref := base.tensors[one])]
+    usual = running_dtype(view.stored.config) or F32 if view.coded else widest(stored or [BF16])
     return Anew(way, held, asked or usual, tuple(layers.kept), lost)
 
 
@@ -148,9 +148,9 @@ def _refuse_experts(base: Base, name: str, held: Mapping[str, str]) -> None:
         )
 
 
-def tensors_of(packing: Packing) -> dict[str, Tensor]:
-    """The tensors that a packed weight is stored as, all of them made anew together."""
+def tensors_of(coded: CodedMatrix) -> dict[str, Tensor]:
+    """The tensors that a coded weight is stored as, all of them made anew together."""
     return {
-        name: Tensor(name, ref.dtype, ref.shape, (Repacked(packing, name, ref, leads=number == 0),))
-        for number, (name, ref) in enumerate(packing.packed.tensors.items())
+        name: Tensor(name, ref.dtype, ref.shape, (Recoded(coded, name, ref, leads=number == 0),))
+        for number, (name, ref) in enumerate(coded.weight.tensors.items())
     }

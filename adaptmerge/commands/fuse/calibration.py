@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adaptmerge.adapters.graph import Kind, Note
 from adaptmerge.bases.base import Base
-from adaptmerge.commands.fuse.pieces.layout import Fused, Part, Repacked, Shard, Tensor
+from adaptmerge.commands.fuse.pieces.layout import Fused, Recoded, Shard, Tensor, TensorPart
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.merging.heads.policies import is_vocabulary
@@ -93,12 +93,12 @@ class Inputs:
     def _tensor(self, tensor: Tensor) -> Tensor:
         return replace(tensor, parts=tuple(map(self._part, tensor.parts)))
 
-    def _part(self, part: Part) -> Part:
+    def _part(self, part: TensorPart) -> TensorPart:
         if isinstance(part, Fused):
             return replace(part, matrix=self._matrix(part.matrix))
-        if isinstance(part, Repacked):
-            packing = part.packing._replace(matrix=self._matrix(part.packing.matrix))
-            return replace(part, packing=packing)
+        if isinstance(part, Recoded):
+            coded = part.coded._replace(matrix=self._matrix(part.coded.matrix))
+            return replace(part, coded=coded)
         return part
 
     def _matrix(self, matrix: Matrix) -> Matrix:

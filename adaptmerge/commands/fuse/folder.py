@@ -196,11 +196,11 @@ def _head(plan: FusePlan) -> dict[str, Any]:
     labels = [(owner_of(s.edit), s.labels) for s in plan.plan.steps if s.labels is not None]
     if labels:
         found |= _label_map(labels[-1][1])
-    fresh = [s for s in plan.plan.steps if getattr(s.edit, "owner", "") and _is_new(plan, s)]
-    if fresh:
+    added = [s for s in plan.plan.steps if getattr(s.edit, "owner", "") and _is_new(plan, s)]
+    if added:
         from adaptmerge.runtime.models import class_with_heads, model_config
 
-        adapter = plan.inputs[0].adapter.with_edits([step.edit for step in fresh])
+        adapter = plan.inputs[0].adapter.with_edits([step.edit for step in added])
         name = class_with_heads(model_config(plan.base.path), adapter).__name__
         found |= {"architectures": [name]}
     return found

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from adaptmerge.commands.fuse.pieces.write import Line
 from adaptmerge.lazy import torch
-from adaptmerge.rounding.codes import SAMPLE, Packing, packed_error, requantise_rows
+from adaptmerge.rounding.codes import SAMPLE, CodedMatrix, coded_error, requantise_rows
 from adaptmerge.rounding.error_feedback import ADAPTIVE, NEAREST
 from adaptmerge.rounding.floats import GRID_ERROR
 from adaptmerge.rounding.matrix import Measured, delta_of
 from adaptmerge.rounding.scale_solver import SOFT
-from adaptmerge.rounding.scales import KEEP, ONLY, Rows
+from adaptmerge.rounding.scales import KEEP, ONLY, CodedRows
 from adaptmerge.tensors.dtypes import DType
 
 FEEDBACK = 0.5  # measured: 0.2 to 0.75 for ranks of 4 to 64 in 512 to 4096 columns
@@ -30,17 +30,17 @@ class Expected(NamedTuple):
 
 
 def expected(line: Line, scales: str, running: DType | None) -> Sequence[Expected]:
-    """What becomes of every part of a packed matrix; nothing of others.
+    """What becomes of every part of a coded matrix; nothing of others.
 
     With q the grid's own |error| / |W| and r of R directions an adapter's, sub = 0.5 q sqrt(R r) / (in
     |dW|/|W|): the error of feedback is spread over all R alike. floor = 0.21 eps sqrt(r / in) / (|dW|/|W|).
     """
-    if line.packed is None or not line.matrix.parts:
+    if line.coded is None or not line.matrix.parts:
         return ()
-    measured = _sampled(Packing(line.packed, line.matrix))
+    measured = _sampled(CodedMatrix(line.coded, line.matrix))
     delta, columns = delta_of(line.matrix), line.matrix.shape[1]
     feeds = line.choice.rounding == ADAPTIVE and not _solves(line, scales)
-    common = FEEDBACK * packed_error(line.packed) * math.sqrt(delta.basis.shape[1]) / columns
+    common = FEEDBACK * coded_error(line.coded) * math.sqrt(delta.basis.shape[1]) / columns
     rounds = None if running is None else GRID_ERROR * running.eps
     found = []
     for added, side, full in zip(measured.added, delta.thin, delta.dense, strict=True):
@@ -53,17 +53,17 @@ def expected(line: Line, scales: str, running: DType | None) -> Sequence[Expecte
     return found
 
 
-def _sampled(packing: Packing) -> Measured:
+def _sampled(coded: CodedMatrix) -> Measured:
     """The norms of some rows of a weight and of what is added to it."""
-    count = packing.matrix.shape[0]
-    rows = (0, count if packing.matrix.whole else min(count, SAMPLE))
-    return requantise_rows(packing, rows, NEAREST, KEEP, 0).measured
+    count = coded.matrix.shape[0]
+    rows = (0, count if coded.matrix.all_at_once else min(count, SAMPLE))
+    return requantise_rows(coded, rows, NEAREST, KEEP, 0).measured
 
 
 def _solves(line: Line, scales: str) -> bool:
     """Whether scales take up what feedback leaves."""
-    assert line.packed is not None
-    codes, grid = line.packed.grid((0, 1))
+    assert line.coded is not None
+    codes, grid = line.coded.grid((0, 1))
     basis = delta_of(line.matrix).basis
-    one = Rows(line.packed, (0, 1), grid, torch.empty(codes.shape), basis)
+    one = CodedRows(line.coded, (0, 1), grid, torch.empty(codes.shape), basis)
     return scales == ONLY or (not one.exchanges(scales) and one.strength(scales) < SOFT)

@@ -16,15 +16,15 @@ from functools import partial
 from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.commands.fuse.anew import QUANTISATION, Anew
 from adaptmerge.commands.fuse.options import FuseOptions
-from adaptmerge.commands.fuse.pieces.layout import Repacked, Shard
+from adaptmerge.commands.fuse.pieces.layout import Recoded, Shard
 from adaptmerge.commands.fuse.pieces.write import Line, Settings, settings_of
 from adaptmerge.commands.fuse.report import KEPT, losses
 from adaptmerge.errors import CannotMerge, UsageError
 from adaptmerge.parallel import ordered
-from adaptmerge.rounding.codes import Packing, choose_packed, requantise
+from adaptmerge.rounding.codes import CodedMatrix, choose_coded, requantise
 from adaptmerge.rounding.matrix import Measured
 from adaptmerge.runtime.linears import linear_layers
-from adaptmerge.schemes.coded import Packed, named, stands_alone
+from adaptmerge.schemes.coded import CodedWeight, named, stands_alone
 from adaptmerge.schemes.scheme import Kept, schemes
 from adaptmerge.schemes.view import View, running_dtype
 from adaptmerge.tensors.dtypes import BF16, F16, DType
@@ -59,7 +59,7 @@ def plain(names: Sequence[str], shards: Sequence[Shard], view: View, anew: Anew 
 
     Raises CannotMerge where no other would be left.
     """
-    if len(names) == len(anew.modules if anew else view.packed):
+    if len(names) == len(anew.modules if anew else view.coded):
         raise CannotMerge(
             "every quantised layer would be stored in 16 bits: pass --quant bf16 (or no --quant), or a "
             "smaller --max-growth and --allow loss"
@@ -68,16 +68,16 @@ def plain(names: Sequence[str], shards: Sequence[Shard], view: View, anew: Anew 
     dtype = anew.dtype if anew else running_dtype(view.stored.config) or usual
     growth = _growth(shards)
     return Plain(
-        {name: growth.get(name) or _growth_of(view.packed[name]) for name in names},
+        {name: growth.get(name) or _growth_of(view.coded[name]) for name in names},
         dtype if dtype in (BF16, F16) else usual,
         anew.config(names) if anew else _config(view, names),
     )
 
 
-def _growth_of(packed: Packed) -> int:
-    """How many bytes more a packed weight of the base takes in 16 bits."""
-    stored = sum(ref.nbytes for ref in packed.tensors.values())
-    return PLAIN_BYTES * math.prod(packed.shape) - stored
+def _growth_of(weight: CodedWeight) -> int:
+    """How many bytes more a coded weight of the base takes in 16 bits."""
+    stored = sum(ref.nbytes for ref in weight.tensors.values())
+    return PLAIN_BYTES * math.prod(weight.shape) - stored
 
 
 def _config(view: View, names: Sequence[str]) -> dict[str, object]:
@@ -87,7 +87,7 @@ def _config(view: View, names: Sequence[str]) -> dict[str, object]:
     called = {view.base.locate(module): module for module in (*layers.quantised, *layers.kept)}
     modules = [name.removesuffix(".weight") for name in names]
     chosen = tuple(called.get(module, module) for module in modules)
-    usual = tuple(m for m in layers.kept if f"{view.base.locate(m)}.weight" not in view.packed)
+    usual = tuple(m for m in layers.kept if f"{view.base.locate(m)}.weight" not in view.coded)
     how = schemes()[view.scheme or ""].kept
     assert how is not None
     before = view.stored.config[QUANTISATION]
@@ -102,9 +102,9 @@ def check_growth(share: float, view: View, anew: Anew | None) -> None:
         return
     if view.scheme is None and anew is None:
         raise UsageError("--max-growth: neither the base nor the output (--quant) is quantised")
-    if not (anew.fresh.mixed if anew else can_mix(view)):
+    if not (anew.quantiser.mixed if anew else can_mix(view)):
         able = ", ".join(n for n, scheme in schemes().items() if scheme.kept or scheme.typed)
-        name = anew.fresh.name if anew else view.scheme
+        name = anew.quantiser.name if anew else view.scheme
         raise UsageError(
             f"--max-growth: loaders of {name} quantise all layers or none; those of {able} can leave some "
             "as they are"
@@ -116,10 +116,10 @@ def spared(shards: Sequence[Shard], options: FuseOptions) -> Sequence[str]:
     if options.plain is not None or not options.max_growth:
         return options.plain or ()
     settings, most = settings_of(options), options.max_loss
-    packings = {name: one for shard in shards for name, one in _adapted(shard)}
+    coded_matrices = {name: one for shard in shards for name, one in _adapted(shard)}
     with one_thread_each(), ThreadPoolExecutor(settings.workers) as pool:
         work = partial(_settled, settings=settings)
-        lines = list(ordered(pool, settings.workers, work, list(packings.items())))
+        lines = list(ordered(pool, settings.workers, work, list(coded_matrices.items())))
     growth, left = _growth(shards), options.max_growth * sum(shard.nbytes for shard in shards)
     chosen: list[str] = []
     while (at := _next(lines, growth, left, most)) is not None:
@@ -130,28 +130,28 @@ def spared(shards: Sequence[Shard], options: FuseOptions) -> Sequence[str]:
     return sorted(chosen)
 
 
-def _adapted(shard: Shard) -> list[tuple[str, Packing]]:
-    """The packed weights that anything is added to, by the names that they have unpacked; none of a stack,
+def _adapted(shard: Shard) -> list[tuple[str, CodedMatrix]]:
+    """The coded weights that anything is added to, by the names that they have unpacked; none of a stack,
     which is stored in one way."""
-    made = (one for one in shard.made if isinstance(one, Packing) and one.matrix.parts)
-    return [(named(one.packed), one) for one in made if stands_alone(one.packed)]
+    made = (one for one in shard.made if isinstance(one, CodedMatrix) and one.matrix.parts)
+    return [(named(one.weight), one) for one in made if stands_alone(one.weight)]
 
 
-def _settled(item: tuple[str, Packing], settings: Settings) -> Line:
-    name, packing = item
-    choice = choose_packed(packing, settings.rounding)
-    done = requantise(packing, choice.rounding, settings.scales, settings.seed)
-    return Line(name, packing.matrix, choice, done.measured, packing.packed)
+def _settled(item: tuple[str, CodedMatrix], settings: Settings) -> Line:
+    name, coded = item
+    choice = choose_coded(coded, settings.rounding)
+    done = requantise(coded, choice.rounding, settings.scales, settings.seed)
+    return Line(name, coded.matrix, choice, done.measured, coded.weight)
 
 
 def _growth(shards: Sequence[Shard]) -> dict[str, int]:
-    """How many bytes more each packed weight takes in 16 bits, by the name that it has unpacked."""
+    """How many bytes more each coded weight takes in 16 bits, by the name that it has unpacked."""
     found: dict[str, int] = {}
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
         for part in tensor.parts:
-            if isinstance(part, Repacked):
-                name = named(part.packing.packed)
-                before = found.get(name, PLAIN_BYTES * math.prod(part.packing.packed.shape))
+            if isinstance(part, Recoded):
+                name = named(part.coded.weight)
+                before = found.get(name, PLAIN_BYTES * math.prod(part.coded.weight.shape))
                 found[name] = before - tensor.nbytes
     return found
 

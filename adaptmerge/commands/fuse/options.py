@@ -13,7 +13,7 @@ from adaptmerge.merging.weights import SiteRule
 from adaptmerge.rounding.error_feedback import ADAPTIVE, ROUNDINGS
 from adaptmerge.rounding.floats import AUTO
 from adaptmerge.rounding.scales import ONLY, SCALES, SOLVE
-from adaptmerge.schemes.scheme import fresh as ways
+from adaptmerge.schemes.scheme import quantisers
 from adaptmerge.schemes.view import View
 from adaptmerge.tensors import dtypes
 
@@ -67,7 +67,7 @@ def check_options(specs: Sequence[InputSpec], options: FuseOptions) -> None:
     for name, (given, known) in choices.items():
         if given is not None and given not in known:
             raise UsageError(f"{name} {given}: expected {', '.join(known)}")
-    quants = (SAME, *WIDE, *ways())
+    quants = (SAME, *WIDE, *quantisers())
     if options.quant not in quants:
         raise UsageError(f"--quant {options.quant}: {did_you_mean(options.quant, quants)}")
     if options.scales == ONLY and options.rounding not in (AUTO, ADAPTIVE):
@@ -84,7 +84,7 @@ def check_view(view: View, options: FuseOptions) -> None:
     base = view.base
     if view.scheme is None and options.quant in WIDE:
         raise UsageError(f"--quant {options.quant}: the base is not quantised: say --dtype")
-    if view.spelled and options.quant in ways():
+    if view.stored_as and options.quant in quantisers():
         raise UsageError(
             f"--quant {options.quant}: a GGUF model stays one: say {', '.join(WIDE)}, or give the "
             "model that it was made of"

@@ -33,12 +33,12 @@ from adaptmerge.merging.plan import Plan, make_plan
 from adaptmerge.merging.request import Request
 from adaptmerge.merging.weights import Weights, base_weights, is_checkpoint_schedule
 from adaptmerge.methods.registry import method_named
-from adaptmerge.rounding.codes import Packing
+from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.error_feedback import ADAPTIVE
 from adaptmerge.rounding.floats import AUTO
 from adaptmerge.rounding.scales import SOLVE, check_free
 from adaptmerge.runtime.linears import quantised_modules, ties_head
-from adaptmerge.schemes.scheme import fresh as ways
+from adaptmerge.schemes.scheme import quantisers
 from adaptmerge.schemes.view import View, running_dtype, view_of
 from adaptmerge.tensors import dtypes
 from adaptmerge.tensors.dtypes import DType
@@ -70,7 +70,7 @@ class FusePlan:
     @property
     def quantised(self) -> bool:
         """Whether linear layers are quantised anew."""
-        return self.options.quant in ways()
+        return self.options.quant in quantisers()
 
     @property
     def running(self) -> DType | None:
@@ -158,23 +158,23 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     check_policies(heads, adapters)
     plan, smoothing, said = _plan_edits(adapters, base, weights, heads, options)
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
-    fresh = anew(view, options.quant, asked)
-    wide = fresh.dtype if fresh else dtypes.SPELLINGS.get(options.quant)
-    check_growth(options.max_growth, view, fresh)
+    quantised = anew(view, options.quant, asked)
+    wide = quantised.dtype if quantised else dtypes.SPELLINGS.get(options.quant)
+    check_growth(options.max_growth, view, quantised)
     landing, moved = _landing(plan, stored, view, options)
     wishes = Wishes(
-        asked, options.keep_tied, tied, view.packed, wide, spelled=view.spelled, anew=fresh
+        asked, options.keep_tied, tied, view.coded, wide, stored_as=view.stored_as, anew=quantised
     )
-    whole = stored_whole(plan, view.base, view.packed) if wide is None and can_mix(view) else []
+    whole = stored_whole(plan, view.base, view.coded) if wide is None and can_mix(view) else []
     if whole:
         wishes = replace(wishes, plain=plain(whole, (), view, None))
     moments = inputs_of(options.calibration, stored)
     targets, shards = _laid_out(landing, view, stored, base, wishes, moments)
     made = [one for tensor in targets.tensors.values() for one in tensor.made]
-    check_free([one.packed for one in made if isinstance(one, Packing)], options.scales)
+    check_free([one.weight for one in made if isinstance(one, CodedMatrix)], options.scales)
     sparing = spared(shards, options)
     if sparing:
-        wishes = replace(wishes, plain=plain([*whole, *sparing], shards, view, fresh))
+        wishes = replace(wishes, plain=plain([*whole, *sparing], shards, view, quantised))
         targets, shards = _laid_out(landing, view, stored, base, wishes, moments)
     notes += [*said, *plan.notes, *moved, *targets.notes, *moments.notes(shards)]
     notes += _default_weights(inputs, options)
@@ -203,7 +203,7 @@ def _laid_out(
 ) -> tuple[Targets, list[Shard]]:
     """What changes, and the files that it goes into."""
     targets = targets_of(plan, stored, trained, view.stored, wishes)
-    own_names = view.spelled or (view.packed and wishes.wide is None)
+    own_names = view.stored_as or (view.coded and wishes.wide is None)
     kept = view.stored if own_names else stored
     shards = shards_of(kept, targets.tensors, targets.added, wishes.dtype, targets.gone)
     return targets, moments.attached(shards)
@@ -239,9 +239,9 @@ def _plan_edits(
 def _landing(plan: Plan, base: Base, view: View, options: FuseOptions) -> tuple[Plan, list[Note]]:
     """The plan as weights take it up: on a quantised base scales go where codes can stay."""
     free = options.rounding in (AUTO, ADAPTIVE) and options.scales == SOLVE
-    if options.quant != SAME or not view.packed or not free:
+    if options.quant != SAME or not view.coded or not free:
         return plan, []
-    return with_moved_scales(plan, base, view.packed)
+    return with_moved_scales(plan, base, view.coded)
 
 
 def _on_copies(
@@ -252,7 +252,7 @@ def _on_copies(
     ranges = {adapter.base.replication for adapter in adapters.values()}
     if len(ranges) != 1 or ranges == {()}:
         return base, dict(adapters)
-    if view.packed or quant in ways():
+    if view.coded or quant in quantisers():
         raise CannotMerge(
             "copies of layers cannot be made where a base is quantised, or is to be: give the original "
             "base, and fuse without --quant first"

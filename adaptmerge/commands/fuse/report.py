@@ -15,7 +15,7 @@ from adaptmerge.commands.fuse.pieces.write import Line
 from adaptmerge.errors import InputError
 from adaptmerge.files.strict_json import dump
 from adaptmerge.outputs.report import FILE
-from adaptmerge.rounding.codes import packed_error
+from adaptmerge.rounding.codes import coded_error
 from adaptmerge.rounding.floats import GRID_ERROR, grid_error
 from adaptmerge.rounding.matrix import Measured
 from adaptmerge.tensors.dtypes import DType
@@ -111,14 +111,14 @@ def site_of(line: Line) -> FusedSite:
         delta_norm=math.sqrt(measured.delta),
         error=math.sqrt(measured.error),
         grid=_grid_error(line),
-        moved=None if line.packed is None else measured.moved / math.prod(matrix.shape),
+        moved=None if line.coded is None else measured.moved / math.prod(matrix.shape),
     )
 
 
 def _grid_error(line: Line) -> float:
     """|error| / |W| that what a matrix is stored as has by itself."""
-    if line.packed is not None:
-        return packed_error(line.packed)
+    if line.coded is not None:
+        return coded_error(line.coded)
     return grid_error(line.matrix) if line.matrix.dtype.is_float else 0.0
 
 
@@ -141,7 +141,7 @@ def losses(lines: Sequence[Line], running: DType | None = None) -> dict[str, Ada
             sums.added += m.added[i]
             sums.inner += m.inner[i]
             sums.weight += m.weight
-            if running is not None and line.packed is not None:
+            if running is not None and line.coded is not None:
                 share = rank_bound(part.factor) / line.matrix.shape[1]
                 sums.floor += (GRID_ERROR * running.eps) ** 2 * m.weight * share
             inside = m.inside[i]

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field, replace
 
 from adaptmerge.adapters.graph import Kind, Note, Site
 from adaptmerge.adapters.weight_edits import factor_of
-from adaptmerge.bases.base import Base, Place
-from adaptmerge.bases.stored_as import Spelled
+from adaptmerge.bases.base import Base, TensorPlace
+from adaptmerge.bases.stored_as import StoredAs
 from adaptmerge.commands.fuse.anew import Anew, tensors_of
 from adaptmerge.commands.fuse.kept_wide import Plain
-from adaptmerge.commands.fuse.pieces.layout import Copy, Fused, Repacked, Tensor, output_dtype
+from adaptmerge.commands.fuse.pieces.layout import Copy, Fused, Recoded, Tensor, output_dtype
 from adaptmerge.errors import CannotMerge, CannotStore
 from adaptmerge.files.pickles import IN_FILES
 from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.methods.method import Method
-from adaptmerge.rounding.codes import Packing
+from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix, Part
-from adaptmerge.schemes.coded import Dequantised, Packed, named, stacked
+from adaptmerge.schemes.coded import CodedWeight, Dequantised, named, stacked
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.refs import TensorRef, computed
@@ -63,8 +63,8 @@ class Targets:
 class Wishes:
     """How weights are to be written: in which dtype if not their own, and whether tied ones stay one.
 
-    tied: whether the model computes with one matrix for tokens and head. packed: the packed weights of the
-    base by name; wide: the dtype that these are written in instead. spelled: how parameters are stored
+    tied: whether the model computes with one matrix for tokens and head. coded: the coded weights of the
+    base by name; wide: the dtype that these are written in instead. stored_as: how parameters are stored
     that have another name in the checkpoint. anew: how linear layers are quantised; plain: those that
     are not.
     """
@@ -72,9 +72,9 @@ class Wishes:
     dtype: DType | None = None
     keep_tied: bool = False
     tied: bool = False
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    coded: Mapping[str, CodedWeight] = field(default_factory=dict)
     wide: DType | None = None
-    spelled: Mapping[str, Spelled] = field(default_factory=dict)
+    stored_as: Mapping[str, StoredAs] = field(default_factory=dict)
     anew: Anew | None = None
     plain: Plain | None = None
 
@@ -88,11 +88,11 @@ def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wish
     found = Targets()
     changes = _changes(plan, base)
     _settle_tied(changes, base, wishes, found)
-    by_name: dict[str, dict[int | None, tuple[Place, Change]]] = {}
+    by_name: dict[str, dict[int | None, tuple[TensorPlace, Change]]] = {}
     for place, change in changes.items():
         by_name.setdefault(place.name, {})[place.expert] = (place, change)
     quantised = {name for name, ref in base.tensors.items() if trained.tensors[name] != ref}
-    quantised |= wishes.packed.keys() if wishes.wide is not None else set()
+    quantised |= wishes.coded.keys() if wishes.wide is not None else set()
     quantised |= wishes.anew.modules.keys() if wishes.anew is not None else set()
     for name in sorted(quantised - by_name.keys()):
         whole, expert = stacked(name)
@@ -101,18 +101,18 @@ def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wish
             continue
         module, _, param = name.rpartition(".")
         site = Site(module, param)
-        by_name[name] = {None: (Place(name, None, base.is_transposed(site)), Change(site))}
+        by_name[name] = {None: (TensorPlace(name, None, base.is_transposed(site)), Change(site))}
     parts: dict[str, Tensor] = {}
     problems: list[str] = []
     for name, here in by_name.items():
-        packed = {} if wishes.wide is not None else _packed_in(name, here, wishes.packed)
+        coded = {} if wishes.wide is not None else _coded_in(name, here, wishes.coded)
         if wishes.plain is not None and name in wishes.plain.growth:
             _store_plain(name, here, base, trained, wishes, wishes.plain, found)
         elif wishes.anew is not None and name in wishes.anew.modules:
             _quantise(name, *here[None], trained, wishes.anew, found, problems)
-        elif packed:
-            for expert, one in packed.items():
-                parts.update(_repacked(one, here[expert][1]))
+        elif coded:
+            for expert, one in coded.items():
+                parts.update(_recoded(one, here[expert][1]))
         else:
             tensor = _tensor(name, here, base, trained, wishes, found)
             parts[tensor.name] = tensor
@@ -123,22 +123,22 @@ def targets_of(plan: Plan, base: Base, trained: Base, stored: Base, wishes: Wish
         found.notes += [EXPERTS] if base.expert_layout is not None else []
     found.config |= {} if wishes.plain is None else wishes.plain.config
     found.tensors.update(_assembled(parts, stored))
-    found.added = {_spelled(name, wishes).name: beside for name, beside in found.added.items()}
+    found.added = {_stored_as(name, wishes).name: beside for name, beside in found.added.items()}
     return found
 
 
-def _spelled(name: str, wishes: Wishes) -> Spelled:
-    return wishes.spelled.get(name) or Spelled(name)
+def _stored_as(name: str, wishes: Wishes) -> StoredAs:
+    return wishes.stored_as.get(name) or StoredAs(name)
 
 
-def _packed_in(
-    name: str, here: Iterable[int | None], packed: Mapping[str, Packed]
-) -> dict[int | None, Packed]:
-    """The packed weights of a parameter, or of those of its experts that change."""
-    if None in here and f"{name}[0]" in packed:
+def _coded_in(
+    name: str, here: Iterable[int | None], coded: Mapping[str, CodedWeight]
+) -> dict[int | None, CodedWeight]:
+    """The coded weights of a parameter, or of those of its experts that change."""
+    if None in here and f"{name}[0]" in coded:
         raise CannotMerge(f"is stored whole by an adapter{QUANTISED_THERE}", where=name)
     names = {expert: name if expert is None else f"{name}[{expert}]" for expert in here}
-    return {expert: packed[own] for expert, own in names.items() if own in packed}
+    return {expert: coded[own] for expert, own in names.items() if own in coded}
 
 
 def _assembled(parts: Mapping[str, Tensor], stored: Base) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def _assembled(parts: Mapping[str, Tensor], stored: Base) -> dict[str, Tensor]:
 
 def _store_plain(
     name: str,
-    here: Mapping[int | None, tuple[Place, Change]],
+    here: Mapping[int | None, tuple[TensorPlace, Change]],
     base: Base,
     trained: Base,
     wishes: Wishes,
@@ -172,14 +172,14 @@ def _store_plain(
     what = f"stored in {plain.dtype}, {plain.growth[name]:,} bytes more"
     found.notes.append(Note(Kind.INFO, what, site=here[None][1].site.module))
     if wishes.wide is None:
-        before = wishes.packed[name].tensors
+        before = wishes.coded[name].tensors
         found.gone |= before.keys() - {tensor.name}
         found.added |= {} if tensor.name in before else {name: next(iter(before))}
 
 
 def _quantise(
     name: str,
-    place: Place,
+    place: TensorPlace,
     change: Change,
     trained: Base,
     anew: Anew,
@@ -189,7 +189,7 @@ def _quantise(
     """The tensors that a weight is stored as once it is quantised, in place of its own."""
     start = change.value if change.value is not None else trained.tensors[name]
     try:
-        tensors = tensors_of(anew.packing(name, _matrix(start, place, change, F32)))
+        tensors = tensors_of(anew.coded(name, _matrix(start, place, change, F32)))
     except CannotStore as problem:
         problems += problem.problems
         return
@@ -198,17 +198,17 @@ def _quantise(
     found.gone |= {name} - tensors.keys()
 
 
-def _repacked(packed: Packed, change: Change) -> dict[str, Tensor]:
-    """What a packed weight is stored as, by name, all made anew together."""
+def _recoded(one: CodedWeight, change: Change) -> dict[str, Tensor]:
+    """What a coded weight is stored as, by name, all made anew together."""
     if change.value is not None or change.tokens:
         raise CannotMerge(f"is stored whole by an adapter{QUANTISED_THERE}", where=str(change.site))
-    weight = computed(Dequantised(packed), named(packed))
-    matrix = Matrix(change.site, weight, weight.dtype, change.parts, packed=True)
-    return tensors_of(Packing(packed, matrix))
+    weight = computed(Dequantised(one), named(one))
+    matrix = Matrix(change.site, weight, weight.dtype, change.parts, coded=True)
+    return tensors_of(CodedMatrix(one, matrix))
 
 
-def _changes(plan: Plan, base: Base) -> dict[Place, Change]:
-    changes: dict[Place, Change] = {}
+def _changes(plan: Plan, base: Base) -> dict[TensorPlace, Change]:
+    changes: dict[TensorPlace, Change] = {}
     problems = []
     for step in plan.steps:
         place = base.place(step.site) or _new_place(step, base)
@@ -225,12 +225,12 @@ def _changes(plan: Plan, base: Base) -> dict[Place, Change]:
     return changes
 
 
-def _new_place(step: Step, base: Base) -> Place | None:
+def _new_place(step: Step, base: Base) -> TensorPlace | None:
     """A parameter that is stored whole may be new to the base: a head."""
     if getattr(step.edit, "value", None) is None or step.site.expert is not None:
         return None
     module = base.locate(step.site.module) or step.site.module
-    return Place(f"{module}.{step.site.param}")
+    return TensorPlace(f"{module}.{step.site.param}")
 
 
 def _with(change: Change, step: Step, method: Method) -> Change:
@@ -257,12 +257,14 @@ def _with(change: Change, step: Step, method: Method) -> Change:
     return replace(change, value=value)
 
 
-def _settle_tied(changes: dict[Place, Change], base: Base, wishes: Wishes, found: Targets) -> None:
+def _settle_tied(
+    changes: dict[TensorPlace, Change], base: Base, wishes: Wishes, found: Targets
+) -> None:
     """Heads that share the embedding's matrix: one matrix still, or two from now on."""
     if not wishes.tied:
         return
     for head, embedding in _tied_pairs(base):
-        inner, outer = changes.get(Place(embedding)), changes.get(Place(head))
+        inner, outer = changes.get(TensorPlace(embedding)), changes.get(TensorPlace(head))
         if inner is None and outer is None:
             continue
         rows = inner.tokens if inner is not None else ()
@@ -270,12 +272,12 @@ def _settle_tied(changes: dict[Place, Change], base: Base, wishes: Wishes, found
         if rows and not outer.tokens:
             outer = replace(outer, tokens=rows)
         if inner is not None and _alike(inner, outer):
-            changes.pop(Place(head), None)
+            changes.pop(TensorPlace(head), None)
             if head in base.tensors:
-                changes[Place(head)] = outer
+                changes[TensorPlace(head)] = outer
             continue
         _untie(head, embedding, wishes, found)
-        changes[Place(head)] = outer
+        changes[TensorPlace(head)] = outer
 
 
 def _tied_pairs(base: Base) -> list[tuple[str, str]]:
@@ -311,7 +313,7 @@ def _untie(head: str, embedding: str, wishes: Wishes, found: Targets) -> None:
 
 def _tensor(
     name: str,
-    here: Mapping[int | None, tuple[Place, Change]],
+    here: Mapping[int | None, tuple[TensorPlace, Change]],
     base: Base,
     trained: Base,
     wishes: Wishes,
@@ -330,20 +332,20 @@ def _tensor(
     start = change.value if change.value is not None else trained.tensors.get(name, source)
     assert start is not None
     dtype = output_dtype(source if source is not None else start, wishes.dtype)
-    if name in wishes.packed and wishes.wide is not None:
+    if name in wishes.coded and wishes.wide is not None:
         dtype = wishes.wide
-    spelled = _spelled(name, wishes)
+    stored_as = _stored_as(name, wishes)
     computed = change.parts or change.tokens or start.dtype != dtype
     if not computed and isinstance(start.source, IN_FILES):
-        kept = spelled.kept(start)
-        return Tensor(spelled.name, dtype, kept.shape, (Copy(kept),))
-    matrix = _matrix(start.shifted(spelled.added), place, change, dtype)
-    shape = start.shape[::-1] if spelled.turned else start.shape
-    part = Fused(matrix, place.transposed != spelled.turned, spelled.heads)
-    return Tensor(spelled.name, dtype, shape, (part,))
+        kept = stored_as.kept(start)
+        return Tensor(stored_as.name, dtype, kept.shape, (Copy(kept),))
+    matrix = _matrix(start.shifted(stored_as.added), place, change, dtype)
+    shape = start.shape[::-1] if stored_as.turned else start.shape
+    part = Fused(matrix, place.transposed != stored_as.turned, stored_as.heads)
+    return Tensor(stored_as.name, dtype, shape, (part,))
 
 
-def _matrix(start: TensorRef, place: Place, change: Change, dtype: DType) -> Matrix:
+def _matrix(start: TensorRef, place: TensorPlace, change: Change, dtype: DType) -> Matrix:
     """The change of one stored parameter as that of a matrix (out, in)."""
     if place.transposed:
         start = start.T
@@ -356,14 +358,14 @@ def _matrix(start: TensorRef, place: Place, change: Change, dtype: DType) -> Mat
 def _stack(
     name: str,
     stored: TensorRef,
-    here: Mapping[int | None, tuple[Place, Change]],
+    here: Mapping[int | None, tuple[TensorPlace, Change]],
     wishes: Wishes,
 ) -> Tensor:
     """A parameter that stacks matrices, of which some change."""
     dtype = output_dtype(stored, wishes.dtype)
-    if wishes.wide is not None and f"{name}[0]" in wishes.packed:
+    if wishes.wide is not None and f"{name}[0]" in wishes.coded:
         dtype = wishes.wide
-    parts: list[Copy | Fused | Repacked] = []
+    parts: list[Copy | Fused | Recoded] = []
     for expert in range(stored.shape[0]):
         one = stored.slice(0, expert, expert + 1).reshape(*stored.shape[1:])
         if expert not in here:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.algebra.by_rows import row_blocks
+from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, as_low_rank
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.algebra.linalg import noise_floor, product_norm, thin_spectrum
@@ -214,7 +214,7 @@ def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[float, f
     for _ in range(2):
         below = torch.zeros(left.shape[1], whole.shape[1], dtype=torch.float64)
         turned, squared = torch.zeros_like(probes), 0.0
-        for rows in row_blocks(whole):
+        for rows in row_ranges(whole):
             rest = whole.dense(rows) - up[slice(*rows)] @ down
             below += left[slice(*rows)].T @ rest
             squared += float((rest @ right).square().sum())

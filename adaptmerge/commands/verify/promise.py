@@ -16,7 +16,7 @@ from adaptmerge.adapters.graph import Adapter, Edit, Labels, Site
 from adaptmerge.adapters.module_paths import other_versions
 from adaptmerge.adapters.stored_edits import with_value
 from adaptmerge.adapters.weight_edits import Add, delta_on, factor_of, refitted
-from adaptmerge.algebra.by_rows import row_blocks
+from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, Rows, as_low_rank, mapped, refs_of
 from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.bases.base import Base
@@ -96,7 +96,7 @@ def _projected(whole: Factor, stored: Factor) -> tuple[torch.Tensor, torch.Tenso
     left = _orthonormal(pair.up.read().double())
     right = _orthonormal(pair.down.read().double().T)
     inside = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-    for start, stop in row_blocks(whole):
+    for start, stop in row_ranges(whole):
         inside += left[start:stop].T @ (whole.dense((start, stop)) @ right)
     return left, inside @ right.T
 
@@ -330,7 +330,7 @@ class Distance:
 def distance(a: Factor, b: Factor) -> Distance:
     """How far two factors are apart, dense in float64, a block of rows at a time."""
     with one_thread_each(), ThreadPoolExecutor(max_workers=workers_default()) as pool:
-        blocks = pool.map(lambda rows: _squares(a.dense(rows), b.dense(rows)), row_blocks(a, b))
+        blocks = pool.map(lambda rows: _squares(a.dense(rows), b.dense(rows)), row_ranges(a, b))
         apart, left, right = (math.sqrt(sum(part)) for part in zip(*blocks, strict=True))
     return Distance(apart, left, right)
 

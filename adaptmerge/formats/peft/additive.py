@@ -54,7 +54,7 @@ def number(reading: Reading, name: str, module: str | None = None) -> float:
     return value
 
 
-def whole(reading: Reading, name: str, module: str | None = None) -> int:
+def integer(reading: Reading, name: str, module: str | None = None) -> int:
     """A field that must be a whole number of at least 1. Raises Malformed for anything else."""
     value = number(reading, name, module)
     if not isinstance(value, int) or value < 1:

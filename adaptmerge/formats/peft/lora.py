@@ -10,7 +10,7 @@ from adaptmerge.algebra.factors import Leaf, Product
 from adaptmerge.formats.peft import target_parameters
 from adaptmerge.formats.peft.config import ASSUMED_SCALE, PeftConfig
 from adaptmerge.formats.peft.initial import Initial, initial_pairs
-from adaptmerge.formats.peft.lora_variants import Pair, beside, edit_of, unequal
+from adaptmerge.formats.peft.lora_variants import SidePair, beside, edit_of, unequal
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading
 from adaptmerge.tensors.refs import TensorRef
 
@@ -69,7 +69,7 @@ def module_edits(
         raise Malformed("use_dora is set but no lora_magnitude_vector is stored")
     scale = reading.config.scale(owner, rank, reading.options.alpha)
     first = None if initial is None else initial.pair(module, up, down, scale)
-    edits = [edit_of(reading, Pair(site, up, down, scale, first, inner=owner != module), parts)]
+    edits = [edit_of(reading, SidePair(site, up, down, scale, first, inner=owner != module), parts)]
     if "lora_B.bias" in parts:
         if owner != module or site.param != "weight":
             raise Malformed("lora_B.bias of nn.MultiheadAttention is not what PEFT computes with")

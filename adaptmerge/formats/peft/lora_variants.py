@@ -31,7 +31,7 @@ SAYS = "{name} is set: PEFT has this variant for linear layers only, found a lay
 DOUBLED = "PEFT adds the delta of an nn.MultiheadAttention's out_proj twice, as in training: so it is read"
 
 
-class Pair(NamedTuple):
+class SidePair(NamedTuple):
     """Two sides: up (out, r), down (r, in), with its kernel for convolutions; `first` are the same as
     initialised. inner: the out_proj of an attention module."""
 
@@ -47,7 +47,7 @@ class Pair(NamedTuple):
         return self.site.layer.kind == "linear"
 
 
-def edit_of(reading: Reading, pair: Pair, parts: Parts) -> Edit:
+def edit_of(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     """The edit of a weight. Raises ValueError."""
     name = next(iter(variants_in(reading.config.raw)), "")
     if name not in ("", "use_dora"):
@@ -64,7 +64,7 @@ def edit_of(reading: Reading, pair: Pair, parts: Parts) -> Edit:
     return READERS[name](reading, pair, parts)
 
 
-def _check_variant(reading: Reading, name: str, pair: Pair) -> None:
+def _check_variant(reading: Reading, name: str, pair: SidePair) -> None:
     if not pair.linear:
         raise Malformed(SAYS.format(name=name, layer=pair.site.layer.kind))
     if pair.first is not None:
@@ -85,7 +85,7 @@ def moved_init(reading: Reading) -> str:
     return init if init.lower().startswith(MOVED_INITS) else ""
 
 
-def matched(pair: Pair) -> Pair:
+def matched(pair: SidePair) -> SidePair:
     """The pair. Raises Malformed when its ranks differ."""
     if pair.down.shape[0] != pair.up.shape[1]:
         raise unequal(("lora_A", "lora_B"), pair.down.shape, pair.up.shape)
@@ -100,7 +100,7 @@ def unequal(names: Sequence[str], a: Sequence[int], b: Sequence[int]) -> Malform
     )
 
 
-def _plain(reading: Reading, pair: Pair, parts: Parts) -> Edit:
+def _plain(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     magnitude = parts.get("lora_magnitude_vector")
     if _is_grouped(pair):
         return _grouped(pair, magnitude)
@@ -136,24 +136,24 @@ def _say_loftq(reading: Reading) -> None:
         _say(reading, Note(Kind.ASSUMED, what))
 
 
-def _is_grouped(pair: Pair) -> bool:
+def _is_grouped(pair: SidePair) -> bool:
     rank, inner = pair.down.shape[0], pair.up.shape[1]
     return len(pair.down.shape) > 2 and 0 < inner < rank and rank % inner == 0
 
 
-def _grouped(pair: Pair, magnitude: TensorRef | None) -> Edit:
+def _grouped(pair: SidePair, magnitude: TensorRef | None) -> Edit:
     if magnitude is not None or pair.first is not None:
         raise Malformed("a convolution with groups has a plain LoRA only: no DoRA, no ?init=")
     return Grouped(pair.site, pair.up, pair.down, pair.scale)
 
 
-def _is_moved(reading: Reading, pair: Pair) -> bool:
+def _is_moved(reading: Reading, pair: SidePair) -> bool:
     """PEFT initialises other layers than linear ones plainly where LoRA-GA is asked for."""
     init = moved_init(reading)
     return bool(init) and (pair.linear or init != "lora_ga")
 
 
-def _initialised(reading: Reading, pair: Pair, magnitude: TensorRef | None) -> Edit:
+def _initialised(reading: Reading, pair: SidePair, magnitude: TensorRef | None) -> Edit:
     """Only what depends on nothing but the base's weight can be computed again."""
     init = moved_init(reading)
     turned = init.lower() == "olora" and reading.config.raw.get("fan_in_fan_out")
@@ -168,7 +168,7 @@ def _initialised(reading: Reading, pair: Pair, magnitude: TensorRef | None) -> E
     return Initialised(pair.site, pair.up, pair.down, pair.scale, again)
 
 
-def _kasa(reading: Reading, pair: Pair, parts: Parts) -> Edit:
+def _kasa(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     if "lora_diag" not in parts:
         raise Malformed("kasa_config is set but no lora_diag is stored")
     values, rank = parts["lora_diag"], pair.down.shape[0]
@@ -178,7 +178,7 @@ def _kasa(reading: Reading, pair: Pair, parts: Parts) -> Edit:
     return Kasa(pair.site, up, values, down, pair.scale)
 
 
-def _block_diagonal(reading: Reading, pair: Pair, parts: Parts) -> Edit:
+def _block_diagonal(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     """The blocks of the side that the config names for this module, by a part of its path."""
     said: Mapping[str, Any] = reading.config.raw["use_bdlora"]
     tables = {"down": "target_modules_bd_a", "up": "target_modules_bd_b"}
@@ -201,7 +201,7 @@ def _block_diagonal(reading: Reading, pair: Pair, parts: Parts) -> Edit:
     return Add(pair.site, BlockDiagonal(pair.up, pair.down, pair.scale, chosen[0], blocks))
 
 
-def _pooled(reading: Reading, pair: Pair, parts: Parts) -> Edit:
+def _pooled(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     """PEFT pools inputs of GPTQ layers only, and forgets the option elsewhere: the base's width tells."""
     group = reading.setting("qalora_group_size")
     if not isinstance(group, int) or group < 1:
@@ -214,25 +214,25 @@ def _pooled(reading: Reading, pair: Pair, parts: Parts) -> Edit:
     return Add(pair.site, Pooled(pair.up, pair.down, pair.scale, group))
 
 
-def _activated(reading: Reading, pair: Pair, parts: Parts) -> Edit:
+def _activated(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     tokens = tuple(reading.config.raw["alora_invocation_tokens"])
     up, down = matched(pair).up, pair.down
     return Alora(pair.site, low_rank(up, down, pair.scale), tokens)
 
 
-def _with_state(reading: Reading, pair: Pair, parts: Parts) -> Edit:
+def _with_state(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     """In evaluation both are plain LoRAs."""
     state = tuple((leaf, ref) for leaf, ref in sorted(parts.items()) if leaf.startswith(STATE))
     up, down = matched(pair).up, _flat(pair.down)
     return Add(pair.site, WithState(up, down, pair.scale, state))
 
 
-def _routed(reading: Reading, pair: Pair, parts: Parts) -> Edit:
+def _routed(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     why = "an Arrow router chooses adapters for every token: there is no delta that could be merged"
     return Opaque(pair.site, "Arrow", why, tuple(parts.values()))
 
 
-READERS: Mapping[str, Callable[[Reading, Pair, Parts], Edit]] = {
+READERS: Mapping[str, Callable[[Reading, SidePair, Parts], Edit]] = {
     "": _plain,
     "use_dora": _plain,
     "alora_invocation_tokens": _activated,

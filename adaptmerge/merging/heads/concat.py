@@ -55,7 +55,7 @@ def stack(members: Sequence[Member]) -> Edit:
     return with_value(members[0].edit, join([ref.cast(dtype) for ref in refs], 0))
 
 
-def check_stackable(owner: str, top: str | None, parts: Sequence[Weighed]) -> None:
+def check_concat(owner: str, top: str | None, parts: Sequence[Weighed]) -> None:
     """Raises CannotMerge unless all inputs have the same parameters, equal ones but in the last layer;
     `top` None: all must be equal."""
     names = list(dict.fromkeys(member.adapter for _, members in parts for member in members))

@@ -11,7 +11,7 @@ from adaptmerge.adapters.stored_edits import with_value
 from adaptmerge.algebra.factors import refs_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.merging.align import Group
-from adaptmerge.merging.heads.concat import check_stackable, is_earlier, last_layer, stack, value_of
+from adaptmerge.merging.heads.concat import check_concat, is_earlier, last_layer, stack, value_of
 from adaptmerge.merging.heads.policies import (
     AVERAGE,
     CONCAT,
@@ -256,7 +256,7 @@ def _concat(
     if len(members) == 1 or (all_same(members) and _one_meaning(members, met)):
         return _kept("head", group, members, met, notes)
     top = met.top(owner, members)
-    check_stackable(owner, top, met.owners[owner])
+    check_concat(owner, top, met.owners[owner])
     if group.site.module != top:
         return _kept("head", group, members, met, notes)
     last = [found for at, found in met.owners[owner] if at.site.module == top]

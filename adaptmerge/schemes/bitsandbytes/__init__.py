@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from adaptmerge.schemes.bitsandbytes.layout import SCHEMES
-from adaptmerge.schemes.bitsandbytes.quantiser import FRESH
+from adaptmerge.schemes.bitsandbytes.quantiser import QUANTISERS
 
-__all__ = ["FRESH", "SCHEMES"]
+__all__ = ["QUANTISERS", "SCHEMES"]

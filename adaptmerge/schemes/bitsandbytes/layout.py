@@ -26,7 +26,7 @@ from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.bitsandbytes.codes import INT8_STEP
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.scheme import Scheme, kept_under
 from adaptmerge.tensors.dtypes import F32
@@ -221,10 +221,10 @@ def _is_8bit(base: Base) -> bool:
     return bool(_config(base).get("load_in_8bit") or _config(base).get("_load_in_8bit"))
 
 
-def _find_4bit(base: Base) -> dict[str, Packed]:
+def _find_4bit(base: Base) -> dict[str, CodedWeight]:
     """The weights beside which a state lies. Raises InputError naming what is missing or misshapen."""
     problems: list[str] = []
-    found: dict[str, Packed] = {}
+    found: dict[str, CodedWeight] = {}
     for name in base.tensors:
         weight, mark, _ = name.partition(STATE)
         if mark:
@@ -234,7 +234,9 @@ def _find_4bit(base: Base) -> dict[str, Packed]:
     return _checked(base, found, problems)
 
 
-def _checked(base: Base, found: dict[str, Packed], problems: list[str]) -> dict[str, Packed]:
+def _checked(
+    base: Base, found: dict[str, CodedWeight], problems: list[str]
+) -> dict[str, CodedWeight]:
     if not found and not problems:
         problems.append("its config says that bitsandbytes quantised it, but no weight is")
     if problems:
@@ -282,7 +284,7 @@ def _state(ref: TensorRef) -> State | None:
         return None
 
 
-def _find_8bit(base: Base) -> dict[str, Packed]:
+def _find_8bit(base: Base) -> dict[str, CodedWeight]:
     """The weights beside which row scales lie. Raises InputError naming what is misshapen."""
     problems: list[str] = []
     found = {one.module: one for one in _eight_bits(base, problems)}

@@ -15,9 +15,9 @@ from typing import Any
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.bitsandbytes import codes
 from adaptmerge.schemes.bitsandbytes.layout import STATE, EightBit, FourBit, State
-from adaptmerge.schemes.coded import Packed
-from adaptmerge.schemes.computed import OfAll, OfRows, Quantiser, named, renamed
-from adaptmerge.schemes.scheme import Fresh, Kept
+from adaptmerge.schemes.coded import CodedWeight
+from adaptmerge.schemes.computed import Encoder, OfAll, OfRows, named, renamed
+from adaptmerge.schemes.scheme import Kept, Quantiser
 from adaptmerge.tensors.dtypes import BY_NAME, F32, DType
 from adaptmerge.tensors.refs import TensorRef, listed
 
@@ -57,7 +57,7 @@ class Nested:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Int8Rows:
     """Codes and absmax of rows, through float16 as the library has them."""
 
     def quantise(self, values: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -65,7 +65,7 @@ class Rows:
         return {"codes": found, "absmax": absmax}
 
 
-def _four_bit(kind: str, module: str, values: TensorRef, dtype: DType) -> Packed:
+def _four_bit(kind: str, module: str, values: TensorRef, dtype: DType) -> CodedWeight:
     table, double = codes.ROUND_TRIPS[kind]
     shape = (values.shape[0], values.shape[1])
     weight, name = f"{module}.weight", kind.partition(",")[0]
@@ -104,7 +104,7 @@ def _blocks(weight: str, values: TensorRef, table: codes.Table) -> tuple[TensorR
 def _part(
     name: str,
     values: TensorRef,
-    how: Quantiser,
+    how: Encoder,
     part: str,
     shape: tuple[int, ...],
     dtype: DType,
@@ -117,8 +117,8 @@ def _listed(name: str, value: torch.Tensor) -> TensorRef:
     return renamed(listed(tuple(value.tolist()), tuple(value.shape), dtype), name)
 
 
-def _eight_bit(module: str, values: TensorRef, _: DType) -> Packed:
-    shape, how = (values.shape[0], values.shape[1]), Rows()
+def _eight_bit(module: str, values: TensorRef, _: DType) -> CodedWeight:
+    shape, how = (values.shape[0], values.shape[1]), Int8Rows()
     held = OfRows(values, how, "codes", shape, I8)
     largest = OfRows(values, how, "absmax", shape[:1], F32)
     order = renamed(listed((0,), (), U8), f"{module}.weight_format")
@@ -147,13 +147,13 @@ def _config(kind: str, kept: Kept, dtype: DType) -> dict[str, Any]:
     }
 
 
-def _fresh(kind: str) -> Fresh:
-    def quantise(module: str, values: TensorRef, dtype: DType) -> Packed:
+def _quantiser(kind: str) -> Quantiser:
+    def quantise(module: str, values: TensorRef, dtype: DType) -> CodedWeight:
         if kind == "int8":
             return _eight_bit(module, values, dtype)
         return _four_bit(kind, module, values, dtype)
 
-    return Fresh(kind, quantise, lambda kept, dtype: _config(kind, kept, dtype), conv1d=True)
+    return Quantiser(kind, quantise, lambda kept, dtype: _config(kind, kept, dtype), conv1d=True)
 
 
-FRESH = tuple(_fresh(kind) for kind in (*codes.ROUND_TRIPS, "int8"))
+QUANTISERS = tuple(_quantiser(kind) for kind in (*codes.ROUND_TRIPS, "int8"))

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.gguf_model import GgufModel
-from adaptmerge.bases.stored_as import Spelled, halved, interleaved
+from adaptmerge.bases.stored_as import StoredAs, halved, interleaved
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.gguf import TYPES, type_name
 from adaptmerge.lazy import torch
-from adaptmerge.schemes.coded import Packed, stacked
+from adaptmerge.schemes.coded import CodedWeight, stacked
 from adaptmerge.schemes.gguf.blocks import Codec
 from adaptmerge.schemes.gguf.codecs import CODECS
 from adaptmerge.schemes.grids import BlockGrid
@@ -39,12 +39,12 @@ class Ggml:
     module: str
     shape: tuple[int, int]
     type: int
-    spelled: Spelled
+    stored_as: StoredAs
     raw: TensorRef
 
     @property
     def tensors(self) -> Mapping[str, TensorRef]:
-        return {self.spelled.name: self.raw}
+        return {self.stored_as.name: self.raw}
 
     @property
     def _codec(self) -> Codec:
@@ -62,7 +62,7 @@ class Ggml:
     @property
     def _ordered(self) -> TensorRef:
         """The bytes with rows as the module has them."""
-        heads = self.spelled.heads
+        heads = self.stored_as.heads
         return halved(self.raw, heads) if heads else self.raw
 
     def grid(self, rows: tuple[int, int]) -> tuple[torch.Tensor, BlockGrid]:
@@ -70,8 +70,8 @@ class Ggml:
 
     def pack(self, codes: torch.Tensor, grid: BlockGrid) -> dict[str, torch.Tensor]:
         made = self._codec.pack(self._ordered.read(), codes, grid)
-        heads = self.spelled.heads
-        return {self.spelled.name: interleaved(made, heads).contiguous() if heads else made}
+        heads = self.stored_as.heads
+        return {self.stored_as.name: interleaved(made, heads).contiguous() if heads else made}
 
     def nearest_scales(self, scale: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor | None:
         return self._codec.nearest_scales(self._ordered.slice(0, *rows).read(), scale)
@@ -81,27 +81,27 @@ def _detect(base: Base) -> bool:
     return isinstance(base, GgufModel)
 
 
-def _spelled(base: Base) -> dict[str, Spelled]:
-    from adaptmerge.schemes.gguf.names import spelled
+def _stored_as(base: Base) -> dict[str, StoredAs]:
+    from adaptmerge.schemes.gguf.names import stored_as
 
     assert isinstance(base, GgufModel)
-    return spelled(base)
+    return stored_as(base)
 
 
-def _find(base: Base) -> dict[str, Packed]:
+def _find(base: Base) -> dict[str, CodedWeight]:
     """The matrices that are stored in blocks."""
     assert isinstance(base, GgufModel)
-    found: dict[str, Packed] = {}
-    for name, spelled in _spelled(base).items():
-        whole, entry = stacked(spelled.name)
+    found: dict[str, CodedWeight] = {}
+    for name, stored_as in _stored_as(base).items():
+        whole, entry = stacked(stored_as.name)
         info = base.infos.get(whole)
         if info is not None and TYPES[info.type].width > 1 and name.endswith(WEIGHT):
             stored = base.tensors[whole]
             raw = stored if entry is None else stored.entry(entry)
             rows, columns = info.shape[-2:]
             module = name.removesuffix(WEIGHT)
-            found[module] = Ggml(module, (rows, columns), info.type, spelled, raw)
+            found[module] = Ggml(module, (rows, columns), info.type, stored_as, raw)
     return found
 
 
-SCHEME = Scheme("gguf", "GGUF", URL, _detect, _find, _spelled, typed=True)
+SCHEME = Scheme("gguf", "GGUF", URL, _detect, _find, _stored_as, typed=True)

@@ -16,7 +16,7 @@ from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum
 from adaptmerge.bases.base import Base
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.methods.method import Member
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.tensors.refs import TensorRef
 
 # Architectures whose MLP is down_proj(act(gate_proj(x)) * up_proj(x)) and nothing else.
@@ -29,7 +29,7 @@ GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowsBefore:
     """The layer whose rows take the scales up: its name in the adapter, its weight and its bias."""
 
     module: str
@@ -38,17 +38,17 @@ class Rows:
 
 
 def with_moved_scales(
-    plan: Plan, base: Base, packed: Mapping[str, Packed]
+    plan: Plan, base: Base, coded: Mapping[str, CodedWeight]
 ) -> tuple[Plan, list[Note]]:
     """The plan with scales of inputs as scales of the rows before, wherever that is exact and spares the
-    codes of a packed weight."""
+    codes of a coded weight."""
     if base.architecture not in GATED or plan.method.promise is not None:
         return plan, []
     taken = {base.locate(step.site.module) for step in plan.steps}
     steps: list[Step] = []
     moved: list[str] = []
     for step in plan.steps:
-        rows = _rows_before(step, base, packed)
+        rows = _rows_before(step, base, coded)
         found = (
             None if rows is None or base.locate(rows.module) in taken else _moved(step, rows, base)
         )
@@ -61,26 +61,28 @@ def with_moved_scales(
     return replace(plan, steps=tuple(steps)), [Note(Kind.INFO, what, site=moved[0])]
 
 
-def _rows_before(step: Step, base: Base, packed: Mapping[str, Packed]) -> Rows | None:
+def _rows_before(step: Step, base: Base, coded: Mapping[str, CodedWeight]) -> RowsBefore | None:
     parent, _, name = step.site.module.rpartition(".")
     if name != DOWN or str(step.site) != step.site.module:
         return None
     named = [base.locate(f"{parent}.{one}") for one in (GATE, UP, DOWN)]
-    if None in named or not all(f"{module}.weight" in packed for module in named[1:]):
+    if None in named or not all(f"{module}.weight" in coded for module in named[1:]):
         return None
-    if not _takes_factors(packed[f"{named[1]}.weight"]):
+    if not _takes_factors(coded[f"{named[1]}.weight"]):
         return None
     tensors = base.tensors
-    return Rows(f"{parent}.{UP}", tensors[f"{named[1]}.weight"], tensors.get(f"{named[1]}.bias"))
+    return RowsBefore(
+        f"{parent}.{UP}", tensors[f"{named[1]}.weight"], tensors.get(f"{named[1]}.bias")
+    )
 
 
-def _takes_factors(packed: Packed) -> bool:
-    """Whether the scales of a packed weight can be multiplied row by row."""
-    _, grid = packed.grid((0, 1))
-    return grid.offset is None and packed.nearest_scales(grid.scale, (0, 1)) is not None
+def _takes_factors(weight: CodedWeight) -> bool:
+    """Whether the scales of a coded weight can be multiplied row by row."""
+    _, grid = weight.grid((0, 1))
+    return grid.offset is None and weight.nearest_scales(grid.scale, (0, 1)) is not None
 
 
-def _moved(step: Step, rows: Rows, base: Base) -> list[Step] | None:
+def _moved(step: Step, rows: RowsBefore, base: Base) -> list[Step] | None:
     """The steps at the layer before; None where the step is more than scales of inputs."""
     own = base.weight(step.site)
     targets = [(Site(rows.module), rows.weight)]

@@ -14,7 +14,7 @@ from adaptmerge.adapters.graph import Adapter, Kind, Note, Site
 from adaptmerge.bases.base import Base
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.coded import DequantisedRows
-from adaptmerge.schemes.scheme import fresh
+from adaptmerge.schemes.scheme import quantisers
 from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.refs import TensorRef, computed
 
@@ -49,8 +49,8 @@ class RoundTrip:
         """Some rows of it, as a source that reads no others but for their scales."""
         if self.trained_on == BY_ROWS:
             return RoundTrip(self.ref.slice(0, start, stop), self.trained_on)
-        packed = fresh()[self.trained_on].quantise(self.ref.name, self.ref, F32)
-        return DequantisedRows(packed, start, stop)
+        coded = quantisers()[self.trained_on].quantise(self.ref.name, self.ref, F32)
+        return DequantisedRows(coded, start, stop)
 
 
 def as_trained(base: Base, trained_on: str | None, linears: Collection[str]) -> Base:

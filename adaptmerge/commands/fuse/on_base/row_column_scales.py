@@ -31,7 +31,7 @@ Norm = tuple[TensorRef, TensorRef]  # the weight of a norm as it is stored, and 
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ScaledPair:
     """A linear (out, in) as it is stored and as it was before it was quantised, and the norms of its layer
     that its inputs may come through."""
 
@@ -104,7 +104,7 @@ def _quotient(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
     return torch.where(below > 0, above.double() / below.double(), 1.0)
 
 
-def _scaling_of(pair: Pair) -> Scaling:
+def _scaling_of(pair: ScaledPair) -> Scaling:
     with one_thread_each():
         found = _Squares(*_unclipped(pair))
         outputs = torch.ones(pair.stored.shape[0], dtype=torch.float64)
@@ -132,13 +132,13 @@ def _scaling_of(pair: Pair) -> Scaling:
 scaling_of = remembered(_scaling_of, KEPT)
 
 
-def _unclipped(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+def _unclipped(pair: ScaledPair) -> tuple[torch.Tensor, torch.Tensor]:
     """Both matrices, float32, with 0 in both for entries at the ends of a grid of some codes."""
     stored, original = pair.stored.read().float(), pair.original.read().float()
     source = pair.stored.source
     if not isinstance(source, Dequantised) or pair.stored.steps:
         return stored, original
-    codes, grid = source.packed.grid((0, source.shape[0]))
+    codes, grid = source.weight.grid((0, source.shape[0]))
     if grid.count < CODES:
         return stored, original
     ends = (codes == 0) | (codes == grid.count - 1)
@@ -160,7 +160,7 @@ def spread(ratio: torch.Tensor, energy: torch.Tensor) -> tuple[float, float]:
 
 
 def _exact(
-    inputs: torch.Tensor, pair: Pair, found: _Squares, noise: Noise, *, free: bool
+    inputs: torch.Tensor, pair: ScaledPair, found: _Squares, noise: Noise, *, free: bool
 ) -> torch.Tensor | None:
     """The factors that a norm has, or 1, where the columns confirm them; free: but for a common factor."""
     best: tuple[float, torch.Tensor] | None = None
@@ -191,7 +191,7 @@ def _of_norms(norms: Sequence[Norm]) -> list[tuple[torch.Tensor, float]]:
 class Factors:
     """The factors of the rows ("outputs") or columns ("inputs") of a linear: a vector to be computed."""
 
-    pair: Pair
+    pair: ScaledPair
     side: str
 
     @property
@@ -211,7 +211,7 @@ class Factors:
 class Unscaled:
     """Rows of a stored linear as the original has them, but for rounding: a source of refs, float32."""
 
-    pair: Pair
+    pair: ScaledPair
     start: int
     stop: int
 
@@ -234,6 +234,6 @@ class Unscaled:
         return Unscaled(self.pair, self.start + start, self.start + stop)
 
 
-def unscaled(pair: Pair, name: str) -> TensorRef:
+def unscaled(pair: ScaledPair, name: str) -> TensorRef:
     """A linear (out, in) as the original has it, but for rounding."""
     return computed(Unscaled(pair, 0, pair.stored.shape[0]), name)

@@ -18,7 +18,7 @@ from adaptmerge.bases.open import open_base
 from adaptmerge.commands.fuse.on_base.row_column_scales import (
     Factors,
     Norm,
-    Pair,
+    ScaledPair,
     Scaling,
     scaling_of,
     unscaled,
@@ -26,7 +26,7 @@ from adaptmerge.commands.fuse.on_base.row_column_scales import (
 from adaptmerge.errors import CannotMerge
 from adaptmerge.lazy import torch
 from adaptmerge.merging.plan import Plan, Step
-from adaptmerge.rounding.codes import packed_error
+from adaptmerge.rounding.codes import coded_error
 from adaptmerge.schemes.coded import Dequantised
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.refs import TensorRef, computed
@@ -42,7 +42,7 @@ class Smoothing:
     original: the model that the base was quantised from, where it is known.
     """
 
-    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    pairs: Mapping[str, ScaledPair] = field(default_factory=dict)
     original: Base | None = None
     notes: tuple[Note, ...] = ()
 
@@ -88,12 +88,12 @@ class Smoothing:
         return own is not None and before is not None and not _alike(own, before)
 
 
-def _scaled_step(step: Step, pair: Pair, own: TensorRef | None) -> Step:
+def _scaled_step(step: Step, pair: ScaledPair, own: TensorRef | None) -> Step:
     members = tuple(replace(m, edit=_scaled(m.edit, pair, own)) for m in step.members)
     return replace(step, edit=_scaled(step.edit, pair, own), members=members)
 
 
-def _scaled(edit: Edit, pair: Pair, own: TensorRef | None) -> Edit:
+def _scaled(edit: Edit, pair: ScaledPair, own: TensorRef | None) -> Edit:
     """The edit with what it adds scaled; that of a bias by the factors of the outputs alone."""
     factor = factor_of(edit)
     if factor is None:
@@ -157,7 +157,7 @@ def smoothing_of(base: Base, source: str | None, sites: Iterable[Site]) -> Smoot
     norms = _norms(base, original)
     problems: list[str] = []
     found: dict[str, Scaling] = {}
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, ScaledPair] = {}
     for module in sorted({m for site in sites if (m := base.locate(site.module)) is not None}):
         near = norms.get(layer_index(module), ())
         pair = _pair(base, original, module, near, problems)
@@ -172,7 +172,7 @@ def smoothing_of(base: Base, source: str | None, sites: Iterable[Site]) -> Smoot
 
 def _pair(
     base: Base, original: Base, module: str, norms: Iterable[Norm], problems: list[str]
-) -> Pair | None:
+) -> ScaledPair | None:
     """A linear in both; None for one of which the base has the original's own bits, or none."""
     stored, before = base.weight(Site(module)), original.weight(Site(module))
     if stored is None or len(stored.shape) != 2:
@@ -187,7 +187,7 @@ def _pair(
     if same_values(before.cast(stored.dtype), stored):
         return None
     own = (norm for norm in norms if norm[0].shape == stored.shape[1:])
-    return Pair(stored, before, tuple(own))
+    return ScaledPair(stored, before, tuple(own))
 
 
 def _norms(base: Base, original: Base) -> dict[int | None, list[Norm]]:
@@ -202,10 +202,10 @@ def _norms(base: Base, original: Base) -> dict[int | None, list[Norm]]:
     return found
 
 
-def _misfit(module: str, pair: Pair, found: Scaling) -> list[str]:
+def _misfit(module: str, pair: ScaledPair, found: Scaling) -> list[str]:
     """A problem where a weight is further from its original than rounding explains."""
     source = pair.stored.source
-    grid = packed_error(source.packed) if isinstance(source, Dequantised) else pair.stored.dtype.eps
+    grid = coded_error(source.weight) if isinstance(source, Dequantised) else pair.stored.dtype.eps
     positive = all(bool((side > 0).all()) for side in found[:2] if side is not None)
     if positive and found.apart <= min(MOST, FAR * grid + MORE):
         return []

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.bases.base import Base
 from adaptmerge.merging.plan import Plan
-from adaptmerge.schemes.coded import Packed, stands_alone
+from adaptmerge.schemes.coded import CodedWeight, stands_alone
 
 
-def stored_whole(plan: Plan, base: Base, packed: Mapping[str, Packed]) -> list[str]:
-    """The names of the packed weights of which a plan replaces values, in order."""
+def stored_whole(plan: Plan, base: Base, coded: Mapping[str, CodedWeight]) -> list[str]:
+    """The names of the coded weights of which a plan replaces values, in order."""
     steps = (step for step in plan.steps if factor_of(step.edit) is None)
     places = (base.place(step.site) for step in steps)
-    names = {place.name for place in places if place is not None} & packed.keys()
-    return sorted(name for name in names if stands_alone(packed[name]))
+    names = {place.name for place in places if place is not None} & coded.keys()
+    return sorted(name for name in names if stands_alone(coded[name]))

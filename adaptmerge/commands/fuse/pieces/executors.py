@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adaptmerge.commands.fuse.pieces.journal import packed
+from adaptmerge.commands.fuse.pieces.journal import to_record
 from adaptmerge.commands.fuse.pieces.layout import Shard
 from adaptmerge.commands.fuse.pieces.write import Progress, Settings, write_shard
 from adaptmerge.errors import AdaptmergeError, MissingExtra
@@ -33,7 +33,7 @@ Executor = Callable[[Sequence[Job], Progress], Iterator[tuple[Job, Record]]]
 def record_of(job: Job, progress: Progress) -> Record:
     """Writes a shard and returns its record."""
     done = write_shard(job.shard, job.path, job.beside, job.settings, progress)
-    return packed(
+    return to_record(
         done.sha256, [line.choice for line in done.lines], [line.measured for line in done.lines]
     )
 

@@ -40,7 +40,7 @@ class Journal:
         return self._folder / f"{name}.json"
 
 
-def packed(sha256: str, choices: list[Choice], measured: list[Measured]) -> dict[str, Any]:
+def to_record(sha256: str, choices: list[Choice], measured: list[Measured]) -> dict[str, Any]:
     """The record of a written shard as plain data."""
     return {
         "sha256": sha256,
@@ -49,7 +49,7 @@ def packed(sha256: str, choices: list[Choice], measured: list[Measured]) -> dict
     }
 
 
-def unpacked(found: Mapping[str, Any]) -> tuple[str, list[Choice], list[Measured]]:
+def from_record(found: Mapping[str, Any]) -> tuple[str, list[Choice], list[Measured]]:
     """The record of a written shard, read back."""
     choices = [Choice(rounding, tuple(gains)) for rounding, gains in found["choices"]]
     measured = [Measured(**{k: _tupled(v) for k, v in one.items()}) for one in found["measured"]]

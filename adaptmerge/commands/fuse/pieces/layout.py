@@ -16,7 +16,7 @@ from adaptmerge.files.gguf import NUMBERS, GgufFile, Info, rewritten
 from adaptmerge.files.pickles import Pickled
 from adaptmerge.files.safetensors import raw_header, read_header
 from adaptmerge.lazy import torch
-from adaptmerge.rounding.codes import Packing
+from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix
 from adaptmerge.schemes.coded import Dequantised
 from adaptmerge.tensors.dtypes import DType
@@ -59,18 +59,18 @@ class Fused:
 
 
 @dataclass(frozen=True, slots=True)
-class Repacked:
-    """One of the tensors that a packed weight is stored as, under the name that the weight has for it. Of
+class Recoded:
+    """One of the tensors that a coded weight is stored as, under the name that the weight has for it. Of
     these the one that `leads` stands for the weight where it must be counted once; `stored` is what the
     base has."""
 
-    packing: Packing
+    coded: CodedMatrix
     name: str
     stored: TensorRef
     leads: bool = False
 
 
-Part = Copy | Fused | Repacked
+TensorPart = Copy | Fused | Recoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Tensor:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     gap: int = 0
 
     @property
@@ -88,12 +88,12 @@ class Tensor:
         return self.dtype.nbytes(math.prod(self.shape))
 
     @property
-    def made(self) -> list[Fused | Packing]:
+    def made(self) -> list[Fused | CodedMatrix]:
         """What is computed, each counted with one tensor."""
         return [
-            part.packing if isinstance(part, Repacked) else part
+            part.coded if isinstance(part, Recoded) else part
             for part in self.parts
-            if isinstance(part, Fused) or (isinstance(part, Repacked) and part.leads)
+            if isinstance(part, Fused) or (isinstance(part, Recoded) and part.leads)
         ]
 
 
@@ -110,7 +110,7 @@ class Shard:
         return len(self.header) + sum(tensor.nbytes + tensor.gap for tensor in self.tensors)
 
     @property
-    def made(self) -> list[Fused | Packing]:
+    def made(self) -> list[Fused | CodedMatrix]:
         """What is computed, in order."""
         return [one for tensor in self.tensors for one in tensor.made]
 
@@ -120,10 +120,10 @@ class Shard:
         return [tensor.name for tensor in self.tensors for _ in tensor.made]
 
     @property
-    def packings(self) -> list[Packing]:
-        """The packed weights of which it holds any tensor."""
+    def coded_matrices(self) -> list[CodedMatrix]:
+        """The coded weights of which it holds any tensor."""
         parts = (part for tensor in self.tensors for part in tensor.parts)
-        return list(dict.fromkeys(p.packing for p in parts if isinstance(p, Repacked)))
+        return list(dict.fromkeys(p.coded for p in parts if isinstance(p, Recoded)))
 
 
 def files_of(base: Base) -> dict[str, list[str]]:
@@ -137,10 +137,10 @@ def files_of(base: Base) -> dict[str, list[str]]:
 
 
 def path_of(ref: TensorRef) -> str:
-    """The file that a tensor of a checkpoint lies in; of a packed weight that of its codes."""
+    """The file that a tensor of a checkpoint lies in; of a coded weight that of its codes."""
     source = ref.source
     if isinstance(source, Dequantised):
-        return path_of(next(iter(source.packed.tensors.values())))
+        return path_of(next(iter(source.weight.tensors.values())))
     if isinstance(source, Joined):
         return path_of(source.parts[0])
     assert isinstance(source, Stored | Pickled)

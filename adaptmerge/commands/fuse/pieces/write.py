@@ -17,18 +17,18 @@ from typing import NamedTuple
 
 from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.commands.fuse.options import FuseOptions
-from adaptmerge.commands.fuse.pieces.layout import Copy, Fused, Repacked, Shard
+from adaptmerge.commands.fuse.pieces.layout import Copy, Fused, Recoded, Shard
 from adaptmerge.errors import InputError
 from adaptmerge.files.disk import tensor_bytes
 from adaptmerge.files.safetensors import write_pieces
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.lazy import torch
 from adaptmerge.parallel import ordered, short_turns, workers_default
-from adaptmerge.rounding.codes import Packing, choose_packed, requantise
+from adaptmerge.rounding.codes import CodedMatrix, choose_coded, requantise
 from adaptmerge.rounding.floats import Choice, choose, settle_rows
 from adaptmerge.rounding.matrix import Matrix, Measured
 from adaptmerge.rounding.scales import SOLVE
-from adaptmerge.schemes.coded import Packed
+from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.tensors.dtypes import U8, DType
 from adaptmerge.tensors.refs import Reshape, Slice, Stored, TensorRef, constant, read_span
 
@@ -58,18 +58,18 @@ def settings_of(options: FuseOptions) -> Settings:
 
 class Line(NamedTuple):
     """What became of one matrix of a tensor: how it was rounded, what nearest rounding would have kept, and
-    what rounding did. packed: how it is stored where it is quantised."""
+    what rounding did. coded: how it is stored where it is quantised."""
 
     tensor: str
     matrix: Matrix
     choice: Choice
     measured: Measured
-    packed: Packed | None = None
+    coded: CodedWeight | None = None
 
     @property
     def stored_as(self) -> str:
         """The dtype of what is stored, or that it is codes."""
-        return str(self.matrix.dtype) if self.packed is None else "quantised"
+        return str(self.matrix.dtype) if self.coded is None else "quantised"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +100,9 @@ def survey(shard: Shard, settings: Settings) -> list[Choice]:
         return list(ordered(pool, settings.workers, work, shard.made))
 
 
-def _choice(made: Fused | Packing, rounding: str) -> Choice:
-    if isinstance(made, Packing):
-        return choose_packed(made, rounding)
+def _choice(made: Fused | CodedMatrix, rounding: str) -> Choice:
+    if isinstance(made, CodedMatrix):
+        return choose_coded(made, rounding)
     return choose(made.matrix, rounding)
 
 
@@ -119,9 +119,9 @@ def write_shard(
         one_thread_each(),
         short_turns(),
         ThreadPoolExecutor(settings.workers) as pool,
-        _repacked(shard, beside, settings, pool) as packed,
+        _recoded(shard, beside, settings, pool) as coded,
     ):
-        sums |= packed.measured
+        sums |= coded.measured
 
         def pieces() -> Iterator[bytes | memoryview]:
             yield shard.header
@@ -129,7 +129,7 @@ def write_shard(
                 pool,
                 settings.workers,
                 lambda piece: _compute(piece, choices, settings),
-                _pieces(shard, packed.refs),
+                _pieces(shard, coded.refs),
             )
             for piece, (data, measured) in done:
                 if piece.number is not None and measured is not None:
@@ -146,54 +146,56 @@ def write_shard(
 
 def lines_of(shard: Shard, choices: Sequence[Choice], measured: Sequence[Measured]) -> list[Line]:
     """A line for each of what a shard computes."""
-    packed = [one.packed if isinstance(one, Packing) else None for one in shard.made]
+    coded = [one.weight if isinstance(one, CodedMatrix) else None for one in shard.made]
     matrices = [one.matrix for one in shard.made]
-    return list(map(Line, shard.names, matrices, choices, measured, packed))
+    return list(map(Line, shard.names, matrices, choices, measured, coded))
 
 
 class Repackings(NamedTuple):
-    """The tensors that packed weights are stored as from now on, by name, and what rounding did."""
+    """The tensors that coded weights are stored as from now on, by name, and what rounding did."""
 
     refs: dict[str, TensorRef]
     measured: dict[int, Measured]
 
 
 @contextmanager
-def _repacked(
+def _recoded(
     shard: Shard, beside: Path, settings: Settings, pool: ThreadPoolExecutor
 ) -> Iterator[Repackings]:
-    """The packed weights of a shard, settled into a temporary file that lasts as long as the block."""
+    """The coded weights of a shard, settled into a temporary file that lasts as long as the block."""
     found = Repackings({}, {})
-    if not shard.packings:
+    if not shard.coded_matrices:
         yield found
         return
-    numbers = {one: number for number, one in enumerate(shard.made) if isinstance(one, Packing)}
+    numbers = {one: number for number, one in enumerate(shard.made) if isinstance(one, CodedMatrix)}
     with Scratch(beside) as scratch:
         work = partial(_requantised, settings=settings)
-        results = ordered(pool, settings.workers, work, shard.packings)
-        for packing, (tensors, measured) in zip(shard.packings, results, strict=True):
+        results = ordered(pool, settings.workers, work, shard.coded_matrices)
+        for coded, (tensors, measured) in zip(shard.coded_matrices, results, strict=True):
             found.refs.update({name: scratch.put(value) for name, value in tensors.items()})
-            if packing in numbers:
-                found.measured[numbers[packing]] = measured
+            if coded in numbers:
+                found.measured[numbers[coded]] = measured
         yield found
     beside.unlink()
 
 
-def _requantised(packing: Packing, settings: Settings) -> tuple[dict[str, torch.Tensor], Measured]:
-    choice = choose_packed(packing, settings.rounding)
-    done = requantise(packing, choice.rounding, settings.scales, settings.seed)
-    return packing.packed.pack(done.codes, done.grid), done.measured
+def _requantised(
+    coded: CodedMatrix, settings: Settings
+) -> tuple[dict[str, torch.Tensor], Measured]:
+    choice = choose_coded(coded, settings.rounding)
+    done = requantise(coded, choice.rounding, settings.scales, settings.seed)
+    return coded.weight.pack(done.codes, done.grid), done.measured
 
 
-def _pieces(shard: Shard, repacked: Mapping[str, TensorRef]) -> Iterator[Piece]:
+def _pieces(shard: Shard, recoded: Mapping[str, TensorRef]) -> Iterator[Piece]:
     number = 0
     for tensor in shard.tensors:
         for part in tensor.parts:
             if isinstance(part, Copy):
                 yield from _runs(part.ref, tensor.dtype)
                 continue
-            if isinstance(part, Repacked):
-                yield from _runs(repacked.get(part.name, part.stored), tensor.dtype)
+            if isinstance(part, Recoded):
+                yield from _runs(recoded.get(part.name, part.stored), tensor.dtype)
                 number += part.leads
                 continue
             whole = [(0, part.matrix.shape[0])]

@@ -16,7 +16,7 @@ from adaptmerge.commands.fuse.on_base.provenance import RoundTrip
 from adaptmerge.commands.fuse.pieces.layout import Fused
 from adaptmerge.commands.fuse.plan import FusePlan
 from adaptmerge.lazy import torch
-from adaptmerge.rounding.codes import Packing
+from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix, delta_of
 from adaptmerge.schemes.view import View
 from adaptmerge.tensors.dtypes import F32, DType
@@ -70,7 +70,7 @@ def reference(plan: FusePlan, fused: View) -> Reference:
     return Reference(base, Adapter("reference", (*copies, *steps), names), settled)
 
 
-def _made(plan: FusePlan) -> Iterator[tuple[str, Fused | Packing, bool]]:
+def _made(plan: FusePlan) -> Iterator[tuple[str, Fused | CodedMatrix, bool]]:
     """What is computed, with its tensor's name, and whether the base has it as (in, out)."""
     for shard in plan.shards:
         for name, one in zip(shard.names, shard.made, strict=True):
@@ -89,7 +89,7 @@ def _trained(plan: FusePlan) -> Iterator[Replace]:
 def _own(plan: FusePlan, fused: View) -> Iterator[Replace]:
     """The weights of a fused model less the adapters, where all that is added is in their place."""
     for name, one, turned in _made(plan):
-        name = f"{one.packed.module}.weight" if isinstance(one, Packing) else name
+        name = f"{one.weight.module}.weight" if isinstance(one, CodedMatrix) else name
         stored = fused.base.tensors.get(name)
         if stored is None or one.matrix.tokens:
             continue

@@ -17,17 +17,17 @@ from functools import partial
 from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.bases.base import Base
-from adaptmerge.commands.fuse.pieces.layout import Fused, Repacked, Tensor
+from adaptmerge.commands.fuse.pieces.layout import Fused, Recoded, Tensor
 from adaptmerge.commands.fuse.plan import FusePlan
 from adaptmerge.commands.fuse.report import FusedSite, FuseReport
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check
 from adaptmerge.lazy import torch
 from adaptmerge.parallel import ordered, workers_default
-from adaptmerge.rounding.codes import Packing, packed_error
+from adaptmerge.rounding.codes import CodedMatrix, coded_error
 from adaptmerge.rounding.error_feedback import NEAREST, FloatGrid
 from adaptmerge.rounding.floats import GRID_ERROR
 from adaptmerge.rounding.matrix import PIECE, Matrix, Measured, delta_of, weight_rows
-from adaptmerge.schemes.coded import Packed, dequantised, named
+from adaptmerge.schemes.coded import CodedWeight, dequantised, named
 from adaptmerge.schemes.view import View
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.dtypes import DType
@@ -103,7 +103,7 @@ def _look_at(tensor: Tensor, view: View) -> Looked:
         return Looked(problems=[f"{tensor.name}: {what}"])
     found = Looked()
     for part, ref in zip(tensor.parts, _parts(tensor, stored), strict=True):
-        if isinstance(part, Repacked):
+        if isinstance(part, Recoded):
             _look_at_packed(tensor.name, part, view, found)
             continue
         if isinstance(part, Fused):
@@ -117,13 +117,13 @@ def _look_at(tensor: Tensor, view: View) -> Looked:
     return found
 
 
-def _look_at_packed(name: str, part: Repacked, view: View, found: Looked) -> None:
+def _look_at_packed(name: str, part: Recoded, view: View, found: Looked) -> None:
     """A quantised matrix is looked at once, with its codes."""
-    stored = view.packed.get(named(part.packing.packed))
+    stored = view.coded.get(named(part.coded.weight))
     if stored is None:
         found.problems.append(f"{name}: is not quantised as in the base")
     elif part.leads:
-        found.findings.append(_packed_finding(name, part.packing, stored))
+        found.findings.append(_coded_finding(name, part.coded, stored))
 
 
 def _distance(one: TensorRef, two: TensorRef) -> tuple[tuple[int, int], float]:
@@ -170,17 +170,17 @@ def _finding(name: str, part: Fused, stored: TensorRef) -> Finding:
     return _compared(name, part.matrix, lambda rows: ref.slice(0, *rows).read(), nearest, grid)
 
 
-def _packed_finding(name: str, packing: Packing, stored: Packed) -> Finding:
+def _coded_finding(name: str, coded: CodedMatrix, stored: CodedWeight) -> Finding:
     """How a stored quantised matrix agrees with weight plus delta."""
-    columns = slice(0, packing.matrix.shape[1])
+    columns = slice(0, coded.matrix.shape[1])
 
     def nearest(target: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        codes, grid = packing.packed.grid(rows)
-        codes = codes if packing.fresh else grid.codes(target.float(), columns)
+        codes, grid = coded.weight.grid(rows)
+        codes = codes if coded.anew else grid.codes(target.float(), columns)
         return grid.values(codes, columns, torch.empty(target.shape)).double()
 
-    grid = packed_error(packing.packed)
-    return _compared(name, packing.matrix, lambda rows: dequantised(stored, rows), nearest, grid)
+    grid = coded_error(coded.weight)
+    return _compared(name, coded.matrix, lambda rows: dequantised(stored, rows), nearest, grid)
 
 
 def _compared(

@@ -12,7 +12,7 @@ from typing import Any
 from adaptmerge.adapters.families.adalora import AdaLora
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import added, axes, number, refuse, whole
+from adaptmerge.formats.peft.additive import added, axes, integer, number, refuse
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 
 # Fields of LoRA that AdaLoRA inherits and does not look at.
@@ -38,7 +38,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
         if reading.setting(name):
             refuse(reading, name, why)
     up, singular, down = (parts[leaf] for leaf in ("lora_B", "lora_E", "lora_A"))
-    initial = whole(reading, "init_r")
+    initial = integer(reading, "init_r")
     _check_rank(reading, module, axes("lora_A", down, 2)[0], initial)
     factor = AdaLora(up, singular, down, number(reading, "lora_alpha"), initial)
     return added(reading, module, factor)

@@ -9,7 +9,7 @@ from typing import Any
 from adaptmerge.adapters.families.loha import LoHa
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import added, axes, expect, kernel_of, number, whole
+from adaptmerge.formats.peft.additive import added, axes, expect, integer, kernel_of, number
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 
 SIDES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -21,7 +21,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     up_1, down_1, up_2, down_2 = (parts[leaf] for leaf in SIDES)
     rank, _ = axes("hada_w1_b", down_1, 2)
     expect(reading, "r", module, rank)
-    scale = number(reading, "alpha", module) / whole(reading, "r", module)
+    scale = number(reading, "alpha", module) / integer(reading, "r", module)
     if not any(leaf in parts for leaf in CORES):
         return added(reading, module, LoHa(up_1, down_1, up_2, down_2, scale))
     if not reading.setting("use_effective_conv2d"):

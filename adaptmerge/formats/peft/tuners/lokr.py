@@ -15,7 +15,7 @@ from adaptmerge.adapters.families.lokr import LoKr, side
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.errors import CannotStore
-from adaptmerge.formats.peft.additive import added, axes, expect, kernel_of, number, whole
+from adaptmerge.formats.peft.additive import added, axes, expect, integer, kernel_of, number
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 from adaptmerge.tensors.refs import TensorRef
 
@@ -29,7 +29,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     for pair in (left, right):
         if len(pair) > 1:
             expect(reading, "r", module, pair[-1].shape[0])
-    rank = whole(reading, "r", module)
+    rank = integer(reading, "r", module)
     scale = number(reading, "alpha", module) / rank
     rows_last = len(right) == 1 and len(right[0].shape) == 3
     factor = LoKr(left, right, rank, scale, rows_last)

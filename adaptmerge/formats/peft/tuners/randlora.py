@@ -12,7 +12,7 @@ from typing import Any
 from adaptmerge.adapters.families.randlora import RandBases, RandLora
 from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.errors import CannotStore
-from adaptmerge.formats.peft.additive import number, whole
+from adaptmerge.formats.peft.additive import integer, number
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
@@ -54,7 +54,7 @@ def _drawn(reading: Reading) -> tuple[TensorRef, TensorRef]:
     if style == "dense":
         what = "the random bases are drawn again in bfloat16, as PEFT does where the device has it"
         reading.notes.append(Note(Kind.ASSUMED, what))
-    key, rank = seed(reading, "projection_prng_key"), whole(reading, "r")
+    key, rank = seed(reading, "projection_prng_key"), integer(reading, "r")
     nodes = [RandBases(key, rank, small, large, style, side) for side in ("short", "long")]
     first, second = (computed(node, shared=True) for node in nodes)
     return first, second
@@ -94,7 +94,7 @@ def _edit(
     reading: Reading, module: str, parts: Parts, short: TensorRef, long: TensorRef
 ) -> list[Edit]:
     weights, columns = parts[WEIGHTS], parts[COLUMNS]
-    rank, small = whole(reading, "r"), columns.shape[-1]
+    rank, small = integer(reading, "r"), columns.shape[-1]
     count = -(-small // rank)
     if (weights.shape, columns.shape) != ((rank, count), (count, small)):
         raise Malformed(

@@ -7,7 +7,7 @@ from typing import Any
 
 from adaptmerge.adapters.families.shira import Shira
 from adaptmerge.adapters.graph import Edit, Site
-from adaptmerge.formats.peft.additive import whole
+from adaptmerge.formats.peft.additive import integer
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 
 
@@ -18,7 +18,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
             f"shira_indices has shape {list(places.shape)}: expected (2, {values.count}), a place "
             "for every value of shira_weight"
         )
-    rank = whole(reading, "r")
+    rank = integer(reading, "r")
     weight = reading.weight(module)
     if weight is not None and values.count != rank * sum(weight.shape):
         raise Malformed(

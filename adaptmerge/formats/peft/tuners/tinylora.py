@@ -15,7 +15,7 @@ from adaptmerge.adapters.families.tinylora import TinyLora, TinyMatrices
 from adaptmerge.adapters.graph import Edit, Layer, Site
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.errors import CannotStore
-from adaptmerge.formats.peft.additive import number, whole
+from adaptmerge.formats.peft.additive import integer, number
 from adaptmerge.formats.peft.order import ORDERS, in_model_order
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.saved import EMBEDDINGS
@@ -118,7 +118,7 @@ def _first(ref: TensorRef) -> bytes:
 def _edit(reading: Reading, module: str, parts: Parts, groups: Mapping[str, Group]) -> list[Edit]:
     up, down = parts[UP], parts[DOWN]
     place, vector = groups[module]
-    key, rank, count = seed(reading, "projection_seed"), down.shape[0], whole(reading, "u")
+    key, rank, count = seed(reading, "projection_seed"), down.shape[0], integer(reading, "u")
     if not reading.setting("save_projection"):
         if MIXED in parts:
             raise Malformed(

@@ -8,7 +8,7 @@ from functools import partial
 from adaptmerge.adapters.families.unilora import UniLora, UniPlaces, UniScales
 from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import whole
+from adaptmerge.formats.peft.additive import integer
 from adaptmerge.formats.peft.order import ORDERS, adapted, in_model_order
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
@@ -53,7 +53,7 @@ def _edit(reading: Reading, module: str, parts: Parts, vector: TensorRef) -> lis
 
 def _given_out(reading: Reading, vector: TensorRef) -> list[Edit]:
     """One shuffled list of places, cut into A and B of one module after the other."""
-    base, rank = reading.options.base, whole(reading, "r")
+    base, rank = reading.options.base, integer(reading, "r")
     if base is None:
         raise Malformed(
             "the file names no module and its indices are given out again from proj_seed, for which "

@@ -12,7 +12,7 @@ from typing import Any
 from adaptmerge.adapters.families.vblora import BankChoice, BankLogits, VbLora
 from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import whole
+from adaptmerge.formats.peft.additive import integer
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
@@ -46,7 +46,7 @@ def _edit(reading: Reading, module: str, parts: Parts, bank: TensorRef) -> list[
 
 
 def _choice(reading: Reading, parts: Parts, leaf: str, bank: TensorRef) -> BankLogits | BankChoice:
-    topk = whole(reading, "topk")
+    topk = integer(reading, "topk")
     if leaf + INDICES not in parts:
         logits = parts[leaf]
         _check_shape(leaf, logits, bank.shape[0], "num_vectors")

@@ -10,7 +10,7 @@ from adaptmerge.adapters.families.seeded import KaimingPair
 from adaptmerge.adapters.families.vera import Vera
 from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.adapters.weight_edits import Add, factor_of
-from adaptmerge.formats.peft.additive import whole
+from adaptmerge.formats.peft.additive import integer
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
@@ -72,7 +72,7 @@ def _drawn(reading: Reading, style: Style) -> tuple[TensorRef, TensorRef]:
             "only the base tells: pass --base DIR"
         )
     shapes = [reading.shape(module) for module in modules]
-    rank, key = whole(reading, "r"), seed(reading, "projection_prng_key")
+    rank, key = integer(reading, "r"), seed(reading, "projection_prng_key")
     shape_down = style.rows * rank, max(width for _, width in shapes)
     shape_up = max(out for out, _ in shapes), rank
     pair = [KaimingPair(key, shape_down, shape_up, side) for side in ("down", "up")]
