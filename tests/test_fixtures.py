@@ -47,4 +47,4 @@ def test_base_computes_what_was_recorded(base: str) -> None:
 
 
 def test_fixtures_stay_small() -> None:
-    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 12e6
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 25e6
