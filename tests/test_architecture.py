@@ -33,7 +33,7 @@ TOP = {"__init__", "__main__", "errors", "lazy", "parallel", "discovery"}
 
 # also a container, which files/ tells by its first bytes, and of base models
 CONTAINERS = {"files": {"gguf"}, "bases": {"gguf"}, "schemes": {"gguf"}}
-KIND_BLIND = ("merging", "rounding", "outputs")
+KIND_BLIND = ("merging", "rounding", "outputs", "commands")
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 35, 450
 
 

@@ -617,8 +617,8 @@ def test_a_dora_as_lora_keeps_its_magnitude(stage: Stage, tmp_path: Path) -> Non
 SCRIPT = """
 import sys
 from pathlib import Path
-from adaptmerge.inputs import InputSpec
-from adaptmerge.merge import Options, combine
+from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.commands.combine import Options, combine
 base, out, *paths = sys.argv[1:]
 combine([InputSpec(path, weight=0.5) for path in paths], Path(out), Options(base=base))
 print(sorted({"peft", "transformers", "accelerate"} & sys.modules.keys()))

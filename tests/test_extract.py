@@ -610,7 +610,7 @@ def _effects(path: Path, base: Base) -> dict[str, torch.Tensor]:
     for site, edits in adapter.sites().items():
         weight = base.weight(Site(site.module))
         assert weight is not None
-        found[site.module] = delta_on(edits, weight).dense()  # type: ignore[arg-type]
+        found[site.module] = delta_on(edits, weight).dense()
     return found
 
 

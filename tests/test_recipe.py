@@ -84,7 +84,7 @@ def test_every_key_is_documented() -> None:
 
 
 def test_importing_recipes_imports_no_parser() -> None:
-    code = "import sys, adaptmerge.recipe; print({'pydantic', 'yaml', 'torch'} & {*sys.modules})"
+    code = "import sys, adaptmerge.commands.recipe; print({'pydantic', 'yaml', 'torch'} & {*sys.modules})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert ran.stdout.strip() == "set()", ran.stderr
 

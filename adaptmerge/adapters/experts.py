@@ -182,8 +182,7 @@ def _placed(factors: Mapping[str, Factor], names: Sequence[str]) -> Factor:
 
 
 def _moved(edit: Edit, site: Site, factor: Factor) -> Edit:
-    moved: Edit = replace(refitted(edit, factor), site=site)  # type: ignore[type-var]
-    return moved
+    return replace(refitted(edit, factor), **{"site": site})
 
 
 def _factor(edit: Edit) -> Factor:

@@ -7,7 +7,7 @@ set of named adapters that a format reads or writes as one unit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 
@@ -69,8 +69,10 @@ class Note:
 
 
 class Edit(Protocol):
-    """A change to the base model at one site. `kind` selects the rules of merge methods and targets."""
+    """A change to the base model at one site, a dataclass. `kind` selects the rules of merge methods and
+    targets."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     kind: ClassVar[str]
 
     @property
@@ -79,6 +81,11 @@ class Edit(Protocol):
 
     def __hash__(self) -> int:
         """Edits are data."""
+
+
+def fields_of(edit: Edit) -> dict[str, Any]:
+    """What an edit holds, by field."""
+    return {part.name: getattr(edit, part.name) for part in fields(edit)}
 
 
 @dataclass(frozen=True, slots=True)

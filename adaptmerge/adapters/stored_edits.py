@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeGuard, runtime_checkable
 
 from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.algebra.factors import Factor
@@ -69,5 +69,62 @@ class Opaque:
 
 def with_value(edit: Edit, value: TensorRef) -> Edit:
     """The same edit storing another value."""
-    changed: Edit = replace(edit, value=value)  # type: ignore[type-var]
-    return changed
+    return replace(edit, **{"value": value})
+
+
+@runtime_checkable
+class StoresValue(Edit, Protocol):
+    """An edit that stores a parameter as it will be."""
+
+    @property
+    def value(self) -> TensorRef:
+        """The parameter."""
+
+
+def stores_value(edit: Edit) -> TypeGuard[StoresValue]:
+    """Whether an edit stores a parameter as it will be."""
+    return isinstance(edit, StoresValue)
+
+
+def stored_value(edit: Edit) -> TensorRef:
+    """The parameter that an edit stores. Raises TypeError for edits that store none."""
+    if not stores_value(edit):
+        raise TypeError(f"{edit.kind} edits store no parameter")
+    return edit.value
+
+
+def stores_rows(edit: Edit) -> TypeGuard[ReplaceRows]:
+    """Whether an edit stores some rows of an embedding."""
+    return isinstance(edit, ReplaceRows)
+
+
+def token_rows(edit: Edit) -> ReplaceRows:
+    """The edit as one of token rows. Raises TypeError for others."""
+    if not stores_rows(edit):
+        raise TypeError(f"{edit.kind} edits store no token rows")
+    return edit
+
+
+def trained_tokens(edit: Edit) -> tuple[int, ...]:
+    """The tokens whose rows an edit stores; none for other edits."""
+    return edit.rows if stores_rows(edit) else ()
+
+
+def saved_module(edit: Edit) -> str:
+    """The module saved whole that an edited parameter belongs to, a head's; "" for others."""
+    return edit.owner if isinstance(edit, Replace) else ""
+
+
+def owner_of(edit: Edit) -> str:
+    """The module that a parameter stored whole belongs to: the head's, else its own."""
+    return saved_module(edit) or edit.site.module
+
+
+def role_of(edit: Edit) -> str:
+    """What a parameter stored whole is, see `Replace`; "" for other edits."""
+    return edit.role if isinstance(edit, Replace) else ""
+
+
+def why_opaque(edit: Edit) -> str:
+    """Why an edit can only be looked at; "" for edits that can be more."""
+    return edit.why if isinstance(edit, Opaque) else ""

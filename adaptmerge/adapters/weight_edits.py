@@ -198,19 +198,27 @@ class Effect:
         return whole_term(self.dense())
 
 
-def delta_on(edits: Sequence[WeightEdit], weight: TensorRef) -> Factor:
-    """What the edits of one adapter at one site add to the base weight, canonical (out, in).
+@runtime_checkable
+class FactoredOnBase(WeightEdit, Protocol):
+    """An edit that depends on the base and knows a better form of what it adds than the dense one."""
 
-    An edit may know a better form than the dense one: `on(weight)` returns its factor.
-    """
+    def on(self, weight: TensorRef) -> Factor:
+        """What it adds to the base weight (out, in)."""
+
+
+def delta_of(edit: Edit) -> Factor | None:
+    """What an edit adds whatever the base is; None where that depends on it, or no weight is edited."""
+    return edit.delta() if isinstance(edit, WeightEdit) else None
+
+
+def delta_on(edits: Sequence[Edit], weight: TensorRef) -> Factor:
+    """What the weight edits of one adapter at one site add to the base weight, canonical (out, in)."""
     if len(edits) == 1:
-        (edit,) = edits
-        delta = edit.delta()
+        delta = delta_of(edits[0])
         if delta is not None:
             return delta
-        if hasattr(edit, "on"):
-            found: Factor = edit.on(weight)
-            return found
+        if isinstance(edits[0], FactoredOnBase):
+            return edits[0].on(weight)
     return Effect(tuple(edits), weight)
 
 
@@ -235,10 +243,21 @@ def vera(up: TensorRef, up_scale: TensorRef, down: TensorRef, down_scale: Tensor
 
 def factor_of(edit: Edit) -> Factor | None:
     """The factor that a run may refit, for edits that are made of one."""
-    return getattr(edit, "factor", None)
+    found: Factor | None = getattr(edit, "factor", None)
+    return found
+
+
+def scaled_by(edit: Edit) -> TensorRef | None:
+    """The vector that an edit scales inputs or outputs by; None for other edits."""
+    return edit.vector if isinstance(edit, Scale) else None
+
+
+def side_of(edit: Edit) -> str:
+    """Whether an edit acts on what flows "in" or "out", where it is of one side; else "out"."""
+    found: str = getattr(edit, "side", "out")
+    return found
 
 
 def refitted(edit: Edit, factor: Factor) -> Edit:
     """The same edit made of another factor."""
-    changed: Edit = replace(edit, factor=factor)  # type: ignore[type-var]
-    return changed
+    return replace(edit, **{"factor": factor})

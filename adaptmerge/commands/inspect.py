@@ -9,6 +9,7 @@ from typing import Any
 
 from adaptmerge.adapters.graph import Edit, Kind, Labels, Note
 from adaptmerge.adapters.module_paths import layer_index
+from adaptmerge.adapters.stored_edits import role_of
 from adaptmerge.adapters.weight_edits import factor_of, family_of
 from adaptmerge.algebra.factors import rank_bound, refs_of
 from adaptmerge.formats.inputs import Input
@@ -128,7 +129,7 @@ def _likeness(edit: Edit, refs: Sequence[TensorRef]) -> tuple[Any, ...]:
     rank = None if factor is None else rank_bound(factor)
     scale = None if factor is None else stored_scale(factor)
     dtypes = "/".join(sorted({str(ref.dtype) for ref in refs}))
-    role = getattr(edit, "role", "")
+    role = role_of(edit)
     family = family_of(edit)
     special = family if edit.kind == "add" and family != "lora" else ""
     kind = f"{edit.kind} ({role or special})" if role or special else edit.kind

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from adaptmerge.adapters import experts
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
 from adaptmerge.adapters.module_paths import natural_key, original, other_versions, suffixes
-from adaptmerge.adapters.weight_edits import factor_of
+from adaptmerge.adapters.weight_edits import factor_of, scaled_by, side_of
 from adaptmerge.bases.base import CONV1D_MODELS, Base
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.strict_json import capped
@@ -216,8 +216,7 @@ def _respelled(edit: Edit, base: Base, spelled: Mapping[str, str]) -> Edit:
     module = spelled.get(located or "", edit.site.module)
     if module == edit.site.module:
         return edit
-    moved: Edit = replace(edit, site=replace(edit.site, module=module))  # type: ignore[type-var]
-    return moved
+    return replace(edit, **{"site": replace(edit.site, module=module)})
 
 
 def _renamed(before: Mapping[str, Adapter], after: Mapping[str, Adapter], what: str) -> list[Note]:
@@ -294,10 +293,10 @@ def _edit_against_base(
 
 def _scale_against_base(name: str, edit: Edit, base: Base) -> list[str]:
     """A vector of scales is as long as the side of the weight that it scales."""
-    vector, weight = getattr(edit, "vector", None), base.weight(edit.site)
+    vector, weight = scaled_by(edit), base.weight(edit.site)
     if vector is None or weight is None or len(weight.shape) < 2:
         return []
-    inner = getattr(edit, "side", "out") == "in"
+    inner = side_of(edit) == "in"
     fits = weight.shape[1] % vector.count == 0 if inner else weight.shape[0] == vector.count
     if fits:
         return []

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Edit, Kind, Labels, Note, Site
+from adaptmerge.adapters.stored_edits import why_opaque
 from adaptmerge.adapters.weight_edits import WeightEdit, delta_on, factor_of, family_of
 from adaptmerge.algebra.factors import (
     Expanded,
@@ -231,7 +232,7 @@ def _step(
 ) -> Step:
     first = members[0].edit
     if first.kind == OPAQUE:
-        raise CannotMerge(first.why, where=str(group.site))  # type: ignore[attr-defined]
+        raise CannotMerge(why_opaque(first), where=str(group.site))
     alone = len(members) == 1 and members[0].weight == 1.0 and not members[0].made_of
     if alone and (_keeps_family(first, family) or _may_pass(members, request, scale)):
         return Step("pass", first, members)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from adaptmerge.adapters.graph import Layer, Site
-from adaptmerge.adapters.weight_edits import Add, WeightEdit, delta_on, family_of
+from adaptmerge.adapters.weight_edits import Add, WeightEdit, delta_of, delta_on, family_of, side_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.merging.align import Group, and_more
 from adaptmerge.merging.request import Request
@@ -70,7 +70,7 @@ def _may_stay(items: Sequence[Weighed], request: Request) -> bool:
     if len(names) == 1 and all(member.weight == 1.0 for _, found in items for member in found):
         return True
     ((group, members), *others) = items
-    sides = {getattr(member.edit, "side", None) for member in members}
+    sides = {side_of(member.edit) for member in members}
     return (
         not others
         and group.kind in request.method.rules
@@ -131,7 +131,7 @@ def _changed(site: Site, items: Sequence[Weighed], request: Request) -> list[Wei
 def _joins(members: Sequence[Member], request: Request) -> bool:
     kinds = {member.edit.kind for member in members}
     once = len({member.adapter for member in members}) == len(members)
-    outer = all(getattr(member.edit, "side", "out") == "out" for member in members)
+    outer = all(side_of(member.edit) == "out" for member in members)
     wanted = request.form is None and JOINED in request.method.rules
     return (
         wanted
@@ -163,7 +163,8 @@ def _deltas(site: Site, members: Sequence[Member], request: Request) -> tuple[Me
             raise CannotMerge(
                 f"the edits of {name} act one on the other: give them one weight here"
             )
-        factor = edits[0].delta() if weight is None else delta_on(edits, weight)  # type: ignore[attr-defined,arg-type]
+        factor = delta_of(edits[0]) if weight is None else delta_on(edits, weight)
+        assert factor is not None  # else the base was asked for
         made = Add(_on_base(edits[0].site, request), factor)
         result.append(Member(name, found[0].weight, made, tuple(edits)))
     return tuple(result)
@@ -184,7 +185,7 @@ def _on_base(site: Site, request: Request) -> Site:
 
 
 def _needs_base(members: Sequence[Member]) -> bool:
-    return len(members) > 1 or members[0].edit.delta() is None  # type: ignore[attr-defined]
+    return len(members) > 1 or delta_of(members[0].edit) is None
 
 
 def _without_weight(site: Site, members: Sequence[Member], request: Request) -> tuple[Member, ...]:

@@ -198,7 +198,7 @@ def _measured(step: Step, done: Edit, stats: SiteStats) -> SiteStats:
     """For edits that depend on the base: what they add to it against what was meant, dense."""
     if step.promise is None:
         return stats
-    delta = factor_of(done) if step.weight is None else delta_on([done], step.weight)  # type: ignore[list-item]
+    delta = factor_of(done) if step.weight is None else delta_on([done], step.weight)
     assert delta is not None
     off, size = apart(delta, step.promise)
     cut = stats.truncation > 0 or step.weight is None

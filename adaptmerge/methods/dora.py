@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Edit
-from adaptmerge.adapters.weight_edits import Dora, Scale, norms_of, share_of
+from adaptmerge.adapters.weight_edits import Dora, Scale, factor_of, norms_of, share_of
 from adaptmerge.algebra.factors import (
     Diag,
     Factor,
@@ -67,7 +67,7 @@ def dora_sum(meeting: Meeting) -> Edit:
 def _terms(blend: Blend) -> tuple[Factor, ...]:
     terms: list[Factor] = []
     for index, (weight, edit) in enumerate(zip(blend.weights, blend.edits, strict=True)):
-        added = getattr(edit, "factor", None)
+        added = factor_of(edit)
         if added is not None:
             share = Diag(computed(MagnitudePart(blend, index)))
             parts = (added, share) if blend.axis == 0 else (share, added)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Edit, Site
-from adaptmerge.adapters.weight_edits import refitted
+from adaptmerge.adapters.weight_edits import delta_of, refitted
 from adaptmerge.algebra.factors import LowRank, Rows, Term, as_low_rank
 from adaptmerge.errors import CannotMerge
 from adaptmerge.lazy import torch
@@ -73,8 +73,8 @@ def _averaged(site: Site, members: Sequence[Member]) -> SideAverage:
 
 
 def _pair(site: Site, member: Member) -> LowRank:
-    factor = member.edit.delta()  # type: ignore[attr-defined]
-    pair = as_low_rank(factor)
+    factor = delta_of(member.edit)
+    pair = None if factor is None else as_low_rank(factor)
     if pair is None:
         raise CannotMerge("peft-linear is defined for plain LoRA only: use linear", where=str(site))
     return pair

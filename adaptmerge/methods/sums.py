@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from adaptmerge.adapters.families.beft import Beft
-from adaptmerge.adapters.graph import Edit
-from adaptmerge.adapters.stored_edits import with_value
-from adaptmerge.adapters.weight_edits import Scale, refitted
+from adaptmerge.adapters.graph import Edit, fields_of
+from adaptmerge.adapters.stored_edits import stored_value, with_value
+from adaptmerge.adapters.weight_edits import Scale, delta_of, refitted
 from adaptmerge.algebra.factors import Factor, Leaf, Product, Sum, values
 from adaptmerge.errors import CannotMerge
 from adaptmerge.methods.dora import dora_sum
@@ -43,18 +42,14 @@ def _one_vector(meeting: Meeting, vectors: Sequence[TensorRef]) -> Edit:
 
 
 def _delta(member: Member) -> Factor:
-    factor = member.edit.delta()  # type: ignore[attr-defined]
+    factor = delta_of(member.edit)
     assert factor is not None
-    found: Factor = factor
-    return found
+    return factor
 
 
 def from_the_base(meeting: Meeting) -> Edit:
     """b + sum of w (value - b) with the base's own value b, for vectors that replace it."""
-    stored: list[tuple[float, TensorRef]] = [
-        (m.weight, m.edit.value)  # type: ignore[attr-defined]
-        for m in meeting.members
-    ]
+    stored = [(m.weight, stored_value(m.edit)) for m in meeting.members]
     if meeting.rest and meeting.weight is None:
         raise CannotMerge(
             f"values that replace the base's, with weights that sum to {meeting.total:g}, need the "
@@ -70,10 +65,7 @@ def from_the_base(meeting: Meeting) -> Edit:
 def weighted_values(meeting: Meeting) -> Edit:
     """Sum of w * value of parameters stored whole."""
     first = meeting.members[0].edit
-    stored: Sequence[tuple[float, TensorRef]] = [
-        (m.weight, m.edit.value)  # type: ignore[attr-defined]
-        for m in meeting.members
-    ]
+    stored = [(m.weight, stored_value(m.edit)) for m in meeting.members]
     return with_value(first, values(columns(stored), stored[0][1]))
 
 
@@ -113,8 +105,10 @@ def averaged(field: str, *alike: str) -> Rule:
     """The rule that averages one tensor of edits that agree in the other fields `alike`."""
 
     def rule(meeting: Meeting) -> Edit:
-        first: Any = meeting.members[0].edit
-        refs = [(m.weight, getattr(m.edit, field)) for m in meeting.members]
+        first = meeting.members[0].edit
+        refs: list[tuple[float, TensorRef]] = [
+            (m.weight, fields_of(m.edit)[field]) for m in meeting.members
+        ]
         _same_fields(meeting, alike)
         _same_shapes(meeting, [ref for _, ref in refs])
         if meeting.rest:
@@ -123,8 +117,7 @@ def averaged(field: str, *alike: str) -> Rule:
                 f"{meeting.total:g}: they add to no base",
                 where=str(meeting.site),
             )
-        averaged: Edit = replace(first, **{field: values(columns(refs), refs[0][1])})
-        return averaged
+        return replace(first, **{field: values(columns(refs), refs[0][1])})
 
     return rule
 
@@ -133,10 +126,10 @@ def side_by_side(field: str, *alike: str) -> Rule:
     """The rule that puts one tensor of edits one after the other; weights do not count."""
 
     def rule(meeting: Meeting) -> Edit:
-        first: Any = meeting.members[0].edit
+        first = meeting.members[0].edit
         _same_fields(meeting, alike)
-        refs = [getattr(m.edit, field) for m in meeting.members]
-        if getattr(first, "parts", 1) > 1:
+        refs: list[TensorRef] = [fields_of(m.edit)[field] for m in meeting.members]
+        if fields_of(first).get("parts", 1) > 1:
             raise CannotMerge(
                 "prompts of an encoder and a decoder lie in one tensor, which does not go side by side",
                 where=str(meeting.site),
@@ -144,8 +137,7 @@ def side_by_side(field: str, *alike: str) -> Rule:
         if len({ref.shape[1:] for ref in refs}) > 1 or len({ref.dtype for ref in refs}) > 1:
             found = ", ".join(f"{list(ref.shape)} {ref.dtype}" for ref in refs)
             raise CannotMerge(f"shapes or dtypes differ: {found}", where=str(meeting.site))
-        joined: Edit = replace(first, **{field: join(refs, 0)})
-        return joined
+        return replace(first, **{field: join(refs, 0)})
 
     return rule
 
@@ -153,9 +145,9 @@ def side_by_side(field: str, *alike: str) -> Rule:
 def _same_fields(meeting: Meeting, names: Sequence[str]) -> None:
     first = meeting.members[0]
     for name in names:
-        wanted = getattr(first.edit, name)
+        wanted = fields_of(first.edit)[name]
         for member in meeting.members[1:]:
-            if getattr(member.edit, name) != wanted:
+            if fields_of(member.edit)[name] != wanted:
                 raise CannotMerge(
                     f"{name} differs between {first.adapter} and {member.adapter}",
                     where=str(meeting.site),

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.graph import Bundle, Kind, Labels, Note
+from adaptmerge.adapters.stored_edits import owner_of, saved_module, stored_value
 from adaptmerge.errors import CannotStore, InputError
 from adaptmerge.formats.format import Format, Output, WriteOptions
 from adaptmerge.formats.inputs import Input
-from adaptmerge.merging.heads.policies import CONCAT, Policies, owner_of
+from adaptmerge.merging.heads.policies import CONCAT, Policies
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.merging.settle import Settled
 from adaptmerge.outputs.report import load_report, report_path
@@ -85,7 +86,7 @@ def head_lines(steps: Sequence[Step], heads: Policies) -> list[dict[str, Any]]:
     """What each head of an output is made of; `rows` says for each row of a concat whose it is."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for step in steps:
-        if not getattr(step.edit, "owner", ""):
+        if not saved_module(step.edit):
             continue
         owner = owner_of(step.edit)
         line = {
@@ -102,7 +103,7 @@ def head_lines(steps: Sequence[Step], heads: Policies) -> list[dict[str, Any]]:
 
 
 def _rows(step: Step, labels: Labels) -> list[dict[str, str]]:
-    counts = [(m.adapter, m.edit.value.shape[0]) for m in step.members]  # type: ignore[attr-defined]
+    counts = [(m.adapter, stored_value(m.edit).shape[0]) for m in step.members]
     owners = [name for name, rows in counts for _ in range(rows)]
     return [{"input": n, "label": label} for n, label in zip(owners, labels.names, strict=True)]
 

@@ -17,7 +17,7 @@ from typing import Any
 from adaptmerge.adapters import experts
 from adaptmerge.adapters.graph import Adapter, Edit, Site
 from adaptmerge.adapters.module_paths import other_versions, suffixes
-from adaptmerge.adapters.stored_edits import Replace, ReplaceRows
+from adaptmerge.adapters.stored_edits import Replace, ReplaceRows, why_opaque
 from adaptmerge.adapters.weight_edits import WeightEdit, factor_of
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
@@ -140,7 +140,7 @@ def _runs(edit: Edit) -> bool:
 
 
 def _why_not(edit: Edit) -> str:
-    return getattr(edit, "why", "") or f"edits of kind {edit.kind!r} cannot be run yet"
+    return why_opaque(edit) or f"edits of kind {edit.kind!r} cannot be run yet"
 
 
 def _problems(module: torch.nn.Module, site: Site, edits: Sequence[WeightEdit]) -> list[str]:

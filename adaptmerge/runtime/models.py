@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.graph import Adapter
+from adaptmerge.adapters.stored_edits import Replace
 from adaptmerge.bases.base import GGUF
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import Listing
@@ -129,11 +130,11 @@ def _told_of_padding(kind: Any, config: Any) -> Any:
     return kind
 
 
-def _heads(adapter: Adapter | None) -> dict[str, list[Any]]:
+def _heads(adapter: Adapter | None) -> dict[str, list[Replace]]:
     """The parameters of heads and resized embeddings by the module that holds them."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[Replace]] = {}
     for edit in adapter.edits if adapter else ():
-        if getattr(edit, "role", "") in ("head", "unlisted"):
+        if isinstance(edit, Replace) and edit.role in ("head", "unlisted"):
             found.setdefault(edit.site.module, []).append(edit)
     return found
 

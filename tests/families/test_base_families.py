@@ -223,7 +223,7 @@ def test_deltas_on_the_base_that_have_a_low_rank_say_so(
     for site, edits in adapter.sites().items():
         weight = base.weight(site)
         assert weight is not None
-        factor = delta_on(edits, weight)  # type: ignore[arg-type]
+        factor = delta_on(edits, weight)
         assert rank_bound(factor) <= rank
         before = weight.read().double()
         after = edits[0].apply(before)  # type: ignore[attr-defined]

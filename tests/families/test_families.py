@@ -140,7 +140,7 @@ def test_its_delta_is_what_peft_merges(name: str, setting: Callable[[str], Setti
         weight = found.base.weight(site)
         if weight is None or not all(isinstance(edit, WeightEdit) for edit in edits):
             continue
-        factor = delta_on(edits, weight)  # type: ignore[arg-type]
+        factor = delta_on(edits, weight)
         key = next(k for k in before if k.endswith(f"{site.module}.{site.param}"))
         moved = after[key] - before[key]
         moved = moved if site.expert is None else moved[site.expert]

@@ -377,7 +377,7 @@ def test_a_variant_and_a_plain_lora_are_summed_as_deltas(name: str, tmp_path: Pa
     for site, edits in read(paths[0]).sites().items():
         weight = base.weight(site)
         assert weight is not None
-        truth = 0.5 * delta_on(edits, weight).dense() + 2 * deltas(paths[1])[site.module]  # type: ignore[arg-type]
+        truth = 0.5 * delta_on(edits, weight).dense() + 2 * deltas(paths[1])[site.module]
         assert torch.allclose(total[site.module], truth, atol=1e-5)
 
 

@@ -258,7 +258,7 @@ def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
     code = """if True:
         import resource, sys
         from adaptmerge.errors import OutputError
-        from adaptmerge.files import dtypes, refs
+        from adaptmerge.tensors import dtypes, refs
         from adaptmerge.files.safetensors import write_safetensors
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         ref = refs.stored("/dev/zero", 0, (1_000_000,), dtypes.F32, "w")

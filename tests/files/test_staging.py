@@ -191,7 +191,7 @@ def test_an_unwritable_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 KILLED = """if True:
     import os, signal, sys
     from pathlib import Path
-    from adaptmerge.files import dtypes, refs
+    from adaptmerge.tensors import dtypes, refs
     from adaptmerge.files.safetensors import write_safetensors
     from adaptmerge.files.staging import Staging
     target = Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The contract of an edit, run for every class of edits.py by its being defined there."""
+"""The contract of an edit, run for every class of the built-in edits by its being defined there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptmerge.adapters import weight_edits
+from adaptmerge.adapters import activation_edits, stored_edits, weight_edits
 from adaptmerge.adapters.activation_edits import Bottleneck, Gated
 from adaptmerge.adapters.graph import Layer, Site
 from adaptmerge.adapters.stored_edits import Opaque, Replace, ReplaceRows
@@ -46,8 +46,12 @@ EXAMPLES: dict[type, Callable[[], Any]] = {
 }
 CLASSES = [
     c
-    for c in vars(weight_edits).values()
-    if isinstance(c, type) and is_dataclass(c) and hasattr(c, "kind")
+    for module in (weight_edits, stored_edits, activation_edits)
+    for c in vars(module).values()
+    if isinstance(c, type)
+    and c.__module__ == module.__name__
+    and is_dataclass(c)
+    and hasattr(c, "kind")
 ]
 WEIGHT = [c for c in CLASSES if hasattr(c, "apply")]
 ACTIVATION = [c for c in CLASSES if hasattr(c, "forward")]

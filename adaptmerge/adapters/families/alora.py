@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.lazy import torch
 
@@ -88,3 +88,8 @@ def _cached(kwargs: Any) -> bool:
     return cache is not None and (
         not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0
     )
+
+
+def invoked_by(edit: Edit) -> tuple[int, ...]:
+    """The tokens after which an edit acts; none for one that always does."""
+    return edit.tokens if isinstance(edit, Alora) else ()

@@ -15,6 +15,7 @@ from typing import Any
 from adaptmerge import __version__
 from adaptmerge.adapters.experts import FUSED, LAYOUTS
 from adaptmerge.adapters.graph import Adapter, Bundle, Kind, Note
+from adaptmerge.adapters.stored_edits import saved_module
 from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.algebra.factors import refs_of
 from adaptmerge.algebra.fit import Budget
@@ -130,7 +131,7 @@ def prepare(base: str, tuned: str, output: Path, options: Extraction) -> Prepare
     dtype = _dtype(adapter, stores, options)
     _check_target(adapter, target, stores, dtype, model)
     steps = tuple(_step(edit, options.budget) for edit in adapter.edits)
-    labelled = [replace(s, labels=adapter.labels.get(getattr(s.edit, "owner", ""))) for s in steps]
+    labelled = [replace(s, labels=adapter.labels.get(saved_module(s.edit))) for s in steps]
     item = replace(item, adapter=adapter)
     return Prepared(model, base, item, labelled, target, stores, dtype, adapter.notes, options)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from adaptmerge.adapters.graph import Adapter, BaseReference, Edit, Kind, Labels, Note
 from adaptmerge.adapters.module_paths import VOCABULARY
-from adaptmerge.adapters.stored_edits import Replace
+from adaptmerge.adapters.stored_edits import Replace, saved_module, stores_value
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.algebra.factors import Rows, Term, whole_term
 from adaptmerge.algebra.linalg import ROWS
@@ -227,7 +227,7 @@ def _said_of(pair: Pair) -> list[Note]:
 
 def _check_owners(edits: Sequence[Edit]) -> None:
     """Raises CannotStore for a parameter of a module that has adapted modules inside."""
-    owners = {edit.owner for edit in edits if isinstance(edit, Replace) and edit.owner}
+    owners = {saved_module(edit) for edit in edits} - {""}
     inside = {
         owner
         for owner in owners
@@ -273,9 +273,9 @@ def _labels(adapter: Adapter, tuned: Base) -> Mapping[str, Labels]:
     names = tuple(spelled.get(str(number), "") for number in range(len(table)))
     problem = tuned.config.get("problem_type")
     return {
-        edit.owner: Labels(names, str(problem) if problem else None)
+        saved_module(edit): Labels(names, str(problem) if problem else None)
         for edit in adapter.edits
-        if isinstance(edit, Replace) and edit.owner and all(names)
+        if saved_module(edit) and stores_value(edit) and all(names)
         if edit.site.param == "weight" and edit.value.shape[0] == len(names)
         if edit.site.layer.kind != "embedding" and len(edit.value.shape) > 1
     }

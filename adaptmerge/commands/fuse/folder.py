@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.graph import Kind, Labels, Note
+from adaptmerge.adapters.stored_edits import owner_of, saved_module
 from adaptmerge.bases.gguf_model import LIBRARY, GgufModel
 from adaptmerge.commands.fuse.anew import QUANTISATION as ENTRY
 from adaptmerge.commands.fuse.options import SAME, WIDE
@@ -17,7 +18,7 @@ from adaptmerge.commands.fuse.plan import FusePlan
 from adaptmerge.commands.fuse.report import FuseReport
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
-from adaptmerge.merging.heads.policies import is_vocabulary, owner_of
+from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Step
 from adaptmerge.outputs.companions import LICENCES, TOKENIZER
 from adaptmerge.outputs.report import FILE
@@ -196,7 +197,7 @@ def _head(plan: FusePlan) -> dict[str, Any]:
     labels = [(owner_of(s.edit), s.labels) for s in plan.plan.steps if s.labels is not None]
     if labels:
         found |= _label_map(labels[-1][1])
-    added = [s for s in plan.plan.steps if getattr(s.edit, "owner", "") and _is_new(plan, s)]
+    added = [s for s in plan.plan.steps if saved_module(s.edit) and _is_new(plan, s)]
     if added:
         from adaptmerge.runtime.models import class_with_heads, model_config
 

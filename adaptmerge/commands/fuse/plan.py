@@ -11,6 +11,7 @@ from typing import Any
 
 from adaptmerge import __version__
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Note
+from adaptmerge.adapters.stored_edits import stores_value
 from adaptmerge.adapters.weight_edits import WeightEdit
 from adaptmerge.bases.base import Base, replicated
 from adaptmerge.bases.open import open_base
@@ -355,7 +356,7 @@ def _unfused(weights: Weights, plan: Plan) -> list[Note]:
     whole = {
         member.adapter
         for step in plan.steps
-        if getattr(step.edit, "value", None) is not None
+        if stores_value(step.edit)
         for member in step.members
         if member.weight < 0
     }

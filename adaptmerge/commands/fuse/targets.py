@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from adaptmerge.adapters.graph import Kind, Note, Site
+from adaptmerge.adapters.stored_edits import stores_rows, stores_value
 from adaptmerge.adapters.weight_edits import factor_of
+from adaptmerge.algebra.factors import Factor
 from adaptmerge.bases.base import Base, TensorPlace
 from adaptmerge.bases.stored_as import StoredAs
 from adaptmerge.commands.fuse.anew import Anew, tensors_of
@@ -227,7 +229,7 @@ def _changes(plan: Plan, base: Base) -> dict[TensorPlace, Change]:
 
 def _new_place(step: Step, base: Base) -> TensorPlace | None:
     """A parameter that is stored whole may be new to the base: a head."""
-    if getattr(step.edit, "value", None) is None or step.site.expert is not None:
+    if not stores_value(step.edit) or step.site.expert is not None:
         return None
     module = base.locate(step.site.module) or step.site.module
     return TensorPlace(f"{module}.{step.site.param}")
@@ -236,25 +238,25 @@ def _new_place(step: Step, base: Base) -> TensorPlace | None:
 def _with(change: Change, step: Step, method: Method) -> Change:
     """The change with one more step of the plan."""
     edit = step.edit
-    value = getattr(edit, "value", None)
-    rows = getattr(edit, "rows", None)
     factor = factor_of(edit)
     if factor is not None:
-        summed = method.promise is None and all(factor_of(m.edit) for m in step.members)
-        parts = (
-            tuple(Part(m.adapter, m.weight, factor_of(m.edit)) for m in step.members)  # type: ignore[arg-type]
-            if summed
-            else (Part(MERGED, 1.0, factor),)
-        )
-        return replace(change, parts=change.parts + parts)
-    if rows is not None:
-        return replace(change, tokens=(*change.tokens, (tuple(rows), edit.values)))  # type: ignore[attr-defined]
-    if value is None:
+        return replace(change, parts=change.parts + _parts(step, factor, method))
+    if stores_rows(edit):
+        return replace(change, tokens=(*change.tokens, (edit.rows, edit.values)))
+    if not stores_value(edit):
         raise CannotMerge(
             f"{edit.kind} edits change what flows through the model, no weights: they stay an adapter",
             where=str(step.site),
         )
-    return replace(change, value=value)
+    return replace(change, value=edit.value)
+
+
+def _parts(step: Step, factor: Factor, method: Method) -> tuple[Part, ...]:
+    """What each adapter adds, where the method sums; else what the method has made of them."""
+    own = [(member, factor_of(member.edit)) for member in step.members]
+    parts = tuple(Part(m.adapter, m.weight, one) for m, one in own if one is not None)
+    summed = method.promise is None and len(parts) == len(own)
+    return parts if summed else (Part(MERGED, 1.0, factor),)
 
 
 def _settle_tied(

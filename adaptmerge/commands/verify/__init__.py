@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.experts import layout_of
+from adaptmerge.adapters.families.alora import invoked_by
 from adaptmerge.adapters.graph import Adapter, Kind
+from adaptmerge.adapters.stored_edits import owner_of, trained_tokens
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.fuse import FuseOptions, FuseReport, is_fused, load_fuse_report
-from adaptmerge.commands.verify import forward
 from adaptmerge.commands.verify.audit import malformed
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
@@ -30,7 +31,6 @@ from adaptmerge.commands.verify.weights import check_weights
 from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed, did_you_mean
 from adaptmerge.formats.inputs import Input, InputSpec, open_input
 from adaptmerge.merging.align import align, in_one_layout
-from adaptmerge.merging.heads.policies import owner_of
 from adaptmerge.outputs.report import Report, load_report
 from adaptmerge.runtime.models import device_named
 from adaptmerge.schemes.view import open_values
@@ -274,12 +274,12 @@ def _model_checks(
     base: Base,
     questions: Questions,
 ) -> tuple[list[Check], str]:
-    pass
+    from adaptmerge.commands.verify import forward
 
     device = device_named(questions.device)
     edits = [edit for result in results.values() for edit in result.adapter.edits]
-    invoking = [token for edit in edits[:1] for token in getattr(edit, "tokens", ())]
-    tokens = invoking + sorted({token for edit in edits for token in getattr(edit, "rows", ())})
+    invoking = [token for edit in edits[:1] for token in invoked_by(edit)]
+    tokens = invoking + sorted({token for edit in edits for token in trained_tokens(edit)})
     # weights that stand for quantised ones are streamed: live quantised layers would be another code path
     layerwise = questions.layerwise or base.stored is not None
     bench = forward.Bench.of(base, device, layerwise, tokens)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from adaptmerge.adapters.graph import Adapter, Edit, Labels, Site
+from adaptmerge.adapters.graph import Adapter, Edit, Labels, Site, fields_of
 from adaptmerge.adapters.module_paths import other_versions
-from adaptmerge.adapters.stored_edits import with_value
-from adaptmerge.adapters.weight_edits import Add, delta_on, factor_of, refitted
+from adaptmerge.adapters.stored_edits import owner_of, with_value
+from adaptmerge.adapters.weight_edits import Add, delta_of, delta_on, factor_of, refitted
 from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, Rows, as_low_rank, mapped, refs_of
 from adaptmerge.algebra.linalg import one_thread_each
@@ -24,7 +24,6 @@ from adaptmerge.commands.verify.stored import policies_in, promised_edit, promis
 from adaptmerge.errors import InputError, VerificationFailed
 from adaptmerge.lazy import torch
 from adaptmerge.merging.align import layer_count
-from adaptmerge.merging.heads.policies import owner_of
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.merging.weights import SiteRule, Weights
 from adaptmerge.methods.method import EXACT, Meeting, Member
@@ -287,9 +286,9 @@ def _as_delta(line: SiteLine, member: Member, base: Base | None) -> Member:
         return member
     weight = base.weight(edits[0].site) if base else None
     if weight is not None:
-        delta: Factor | None = delta_on(edits, weight)  # type: ignore[arg-type]
+        delta: Factor | None = delta_on(edits, weight)
     else:
-        delta = edits[0].delta() if len(edits) == 1 else None  # type: ignore[attr-defined]
+        delta = delta_of(edits[0]) if len(edits) == 1 else None
     if delta is None:
         raise _needs_base(line, "what its inputs add depends on the base")
     return replace(member, edit=Add(edits[0].site, delta))
@@ -307,7 +306,7 @@ def _joined(
     if weight is None:
         factor = factor_of(edit)
         return Promised(line, edit, () if factor is None else ((1.0, factor),))
-    terms = [(m.weight, delta_on(m.made_of, weight)) for m in members]  # type: ignore[arg-type]
+    terms = [(m.weight, delta_on(m.made_of, weight)) for m in members]
     return Promised(line, edit, tuple(terms), weight)
 
 
@@ -345,9 +344,8 @@ def _squares(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float, flo
 
 def settings(edit: Edit) -> dict[str, Any]:
     """What an edit says besides tensors and its place: token ids, sides, activations, roles."""
-    named = ((field.name, getattr(edit, field.name)) for field in fields(edit))  # type: ignore[arg-type]
     made_of = ("site", "factor")
-    return {n: mapped(v, _blank) for n, v in named if n not in made_of}
+    return {n: mapped(v, _blank) for n, v in fields_of(edit).items() if n not in made_of}
 
 
 def _blank(ref: TensorRef) -> TensorRef:
@@ -357,10 +355,9 @@ def _blank(ref: TensorRef) -> TensorRef:
 
 def other_tensors(edit: Edit) -> dict[str, TensorRef]:
     """The tensors of an edit outside its factor, by field: magnitudes, vectors, stored values."""
-    named = ((field.name, getattr(edit, field.name)) for field in fields(edit))  # type: ignore[arg-type]
     return {
         name if len(refs) == 1 else f"{name}.{number}": ref
-        for name, value in named
+        for name, value in fields_of(edit).items()
         if name not in ("site", "factor")
         for refs in [list(refs_of(value))]
         for number, ref in enumerate(refs)

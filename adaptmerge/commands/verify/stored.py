@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from adaptmerge.adapters.graph import Adapter, Edit, Labels
-from adaptmerge.adapters.stored_edits import with_value
+from adaptmerge.adapters.stored_edits import (
+    owner_of,
+    saved_module,
+    stored_value,
+    token_rows,
+    with_value,
+)
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check
 from adaptmerge.errors import InputError, VerificationFailed
@@ -20,7 +26,6 @@ from adaptmerge.merging.heads.policies import (
     Policies,
     heads_of,
     own_parameter,
-    owner_of,
     policies,
     shown,
     union,
@@ -86,14 +91,14 @@ def _demand(line: SiteLine, holds: bool, word: str) -> None:
 
 def _is_head(member: Member, inputs: Mapping[str, Adapter]) -> bool:
     """Whether a parameter is of a module that has more than vectors, and belongs together."""
-    if not getattr(member.edit, "owner", ""):
+    if not saved_module(member.edit):
         return False
     found = [h for h in heads_of(inputs[member.adapter]) if h.owner == owner_of(member.edit)]
     return any(len(shape) > 1 for head in found for shape in head.shapes.values())
 
 
 def _value(member: Member) -> torch.Tensor:
-    return member.edit.value.read().double()  # type: ignore[attr-defined,no-any-return]
+    return stored_value(member.edit).read().double()
 
 
 def _held(value: torch.Tensor) -> TensorRef:
@@ -128,18 +133,17 @@ def _union(line: SiteLine, members: Sequence[Member], base: Base | None) -> Edit
     """The rows of all members by token id; where two have one that differs, their weighted sum."""
     found: dict[int, list[tuple[float, torch.Tensor]]] = {}
     for member in members:
-        rows = member.edit.values.read().double()  # type: ignore[attr-defined]
-        for token, row in zip(member.edit.rows, rows, strict=True):  # type: ignore[attr-defined]
+        own = token_rows(member.edit)
+        for token, row in zip(own.rows, own.values.read().double(), strict=True):
             found.setdefault(token, []).append((member.weight, row))
     made = [_row(line, token, terms, members[0], base) for token, terms in sorted(found.items())]
-    families = {getattr(member.edit, "family", "") for member in members}
-    edit: Edit = replace(  # type: ignore[type-var]
-        members[0].edit,
+    families = {token_rows(member.edit).family for member in members}
+    return replace(
+        token_rows(members[0].edit),
         rows=tuple(sorted(found)),
         values=_held(torch.stack(made)),
         family=families.pop() if len(families) == 1 else "",
     )
-    return edit
 
 
 def _row(

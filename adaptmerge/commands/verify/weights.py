@@ -152,7 +152,7 @@ def _stored(item: Promised, edit: Edit | None) -> Factor | None:
     """What the stored edit adds: its factor, or on the base where that is the promise."""
     if edit is None or item.weight is None:
         return factor_of(edit) if edit else None
-    return delta_on([edit], item.weight)  # type: ignore[list-item]
+    return delta_on([edit], item.weight)
 
 
 def _missing(item: Promised) -> str:

@@ -18,7 +18,6 @@ from adaptmerge.adapters.graph import Adapter, BaseReference, Bundle, Edit, Note
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.format import Format, Output, ReadOptions, Stores, WriteOptions
-from adaptmerge.formats.peft import write
 from adaptmerge.formats.peft.beside import labels_of, model_config, token_names
 from adaptmerge.formats.peft.config import (
     CONFIG,
@@ -114,19 +113,19 @@ def _weights(listing: Listing) -> str:
 
 
 def _write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
-    pass
+    from adaptmerge.formats.peft import write
 
     return write.write(bundle, output, options)
 
 
 def _stores(options: WriteOptions) -> Stores:
-    pass
+    from adaptmerge.formats.peft import write
 
     return write.stores(options)
 
 
 def _refuses(edits: Sequence[Edit], options: WriteOptions) -> list[str]:
-    pass
+    from adaptmerge.formats.peft import write
 
     return write.refuses(edits, options)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from adaptmerge.adapters.graph import Edit, Kind, Note
+from adaptmerge.adapters.stored_edits import role_of
 from adaptmerge.algebra.factors import refs_of
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.saved import saved_edits
@@ -20,7 +21,7 @@ def edits_of(reading: Reading) -> list[Edit]:
     _judge_fields(reading)
     tuner = reading.tuner
     if tuner.read is not None:
-        found = _guarded(reading, "", {}, lambda: tuner.read(reading))
+        found = _guarded(reading, "", {}, partial(tuner.read, reading))
     else:
         assert tuner.module is not None
         found = each_module(reading, tuner.module)
@@ -40,7 +41,7 @@ def _judge_saved(reading: Reading, saved: Sequence[Edit], adapted: Collection[st
         module, last = edit.site.module, edit.site.module.rpartition(".")[2]
         inside = module.rpartition(".")[0] in adapted or any(map(last.startswith, marks))
         foreign = base is not None and base.tensors and base.locate(module) is None
-        if getattr(edit, "role", "") == "unlisted" and (inside or foreign):
+        if role_of(edit) == "unlisted" and (inside or foreign):
             reading.keys.problems.append(
                 f"tensor of {edit.site} belongs to nothing this format knows"
                 + (f", nor to {base.path.name}" if foreign and base is not None else "")
@@ -58,12 +59,14 @@ def each_module(
     ]
 
 
-def _guarded(reading: Reading, module: str, parts: Parts, read: object) -> list[Edit]:
+def _guarded(
+    reading: Reading, module: str, parts: Parts, read: Callable[[], Sequence[Edit]]
+) -> list[Edit]:
     """What `read` returns; its complaint and every tensor it made nothing of are problems."""
     problems = reading.keys.problems
     where = f"{module}: " if module else ""
     try:
-        edits: Sequence[Edit] = read()  # type: ignore[operator]
+        edits = read()
     except KeyError as problem:
         found = f"found only {', '.join(parts)}" if parts else "nothing like it is stored"
         problems.append(f"{where}{problem.args[0]} is missing, {found}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from adaptmerge.adapters.graph import Edit, Labels
 from adaptmerge.adapters.module_paths import natural_key
-from adaptmerge.adapters.stored_edits import with_value
+from adaptmerge.adapters.stored_edits import stored_value, with_value
 from adaptmerge.errors import CannotMerge
 from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.resolve import Weighed
@@ -20,8 +20,7 @@ APART = "keep both by --heads separate"
 
 def value_of(member: Member) -> TensorRef:
     """The stored parameter of a member."""
-    found: TensorRef = member.edit.value  # type: ignore[attr-defined]
-    return found
+    return stored_value(member.edit)
 
 
 def last_layer(owner: str, parts: Sequence[Weighed], labels: Labels | None) -> str:

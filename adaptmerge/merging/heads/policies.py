@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Adapter, Edit, Labels, Site
 from adaptmerge.adapters.module_paths import VOCABULARY, is_suffix
+from adaptmerge.adapters.stored_edits import owner_of, role_of, saved_module, stored_value
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import UsageError, did_you_mean
 from adaptmerge.methods.method import Member
@@ -99,11 +100,6 @@ def _modules(edit: Edit) -> tuple[str, ...]:
     return (owner_of(edit),) if edit.kind in ("replace", "rows") else ()
 
 
-def owner_of(edit: Edit) -> str:
-    """The module that a parameter stored whole belongs to: the head's, else its own."""
-    return getattr(edit, "owner", "") or edit.site.module
-
-
 def is_vocabulary(module: str) -> bool:
     """Whether the rows of a module are tokens."""
     return module.rpartition(".")[2] in VOCABULARY
@@ -122,7 +118,7 @@ class Head:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of its parameters, by name inside the head."""
         return {
-            f"{e.site.module}.{e.site.param}".removeprefix(f"{self.owner}."): e.value.shape  # type: ignore[attr-defined]
+            f"{e.site.module}.{e.site.param}".removeprefix(f"{self.owner}."): stored_value(e).shape
             for e in self.edits
         }
 
@@ -131,7 +127,7 @@ def heads_of(adapter: Adapter) -> list[Head]:
     """The heads of an adapter, in the order they are stored."""
     found: dict[str, list[Edit]] = {}
     for edit in adapter.edits:
-        if getattr(edit, "owner", ""):
+        if saved_module(edit):
             found.setdefault(owner_of(edit), []).append(edit)
     return [
         Head(owner, tuple(edits), adapter.labels.get(owner), _is_listed(edits))
@@ -140,7 +136,7 @@ def heads_of(adapter: Adapter) -> list[Head]:
 
 
 def _is_listed(edits: Sequence[Edit]) -> bool:
-    return all(getattr(edit, "role", "") == "head" for edit in edits)
+    return all(role_of(edit) == "head" for edit in edits)
 
 
 def are_named(labels: Labels | None) -> bool:
@@ -170,6 +166,6 @@ def union(members: Sequence[Member], labels: Mapping[str, Labels | None]) -> Lab
 
 def row_names(member: Member, labels: Labels | None) -> tuple[str, ...]:
     """The labels of the rows of a member's last layer, or their numbers."""
-    rows: int = member.edit.value.shape[0]  # type: ignore[attr-defined]
+    rows = stored_value(member.edit).shape[0]
     named = labels is not None and len(labels.names) == rows and are_named(labels)
     return labels.names if named and labels is not None else tuple(map(str, range(rows)))

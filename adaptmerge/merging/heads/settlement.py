@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adaptmerge.adapters.graph import Edit, Kind, Labels, Note
-from adaptmerge.adapters.stored_edits import with_value
+from adaptmerge.adapters.stored_edits import owner_of, saved_module, with_value
 from adaptmerge.algebra.factors import refs_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.merging.align import Group
@@ -22,7 +22,6 @@ from adaptmerge.merging.heads.policies import (
     are_named,
     is_vocabulary,
     own_parameter,
-    owner_of,
     shown,
     union,
 )
@@ -67,7 +66,7 @@ class Meetings:
     def is_head(self, group: Group, members: Sequence[Member]) -> bool:
         """Whether a parameter is of a head: of a module saved whole that has more than vectors."""
         owner = owner_of(members[0].edit)
-        parts = self.owners[owner] if getattr(members[0].edit, "owner", "") else ()
+        parts = self.owners[owner] if saved_module(members[0].edit) else ()
         return any(len(value_of(m).shape) > 1 for _, found in parts for m in found)
 
     def labels(self, member: Member) -> Labels | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
+from adaptmerge.adapters.stored_edits import owner_of
 from adaptmerge.merging.heads.concat import value_of
-from adaptmerge.merging.heads.policies import Policies, is_vocabulary, owner_of
+from adaptmerge.merging.heads.policies import Policies, is_vocabulary
 from adaptmerge.merging.resolve import Weighed
 from adaptmerge.methods.method import Member
 from adaptmerge.tensors.compare import same_values

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.stored_edits import token_rows
 from adaptmerge.algebra.factors import Leaf, Place, Product, Sum, values
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import CannotMerge
@@ -36,13 +37,13 @@ def union_of_rows(
 ) -> tuple[Edit, list[Row]]:
     """One edit with the rows of all members, by id, and how each was made. Raises CannotMerge."""
     _check_names(site, members, names)
-    widths = {m.adapter: m.edit.values.shape[1:] for m in members}  # type: ignore[attr-defined]
+    widths = {m.adapter: token_rows(m.edit).values.shape[1:] for m in members}
     if len(set(widths.values())) > 1:
         found = ", ".join(f"{name} {list(shape)}" for name, shape in widths.items())
         raise CannotMerge(f"the token rows are of different widths: {found}", where=str(site))
     holders = sorted(_holders(members).items())
     rows = [_row(site, token, found, base) for token, found in holders]
-    dtype = widest([member.edit.values.dtype for member in members])  # type: ignore[attr-defined]
+    dtype = widest([token_rows(member.edit).values.dtype for member in members])
     if all(row.is_kept for row in rows):
         value = join([row.terms[0][1].cast(dtype) for row in rows], 0)
     else:
@@ -54,21 +55,20 @@ def union_of_rows(
             for weight, ref in row.terms
         ]
         value = values(Sum(tuple(placed)), constant(0.0, shape, dtype))
-    first = members[0].edit
-    families = {getattr(member.edit, "family", "") for member in members}
+    first = token_rows(members[0].edit)
+    families = {token_rows(member.edit).family for member in members}
     family = families.pop() if len(families) == 1 else ""
-    edit: Edit = replace(  # type: ignore[type-var]
-        first, rows=tuple(row.token for row in rows), values=value, family=family
-    )
-    return edit, rows
+    tokens = tuple(row.token for row in rows)
+    return replace(first, rows=tokens, values=value, family=family), rows
 
 
 def _holders(members: Sequence[Member]) -> dict[int, list[tuple[Member, TensorRef]]]:
     """The rows of each token id, by the inputs that have one."""
     found: dict[int, list[tuple[Member, TensorRef]]] = {}
     for member in members:
-        for number, token in enumerate(member.edit.rows):  # type: ignore[attr-defined]
-            row = member.edit.values.slice(0, number, number + 1)  # type: ignore[attr-defined]
+        own = token_rows(member.edit)
+        for number, token in enumerate(own.rows):
+            row = own.values.slice(0, number, number + 1)
             found.setdefault(token, []).append((member, row))
     return found
 
@@ -103,7 +103,7 @@ def _check_names(
     problems = []
     for member in members:
         known = names.get(member.adapter, {})
-        for token in member.edit.rows:  # type: ignore[attr-defined]
+        for token in token_rows(member.edit).rows:
             if token not in known:
                 continue
             text, name = known[token], member.adapter

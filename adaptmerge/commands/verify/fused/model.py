@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.graph import Adapter, Site
+from adaptmerge.adapters.stored_edits import trained_tokens
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.algebra.factors import Rows, Term, whole_term
 from adaptmerge.bases.open import open_base
@@ -177,7 +178,7 @@ def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwi
     name = device_named(device)
     against = reference(plan, fused)
     wanted = against.whole
-    tokens = sorted({t for edit in wanted.edits for t in getattr(edit, "rows", ())})
+    tokens = sorted({t for edit in wanted.edits for t in trained_tokens(edit)})
     try:
         # quantised weights are run as their values: live quantised layers are another code path
         streamed = layerwise or plan.view.scheme is not None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptmerge.adapters.families.glora import GloraBias, GloraWeight, Support
-from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.graph import Edit, Site, fields_of
 from adaptmerge.errors import CannotStore
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
 from adaptmerge.tensors.refs import TensorRef
@@ -64,7 +64,7 @@ def tensors(edit: GloraWeight | GloraBias) -> Parts:
     return {
         f"glora_{letter}.{leaf}": ref
         for letter, field in letters.items()
-        for leaf, ref in _leaves(getattr(edit, field))
+        for leaf, ref in _leaves(fields_of(edit)[field])
     }
 
 
