@@ -21,7 +21,8 @@ from adaptmerge.algebra.fit import Budget
 from adaptmerge.errors import CannotMerge, CannotStore
 from adaptmerge.formats.format import Stores, WriteOptions
 from adaptmerge.merging.align import Group, and_more, layer_count
-from adaptmerge.merging.heads.settlement import Meetings, Settlement, settle_whole
+from adaptmerge.merging.heads.case import Case, StoredWhole
+from adaptmerge.merging.heads.settlement import Settlement, settle_whole
 from adaptmerge.merging.heads.tied import torn
 from adaptmerge.merging.request import Request
 from adaptmerge.merging.resolve import LORA, WHOLE, Weighed, resolve
@@ -94,7 +95,7 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
     weighed = resolve(_weigh(groups, request.weights), request)
     notes: list[Note] = []
     steps: list[Step] = []
-    met = Meetings.of(weighed, request)
+    stored = StoredWhole.of(weighed, request)
     problems = torn(weighed, request.heads)
     dtype = request.dtype or _common_dtype(groups, request.stores)
     scale = _shared_scale(weighed, request)
@@ -102,7 +103,8 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
     for group, members in weighed:
         try:
             if group.kind in WHOLE:
-                steps += [_whole_step(s) for s in settle_whole(group, members, met, notes)]
+                case = Case(group, members, stored, notes)
+                steps += map(_whole_step, settle_whole(case))
             else:
                 steps.append(_step(group, members, request, scale, family, notes))
         except CannotMerge as problem:

@@ -17,6 +17,7 @@ from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check
 from adaptmerge.errors import InputError, VerificationFailed
 from adaptmerge.lazy import torch
+from adaptmerge.merging.heads.case import all_same
 from adaptmerge.merging.heads.policies import (
     AVERAGE,
     CONCAT,
@@ -30,7 +31,6 @@ from adaptmerge.merging.heads.policies import (
     shown,
     union,
 )
-from adaptmerge.merging.heads.settlement import all_same
 from adaptmerge.merging.settle import Held
 from adaptmerge.methods.method import EXACT, Member
 from adaptmerge.outputs.report import Report, SiteLine

@@ -41,7 +41,7 @@ def last_layer(owner: str, parts: Sequence[Weighed], labels: Labels | None) -> s
     return fitting[0] if len(fitting) == 1 else max(matrices, key=natural_key)
 
 
-def stack(members: Sequence[Member]) -> Edit:
+def concatenated(members: Sequence[Member]) -> Edit:
     """One edit whose value is that of each member below the one before. Raises CannotMerge."""
     refs = [value_of(member) for member in members]
     if len({ref.shape[1:] for ref in refs}) > 1:
