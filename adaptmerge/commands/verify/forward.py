@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptmerge import runtime
 from adaptmerge.adapters.graph import Adapter, Site
@@ -80,10 +80,16 @@ class Bench:
             return runtime.outputs_of(model, self.inputs)
 
 
-def check_forward(
-    bench: Bench, expected: Adapter, output: Adapter, dtype: DType
-) -> tuple[list[Check], torch.Tensor, torch.Tensor]:
-    """The check of the output read by adaptmerge; with it the reference's and the base's outputs."""
+class Forward(NamedTuple):
+    """A check of outputs, and those that it compared with: the reference's and the base's."""
+
+    check: Check
+    y_ref: torch.Tensor
+    y_base: torch.Tensor
+
+
+def check_forward(bench: Bench, expected: Adapter, output: Adapter, dtype: DType) -> Forward:
+    """The check of the output read by adaptmerge."""
     model = bench.model(expected)
     y_base = bench.run(model)
     y_ref = bench.run(model, expected)
@@ -91,9 +97,9 @@ def check_forward(
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
     if y.shape != y_ref.shape:
         detail = f"outputs are of shape {list(y.shape)}, promised were {list(y_ref.shape)}"
-        return [Check("forward", FAIL, detail)], y_ref, y_base
+        return Forward(Check("forward", FAIL, detail), y_ref, y_base)
     check = judge("forward", compare(y, y_ref, y_base, dtype))
-    return [check], y_ref, y_base
+    return Forward(check, y_ref, y_base)
 
 
 def compare(y: torch.Tensor, y_ref: torch.Tensor, y_base: torch.Tensor, dtype: DType) -> Comparison:
@@ -145,21 +151,18 @@ def installed(form: Format) -> bool:
     return form.oracle is not None and importlib.util.find_spec(form.oracle.package) is not None
 
 
-def check_native_output(
-    bench: Bench, result: Input, y_ref: torch.Tensor, y_base: torch.Tensor, dtype: DType
-) -> Check:
+def check_native_output(bench: Bench, result: Input, ours: Forward, dtype: DType) -> Check:
     """The output loaded and run by its format's own library, against the reference."""
     form, path = result.format, result.path
     assert form.oracle is not None
     name = f"forward in {form.oracle.package}"
     model = bench.model(result.adapter)
-    return _guarded(
-        name,
-        lambda: judge(
-            name,
-            compare(form.oracle.forward(model, path, bench.inputs), y_ref, y_base, dtype),  # type: ignore[union-attr]
-        ),
-    )
+
+    def ask() -> Check:
+        y = form.oracle.forward(model, path, bench.inputs)  # type: ignore[union-attr]
+        return judge(name, compare(y, ours.y_ref, ours.y_base, dtype))
+
+    return _guarded(name, ask)
 
 
 def check_native_inputs(bench: Bench, inputs: Sequence[Input]) -> list[Check]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptmerge.adapters.graph import Adapter, Edit
 from adaptmerge.adapters.weight_edits import delta_on, factor_of
@@ -37,32 +36,36 @@ UNPROVEN = "sites that outputs do not judge"
 SLACK = 0.01  # share by which a reported error may be off
 
 
+class SiteFinding(NamedTuple):
+    """What was found at one site. expected: the promised edit, truncated where the output is; None where
+    nothing is left of it. size: of the stored delta. off: the error beyond what was reported."""
+
+    problems: list[str]
+    expected: Edit | None = None
+    size: float = 0.0
+    off: float = 0.0
+
+
 def check_weights(
     report: Report, promised: Sequence[Promised], output: Adapter
 ) -> tuple[Check, list[Edit]]:
     """The check of all sites, and the promised edits for oracle 2: truncated where the output is."""
     stored = {key_of(edit): edit for edit in output.edits}
-    expected: list[Edit] = []
     problems = _twice(output) + _dtypes(report, promised, stored)
-    worst: list[tuple[float, str]] = []
-    effect = 0.0
-    unproven = 0
     losses: list[Loss] = []
     audit = auditor(report, losses)
-    for item in promised:
-        edit = stored.pop(line_key(item.line), None)
-        unproven += _is_own_reference(item, edit)
-        found, size, off = _site(item, edit, expected, audit)
-        problems += found
-        effect += size**2
-        worst.append((off, item.line.site))
+    pairs = [(item, stored.pop(line_key(item.line), None)) for item in promised]
+    found = [_site(item, edit, audit) for item, edit in pairs]
+    problems += [problem for one in found for problem in one.problems]
     unasked = [edit for edit in stored.values() if not _does_nothing(edit)]
     problems += [f"{edit.site}: is in the output, but in no input" for edit in unasked]
     problems += unearned(report, losses)
-    if not problems and effect == 0.0 and _any_delta(promised):
+    if not problems and sum(one.size**2 for one in found) == 0.0 and _any_delta(promised):
         problems.append("the output has no effect at all")
-    check = _check(problems, worst, len(promised))
-    return replace(check, numbers={**check.numbers, UNPROVEN: unproven}), expected
+    worst = [(one.off, item.line.site) for item, one in zip(promised, found, strict=True)]
+    unproven = sum(_is_own_reference(item, edit) for item, edit in pairs)
+    expected = [one.expected for one in found if one.expected is not None]
+    return _check(problems, worst, unproven), expected
 
 
 def _is_own_reference(item: Promised, edit: Edit | None) -> bool:
@@ -107,7 +110,9 @@ def _whole(item: Promised) -> WeightedSum:
     return WeightedSum(item.terms, item.terms[0][1].shape)
 
 
-def _check(problems: list[str], worst: list[tuple[float, str]], count: int) -> Check:
+def _check(problems: list[str], worst: list[tuple[float, str]], unproven: int) -> Check:
+    """The verdict, with the errors of all sites and how many of them outputs do not judge."""
+    count = len(worst)
     numbers: dict[str, Any] = {
         "sites": count,
         "worst": [{"site": site, "error": off} for off, site in sorted(worst, reverse=True)[:5]],
@@ -116,36 +121,39 @@ def _check(problems: list[str], worst: list[tuple[float, str]], count: int) -> C
         shown = "; ".join(problems[:5]) + (
             f"; and {len(problems) - 5} more" if problems[5:] else ""
         )
-        return Check("weights", FAIL, shown, {**numbers, "problems": problems})
+        numbers = {**numbers, "problems": problems, UNPROVEN: unproven}
+        return Check("weights", FAIL, shown, numbers)
     detail = f"{count} sites hold what was promised (float64, dense)"
-    return Check("weights", PASS, detail, numbers)
+    return Check("weights", PASS, detail, {**numbers, UNPROVEN: unproven})
 
 
-def _site(
-    item: Promised, edit: Edit | None, expected: list[Edit], audit: Audit
-) -> tuple[list[str], float, float]:
-    """Problems of one site, the size of its stored delta, and its error beyond what was reported."""
+def _site(item: Promised, edit: Edit | None, audit: Audit) -> SiteFinding:
+    """One site of the output against its promise."""
     if item.by_value:
-        return _value(item, edit, expected)
+        return _value(item, edit)
     if not item.terms:
-        expected.append(item.edit)
-        return (_same_tensors(item, edit), 0.0, 0.0) if edit else ([_missing(item)], 0.0, 0.0)
+        return SiteFinding(_same_tensors(item, edit), item.edit)
     whole = _whole(item)
     stored = _stored(item, edit)
     if edit is None or stored is None:
-        found, size, off = _absent(item, whole, expected)
-        size_of = distance(whole, whole).left
-        return found or audit(item, whole, None, Distance(size_of, size_of, 0.0)), size, off
+        return _absent(item, whole, audit)
     if stored.shape != whole.shape:
-        return [f"{item.line.site}: stored {stored.shape}, promised {whole.shape}"], 0.0, 1.0
-    lossy = item.line.truncation > 0.0
-    projected = Projected(whole, stored) if as_low_rank(stored) is not None else stored
-    expected.append(expected_edit(item, projected if lossy else whole))
+        problem = f"{item.line.site}: stored {stored.shape}, promised {whole.shape}"
+        return SiteFinding([problem], off=1.0)
     apart = distance(whole, stored)
     problems = [] if item.weight is not None else _same_tensors(item, edit)
     problems += _error(item, apart)
     problems += audit(item, whole, stored, apart)
-    return problems, apart.right, abs(apart.relative - item.line.error)
+    off = abs(apart.relative - item.line.error)
+    return SiteFinding(problems, _expected(item, whole, stored), apart.right, off)
+
+
+def _expected(item: Promised, whole: WeightedSum, stored: Factor) -> Edit:
+    """The promised edit, cut to the directions that are stored where the report says that it was cut."""
+    if not item.line.truncation > 0.0:
+        return expected_edit(item, whole)
+    cut = stored if as_low_rank(stored) is None else Projected(whole, stored)
+    return expected_edit(item, cut)
 
 
 def _stored(item: Promised, edit: Edit | None) -> Factor | None:
@@ -159,14 +167,12 @@ def _missing(item: Promised) -> str:
     return f"{item.line.site}: was promised and is not in the output"
 
 
-def _absent(
-    item: Promised, whole: WeightedSum, expected: list[Edit]
-) -> tuple[list[str], float, float]:
+def _absent(item: Promised, whole: WeightedSum, audit: Audit) -> SiteFinding:
     """A site without a stored delta is right only when the promise is that nothing is left of it."""
-    if item.line.rank == 0 and not other_tensors(item.edit) and _nothing_left(item, whole):
-        return [], 0.0, 0.0
-    expected.append(expected_edit(item, whole))
-    return [_missing(item)], 0.0, 1.0
+    if item.line.rank != 0 or other_tensors(item.edit) or not _nothing_left(item, whole):
+        return SiteFinding([_missing(item)], expected_edit(item, whole), off=1.0)
+    size = distance(whole, whole).left
+    return SiteFinding(audit(item, whole, None, Distance(size, size, 0.0)))
 
 
 def _nothing_left(item: Promised, whole: WeightedSum) -> bool:
@@ -226,28 +232,27 @@ def _equal(a: Any, b: Any) -> bool:
     )
 
 
-def _value(
-    item: Promised, edit: Edit | None, expected: list[Edit]
-) -> tuple[list[str], float, float]:
+def _value(item: Promised, edit: Edit | None) -> SiteFinding:
     """Computed tensors, all of them against the definition."""
-    wanted = item.edit
-    expected.append(wanted)
     if edit is None:
-        return [_missing(item)], 0.0, 1.0
-    found = other_tensors(edit)
-    pairs = [(ref, found.get(name)) for name, ref in other_tensors(wanted).items()]
-    if settings(edit) != settings(wanted) or any(b is None or a.shape != b.shape for a, b in pairs):
-        shapes = f"{[list(r.shape) for r in found.values()]}"
-        promised = f"{[list(a.shape) for a, _ in pairs]}"
-        return [f"{item.line.site}: has shapes {shapes}, promised were {promised}"], 0.0, 1.0
-    apart = math.sqrt(sum(_squares(a, b) for a, b in pairs if b is not None))
+        return SiteFinding([_missing(item)], item.edit, off=1.0)
+    wanted, found = other_tensors(item.edit), other_tensors(edit)
+    pairs = [(ref, found[name]) for name, ref in wanted.items() if name in found]
+    alike = settings(edit) == settings(item.edit) and len(pairs) == len(wanted)
+    if not alike or any(a.shape != b.shape for a, b in pairs):
+        shapes = f"{[list(ref.shape) for ref in found.values()]}"
+        promised = f"{[list(ref.shape) for ref in wanted.values()]}"
+        problem = f"{item.line.site}: has shapes {shapes}, promised were {promised}"
+        return SiteFinding([problem], item.edit, off=1.0)
+    apart = math.sqrt(sum(_squares(a, b) for a, b in pairs))
     size = math.sqrt(sum(_moved(a) for a, _ in pairs)) or 1.0
-    room = math.sqrt(sum(_rounding(a, b) for a, b in pairs if b is not None))
+    room = math.sqrt(sum(_rounding(a, b) for a, b in pairs))
     off = apart / size
     as_said = abs(off - item.line.error) <= max(TOLERANCE, SLACK * item.line.error)
     if as_said and apart <= room + TOLERANCE * size:
-        return [], 0.0, off
-    return [f"{item.line.site}: value is {off:.2e} away from what was promised"], 0.0, off
+        return SiteFinding([], item.edit, off=off)
+    problem = f"{item.line.site}: value is {off:.2e} away from what was promised"
+    return SiteFinding([problem], item.edit, off=off)
 
 
 def _moved(ref: TensorRef) -> float:

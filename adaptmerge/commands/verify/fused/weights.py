@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from typing import NamedTuple, TypeAlias
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra.linalg import one_thread_each
@@ -54,14 +55,21 @@ class Finding:
     grid: float  # |error| / |weight| that its dtype or quantisation has by itself
 
 
+class Cast(NamedTuple):
+    """A matrix that is only written in another dtype, and how far that is from the base's."""
+
+    site: Site
+    shape: tuple[int, int]
+    apart: float
+
+
 @dataclass
 class Looked:
-    """All that was found in the tensors of a fused model; `cast`: how far those written in another dtype
-    are from the base's."""
+    """All that was found in the tensors of a fused model."""
 
     findings: list[Finding] = field(default_factory=list)
     copied: int = 0
-    cast: list[tuple[Site, tuple[int, int], float]] = field(default_factory=list)
+    cast: list[Cast] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -113,7 +121,8 @@ def _look_at(tensor: Tensor, view: View) -> Looked:
         if not same_values(_cast(part.ref, ref.dtype), ref):
             found.problems.append(f"{tensor.name}: {_why_not_copied(tensor.name, ref)}")
         elif part.ref.dtype != ref.dtype and len(ref.shape) == 2:
-            found.cast.append((Site(module, param), *_distance(part.ref, ref)))
+            shape = ref.shape[0], ref.shape[1]
+            found.cast.append(Cast(Site(module, param), shape, _distance(part.ref, ref)))
     return found
 
 
@@ -126,8 +135,8 @@ def _look_at_packed(name: str, part: Recoded, view: View, found: Looked) -> None
         found.findings.append(_coded_finding(name, part.coded, stored))
 
 
-def _distance(one: TensorRef, two: TensorRef) -> tuple[tuple[int, int], float]:
-    """The shape of two matrices, and how far they are apart."""
+def _distance(one: TensorRef, two: TensorRef) -> float:
+    """How far two matrices are apart."""
     rows, columns = one.shape
     step = max(1, PIECE // max(1, columns))
     squared = 0.0
@@ -137,7 +146,7 @@ def _distance(one: TensorRef, two: TensorRef) -> tuple[tuple[int, int], float]:
             one.slice(0, start, stop).read().double() - two.slice(0, start, stop).read().double()
         )
         squared += float(apart.square().sum())
-    return (rows, columns), math.sqrt(squared)
+    return math.sqrt(squared)
 
 
 def _parts(tensor: Tensor, stored: TensorRef) -> Iterator[TensorRef]:
@@ -183,33 +192,54 @@ def _coded_finding(name: str, coded: CodedMatrix, stored: CodedWeight) -> Findin
     return _compared(name, coded.matrix, lambda rows: dequantised(stored, rows), nearest, grid)
 
 
+class Agreement(NamedTuple):
+    """How some rows agree with weight plus delta: the certificate, the entries that are not the nearest
+    value, those of them that are no near tie, and whether all are what rounding first the delta and then
+    the sum gives."""
+
+    measured: Measured
+    differing: int
+    far: int
+    rounded_twice: bool
+
+    def plus(self, other: Agreement) -> Agreement:
+        """Over the rows of both."""
+        return Agreement(
+            self.measured.plus(other.measured),
+            self.differing + other.differing,
+            self.far + other.far,
+            self.rounded_twice and other.rounded_twice,
+        )
+
+    @property
+    def how(self) -> str:
+        if not self.differing:
+            return EXACT
+        if not self.far:
+            return TIES
+        return DOUBLE if self.rounded_twice else MEASURED
+
+
+Nearest: TypeAlias = "Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]"
+
+
 def _compared(
     name: str,
     matrix: Matrix,
     read: Callable[[tuple[int, int]], torch.Tensor],
-    nearest: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    nearest: Nearest,
     grid: float,
 ) -> Finding:
     """Stored rows against the nearest to weight plus delta, a few at a time."""
-    total: Measured | None = None
-    apart, off, twice = 0, 0, True
-    for rows in matrix.row_ranges():
-        one, differing, far, double = _rows(matrix, rows, read(rows), nearest)
-        total = one if total is None else total.plus(one)
-        apart, off, twice = apart + differing, off + far, twice and double
-    assert total is not None
-    how = EXACT if not apart else TIES if not off else DOUBLE if twice else MEASURED
-    return Finding(name, matrix, how, apart, total, grid)
+    pieces = (_rows(matrix, rows, read(rows), nearest) for rows in matrix.row_ranges())
+    found = reduce(Agreement.plus, pieces)
+    return Finding(name, matrix, found.how, found.differing, found.measured, grid)
 
 
 def _rows(
-    matrix: Matrix,
-    rows: tuple[int, int],
-    value: torch.Tensor,
-    nearest_to: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
-) -> tuple[Measured, int, int, bool]:
-    """The certificate of some rows, how many entries are not the nearest value, how many of these are no
-    near tie, and whether all are what rounding first the delta and then the sum gives."""
+    matrix: Matrix, rows: tuple[int, int], value: torch.Tensor, nearest_to: Nearest
+) -> Agreement:
+    """How the stored values of some rows agree."""
     stored, kept = value.double(), _other_rows(matrix, rows)
     weight = weight_rows(matrix, rows).double()
     deltas = [part.factor.dense(rows).reshape(weight.shape) * part.weight for part in matrix.parts]
@@ -217,18 +247,25 @@ def _rows(
     for delta in deltas:
         added += delta
     nearest = nearest_to(weight + added, rows)
-    error = (stored - (weight + added))[kept]
-    differ = (stored != nearest)[kept] & ~(stored.isnan() & nearest.isnan())[kept]
-    gap = (stored - nearest).abs()[kept]
-    # a near tie lies as far from the one as from the other value
-    # a delta is a sum itself, whose terms may cancel
-    terms = added.abs() + added.square().mean(1, keepdim=True).sqrt()
-    blur = RESOLVED * (weight.abs() + terms)[kept]
-    tie = error.abs() - (nearest - weight - added).abs()[kept] <= NEAR * gap + blur
+    differ = ((stored != nearest) & ~(stored.isnan() & nearest.isnan()))[kept]
+    tie = _near_tie(weight, added, stored, nearest)[kept]
     double = weight.to(value.dtype) + added.to(value.dtype)
     twice = bool((double.double() == stored)[kept].all())
+    error = (stored - (weight + added))[kept]
     measured = _certificate(matrix, kept, weight, deltas, error)
-    return measured, int(differ.sum()), int((differ & ~tie).sum()), twice
+    return Agreement(measured, int(differ.sum()), int((differ & ~tie).sum()), twice)
+
+
+def _near_tie(
+    weight: torch.Tensor, added: torch.Tensor, stored: torch.Tensor, nearest: torch.Tensor
+) -> torch.Tensor:
+    """Where the sum lies as far from what is stored as from the nearest value, up to what float32 sums
+    resolve: a delta is a sum itself, whose terms may cancel."""
+    gap = (stored - nearest).abs()
+    terms = added.abs() + added.square().mean(1, keepdim=True).sqrt()
+    blur = RESOLVED * (weight.abs() + terms)
+    farther = (stored - (weight + added)).abs() - (nearest - weight - added).abs()
+    return farther <= NEAR * gap + blur
 
 
 def _other_rows(matrix: Matrix, rows: tuple[int, int]) -> torch.Tensor:
