@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import delta_on, factor_of, refitted
-from adaptmerge.algebra.by_rows import apart
+from adaptmerge.algebra.by_rows import distance
 from adaptmerge.algebra.factors import (
     Factor,
     Leaf,
@@ -200,10 +200,10 @@ def _measured(step: Step, done: Edit, stats: SiteStats) -> SiteStats:
         return stats
     delta = factor_of(done) if step.weight is None else delta_on([done], step.weight)
     assert delta is not None
-    off, size = apart(delta, step.promise)
-    cut = stats.truncation > 0 or step.weight is None
-    rounding = 0.0 if cut else off
-    return replace(stats, norm=size, truncation=off if cut else stats.truncation, rounding=rounding)
+    off = distance(delta, step.promise)
+    if stats.truncation > 0 or step.weight is None:
+        return replace(stats, norm=off.right, truncation=off.apart, rounding=0.0)
+    return replace(stats, norm=off.right, rounding=off.apart)
 
 
 def _nonfinite(step: Step, stats: SiteStats) -> list[str]:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.algebra.by_rows import row_ranges
+from adaptmerge.algebra.by_rows import Distance, row_ranges
 from adaptmerge.algebra.factors import Factor, as_low_rank
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.algebra.linalg import noise_floor, product_norm, thin_spectrum
 from adaptmerge.commands.extract.tuned import Difference
 from adaptmerge.commands.verify.extracted import is_extraction
-from adaptmerge.commands.verify.promise import Distance, Promised
+from adaptmerge.commands.verify.promise import Promised
 from adaptmerge.lazy import torch
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs.report import Report, SiteLine

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adaptmerge.adapters.graph import Adapter, Edit, Site
 from adaptmerge.adapters.weight_edits import Effect, WeightEdit, delta_on, factor_of
+from adaptmerge.algebra.by_rows import Distance, distance_in_parallel
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.bases.base import Base
-from adaptmerge.commands.verify.promise import distance, other_tensors, settings
+from adaptmerge.commands.verify.promise import other_tensors, settings
 from adaptmerge.lazy import torch
 from adaptmerge.merging.align import Group, align
 from adaptmerge.merging.resolve import WHOLE
@@ -49,17 +50,17 @@ def difference(a: Adapter, b: Adapter, base: Base | None = None) -> Difference:
     """
     groups, _ = align({"a": a, "b": b}, base, frozenset({"base"}))
     rows, apart, size = [], 0.0, 0.0
-    for label, left, right, off in _compared(groups, base):
-        rows.append(SiteDifference(label, left, right, _share(off, max(left, right))))
-        apart += off**2
-        size += max(left, right) ** 2
+    for label, found in _compared(groups, base):
+        larger = max(found.left, found.right)
+        share = _share(found.apart, larger)
+        rows.append(SiteDifference(label, found.left, found.right, share))
+        apart += found.apart**2
+        size += larger**2
     return Difference(tuple(rows), _share(math.sqrt(apart), math.sqrt(size)))
 
 
-def _compared(
-    groups: Sequence[Group], base: Base | None
-) -> Iterator[tuple[str, float, float, float]]:
-    """(label, |a|, |b|, |a - b|) of every site on the base, and of every kind where it says nothing."""
+def _compared(groups: Sequence[Group], base: Base | None) -> Iterator[tuple[str, Distance]]:
+    """(label, distance) of every site on the base, and of every kind where it says nothing."""
     on_base: dict[Site, list[Group]] = {}
     for group in groups:
         weight = None if base is None else base.weight(group.site)
@@ -68,13 +69,12 @@ def _compared(
             continue
         sides = dict(group.members)
         label = str(group.site) if group.kind == "add" else f"{group.site} ({group.kind})"
-        yield label, *_compare(sides.get("a"), sides.get("b"))
+        yield label, _compare(sides.get("a"), sides.get("b"))
     for site, found in on_base.items():
         weight = None if base is None else base.weight(site)
         assert weight is not None
-        deltas = [_delta(found, name, weight) for name in ("a", "b")]
-        apart = distance(*deltas)
-        yield str(site), apart.left, apart.right, apart.apart
+        left, right = (_delta(found, name, weight) for name in ("a", "b"))
+        yield str(site), distance_in_parallel(left, right)
 
 
 def _adds(group: Group) -> bool:
@@ -91,35 +91,34 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _compare(a: Edit | None, b: Edit | None) -> tuple[float, float, float]:
-    """(|a|, |b|, |a - b|) over the factor and the other tensors of an edit."""
+def _compare(a: Edit | None, b: Edit | None) -> Distance:
+    """Over the factor and the other tensors of an edit."""
     if a is None or b is None:
         size = _size(a or b)
-        return (size, 0.0, size) if b is None else (0.0, size, size)
-    sums = [0.0, 0.0, 0.0]
-    fa, fb = factor_of(a), factor_of(b)
-    if fa is not None and fb is not None:
-        found = distance(fa, fb)
-        sums = [found.left**2, found.right**2, found.apart**2]
-    theirs: Mapping[str, Any] = other_tensors(b)
-    if settings(a) != settings(b) or other_tensors(a).keys() != theirs.keys():
+        return Distance(size, size, 0.0) if b is None else Distance(size, 0.0, size)
+    ours, theirs = other_tensors(a), other_tensors(b)
+    if settings(a) != settings(b) or ours.keys() != theirs.keys():
         sizes = _size(a), _size(b)
-        return *sizes, math.hypot(*sizes)
-    for name, ref in other_tensors(a).items():
-        left, right = ref.read().double().flatten(), theirs[name].read().double().flatten()
-        parts = (
-            left,
-            right,
-            left - right if left.shape == right.shape else torch.cat([left, right]),
-        )
+        return Distance(math.hypot(*sizes), *sizes)
+    fa, fb = factor_of(a), factor_of(b)
+    found = Distance() if fa is None or fb is None else distance_in_parallel(fa, fb)
+    sums = [found.apart**2, found.left**2, found.right**2]
+    for name, ref in ours.items():
+        parts = _beside(ref.read().double().flatten(), theirs[name].read().double().flatten())
         sums = [total + float(p.square().sum()) for total, p in zip(sums, parts, strict=True)]
-    return math.sqrt(sums[0]), math.sqrt(sums[1]), math.sqrt(sums[2])
+    return Distance(*map(math.sqrt, sums))
+
+
+def _beside(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """left - right, left and right; of different sizes all of both is apart."""
+    apart = left - right if left.shape == right.shape else torch.cat([left, right])
+    return apart, left, right
 
 
 def _size(edit: Edit | None) -> float:
     assert edit is not None
     factor = factor_of(edit)
-    total = distance(factor, factor).left ** 2 if factor is not None else 0.0
+    total = distance_in_parallel(factor, factor).left ** 2 if factor is not None else 0.0
     for ref in other_tensors(edit).values():
         total += float(ref.read().double().square().sum())
     return math.sqrt(total)

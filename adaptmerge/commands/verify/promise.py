@@ -6,9 +6,7 @@ the two parts of a DoRA) is what the method's rule says, evaluated by its defini
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +16,6 @@ from adaptmerge.adapters.stored_edits import owner_of, with_value
 from adaptmerge.adapters.weight_edits import Add, delta_of, delta_on, factor_of, refitted
 from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, Rows, as_low_rank, mapped, refs_of
-from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.stored import policies_in, promised_edit, promised_labels
 from adaptmerge.errors import InputError, VerificationFailed
@@ -29,7 +26,6 @@ from adaptmerge.merging.weights import SiteRule, Weights
 from adaptmerge.methods.method import EXACT, Meeting, Member
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs.report import Report, SiteLine
-from adaptmerge.parallel import workers_default
 from adaptmerge.tensors.dtypes import F32
 from adaptmerge.tensors.refs import TensorRef, constant, remembered
 
@@ -308,38 +304,6 @@ def _joined(
         return Promised(line, edit, () if factor is None else ((1.0, factor),))
     terms = [(m.weight, delta_on(m.made_of, weight)) for m in members]
     return Promised(line, edit, tuple(terms), weight)
-
-
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """|a - b|, |a| and |b| (Frobenius) of two deltas."""
-
-    apart: float
-    left: float
-    right: float
-
-    @property
-    def relative(self) -> float:
-        """|a - b| / |a|; 0 when both are zero, infinite when only a is."""
-        if self.left == 0.0:
-            return 0.0 if self.apart == 0.0 else math.inf
-        return self.apart / self.left
-
-
-def distance(a: Factor, b: Factor) -> Distance:
-    """How far two factors are apart, dense in float64, a block of rows at a time."""
-    with one_thread_each(), ThreadPoolExecutor(max_workers=workers_default()) as pool:
-        blocks = pool.map(lambda rows: _squares(a.dense(rows), b.dense(rows)), row_ranges(a, b))
-        apart, left, right = (math.sqrt(sum(part)) for part in zip(*blocks, strict=True))
-    return Distance(apart, left, right)
-
-
-def _squares(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float, float]:
-    """|left - right|^2, |left|^2 and |right|^2."""
-    left, right = left.flatten(), right.flatten()
-    squares = float(left @ left), float(right @ right)
-    apart = left - right
-    return float(apart @ apart), *squares
 
 
 def settings(edit: Edit) -> dict[str, Any]:

@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 
 from adaptmerge.adapters.graph import Adapter, Edit
 from adaptmerge.adapters.weight_edits import delta_on, factor_of
+from adaptmerge.algebra.by_rows import Distance, distance_in_parallel
 from adaptmerge.algebra.factors import Factor, as_low_rank, refs_of
 from adaptmerge.algebra.linalg import noise_floor
 from adaptmerge.commands.verify.audit import Audit, Loss, auditor, unearned
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check
 from adaptmerge.commands.verify.promise import (
-    Distance,
     Key,
     Projected,
     Promised,
     WeightedSum,
-    distance,
     expected_edit,
     key_of,
     line_key,
@@ -140,7 +139,7 @@ def _site(item: Promised, edit: Edit | None, audit: Audit) -> SiteFinding:
     if stored.shape != whole.shape:
         problem = f"{item.line.site}: stored {stored.shape}, promised {whole.shape}"
         return SiteFinding([problem], off=1.0)
-    apart = distance(whole, stored)
+    apart = distance_in_parallel(whole, stored)
     problems = [] if item.weight is not None else _same_tensors(item, edit)
     problems += _error(item, apart)
     problems += audit(item, whole, stored, apart)
@@ -171,7 +170,7 @@ def _absent(item: Promised, whole: WeightedSum, audit: Audit) -> SiteFinding:
     """A site without a stored delta is right only when the promise is that nothing is left of it."""
     if item.line.rank != 0 or other_tensors(item.edit) or not _nothing_left(item, whole):
         return SiteFinding([_missing(item)], expected_edit(item, whole), off=1.0)
-    size = distance(whole, whole).left
+    size = distance_in_parallel(whole, whole).left
     return SiteFinding(audit(item, whole, None, Distance(size, size, 0.0)))
 
 
@@ -182,9 +181,11 @@ def _nothing_left(item: Promised, whole: WeightedSum) -> bool:
 
 def _is_noise(item: Promised, whole: WeightedSum) -> bool:
     """Whether inputs cancel up to what float32 resolves of their sizes (not of the sum's)."""
-    sizes = [abs(weight) * distance(factor, factor).left for weight, factor in item.terms]
+    sizes = [
+        abs(weight) * distance_in_parallel(factor, factor).left for weight, factor in item.terms
+    ]
     floor = noise_floor(whole.shape, torch.float32, sizes)
-    return distance(whole, whole).left <= floor
+    return distance_in_parallel(whole, whole).left <= floor
 
 
 def _error(item: Promised, apart: Distance) -> list[str]:

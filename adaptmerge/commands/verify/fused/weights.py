@@ -16,6 +16,8 @@ from functools import partial, reduce
 from typing import NamedTuple, TypeAlias
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra.by_rows import distance
+from adaptmerge.algebra.factors import Leaf
 from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.fuse.pieces.layout import Fused, Recoded, Tensor
@@ -122,7 +124,8 @@ def _look_at(tensor: Tensor, view: View) -> Looked:
             found.problems.append(f"{tensor.name}: {_why_not_copied(tensor.name, ref)}")
         elif part.ref.dtype != ref.dtype and len(ref.shape) == 2:
             shape = ref.shape[0], ref.shape[1]
-            found.cast.append(Cast(Site(module, param), shape, _distance(part.ref, ref)))
+            off = distance(Leaf(part.ref), Leaf(ref), PIECE).apart
+            found.cast.append(Cast(Site(module, param), shape, off))
     return found
 
 
@@ -133,20 +136,6 @@ def _look_at_packed(name: str, part: Recoded, view: View, found: Looked) -> None
         found.problems.append(f"{name}: is not quantised as in the base")
     elif part.leads:
         found.findings.append(_coded_finding(name, part.coded, stored))
-
-
-def _distance(one: TensorRef, two: TensorRef) -> float:
-    """How far two matrices are apart."""
-    rows, columns = one.shape
-    step = max(1, PIECE // max(1, columns))
-    squared = 0.0
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        apart = (
-            one.slice(0, start, stop).read().double() - two.slice(0, start, stop).read().double()
-        )
-        squared += float(apart.square().sum())
-    return math.sqrt(squared)
 
 
 def _parts(tensor: Tensor, stored: TensorRef) -> Iterator[TensorRef]:
