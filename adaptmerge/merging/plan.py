@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Edit, Kind, Labels, Note, Site
 from adaptmerge.adapters.stored_edits import why_opaque
-from adaptmerge.adapters.weight_edits import WeightEdit, delta_on, factor_of, family_of
+from adaptmerge.adapters.weight_edits import WeightEdit, delta_on, factor_of
 from adaptmerge.algebra.factors import (
-    Expanded,
     Factor,
     Product,
     Sum,
@@ -24,9 +23,10 @@ from adaptmerge.merging.align import Group, and_more, layer_count
 from adaptmerge.merging.heads.case import Case, StoredWhole
 from adaptmerge.merging.heads.settlement import Settlement, settle_whole
 from adaptmerge.merging.heads.tied import torn
+from adaptmerge.merging.pass_through import PassThrough
 from adaptmerge.merging.request import Request
-from adaptmerge.merging.resolve import LORA, WHOLE, Weighed, resolve
-from adaptmerge.merging.storable import stored_scale, unstorable
+from adaptmerge.merging.resolve import WHOLE, Weighed, resolve
+from adaptmerge.merging.storable import unstorable
 from adaptmerge.merging.weights import Weights
 from adaptmerge.methods.method import Meeting, Member, Method
 from adaptmerge.tensors.dtypes import F32, DType, default_dtype
@@ -98,15 +98,14 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
     stored = StoredWhole.of(weighed, request)
     problems = torn(weighed, request.heads)
     dtype = request.dtype or _common_dtype(groups, request.stores)
-    scale = _shared_scale(weighed, request)
-    family = _kept_family(weighed, request)
+    passing = PassThrough.of(weighed, request)
     for group, members in weighed:
         try:
             if group.kind in WHOLE:
                 case = Case(group, members, stored, notes)
                 steps += map(_whole_step, settle_whole(case))
             else:
-                steps.append(_step(group, members, request, scale, family, notes))
+                steps.append(_step(group, members, passing, notes))
         except CannotMerge as problem:
             problems += [(problem.where or "", sentence) for sentence in problem.problems]
     if problems:
@@ -161,97 +160,22 @@ def _common_dtype(groups: Sequence[Group], stores: Stores) -> DType:
     return found if found.name in stores.dtypes else F32
 
 
-def _shared_scale(weighed: Sequence[Weighed], request: Request) -> float | None:
-    """The one scale that lets every site pass as it is; None: sites may pass with their own."""
-    if request.stores.scale == "site":
-        return None
-    passing = [_passing_scale(members, request) for _, members in weighed if _factored(members)]
-    if request.stores.scale == "adapter" and len(set(passing)) == 1 and passing[0] is not None:
-        return passing[0]
-    return 1.0
-
-
-def _kept_family(weighed: Sequence[Weighed], request: Request) -> str:
-    """The family whose own forms the result keeps, when all of it passes in them; else ""."""
-    edits = [members[0].edit for group, members in weighed if group.kind not in WHOLE]
-    found = {family_of(edit) for edit in edits}
-    alone = all(len(m) == 1 and m[0].weight == 1.0 for g, m in weighed if g.kind not in WHOLE)
-    bare = request.budget.unlimited and not any(
-        _recast(f, request) for edit in edits if (f := factor_of(edit)) is not None
-    )
-    family = found.pop() if len(found) == 1 and request.form is None else ""
-    if family == LORA and not any(map(_is_special, edits)):
-        return ""  # plain pairs may still be given one scale
-    return family if alone and bare and family in request.stores.families else ""
-
-
-def _is_special(edit: Edit) -> bool:
-    """Whether an edit is more than sides times a number."""
-    factor = factor_of(edit)
-    return factor is None or isinstance(factor, Expanded)
-
-
-def _factored(members: Sequence[Member]) -> bool:
-    return factor_of(members[0].edit) is not None
-
-
-def _passing_scale(members: Sequence[Member], request: Request) -> float | None:
-    """The stored scale of a lone member at weight 1 that need not be refitted, else None."""
-    factor = factor_of(members[0].edit)
-    if factor is None or len(members) > 1 or members[0].weight != 1.0:
-        return None
-    if _over_budget(factor, request.budget) or _recast(factor, request):
-        return None
-    return stored_scale(factor)
-
-
-def _over_budget(factor: Factor, budget: Budget) -> bool:
-    return budget.spectral or (budget.rank is not None and rank_bound(factor) > budget.rank)
-
-
-def _recast(factor: Factor, request: Request) -> bool:
-    """Whether stored values are not in the dtype asked for, or in none that the target stores; indices
-    have their own."""
-    return any(
-        ref.dtype != (request.dtype or ref.dtype) or ref.dtype.name not in request.stores.dtypes
-        for ref in refs_of(factor)
-        if ref.dtype.is_float
-    )
-
-
-def _whole_step(found: Settlement) -> Step:
-    action, edit, members, adapter, labels = found
-    return Step(action, edit, members, adapter=adapter, labels=labels)
+def _whole_step(one: Settlement) -> Step:
+    return Step(one.action, one.edit, one.members, adapter=one.adapter, labels=one.labels)
 
 
 def _step(
     group: Group,
     members: tuple[Member, ...],
-    request: Request,
-    scale: float | None,
-    family: str,
+    passing: PassThrough,
     notes: list[Note],
 ) -> Step:
     first = members[0].edit
     if first.kind == OPAQUE:
         raise CannotMerge(why_opaque(first), where=str(group.site))
-    alone = len(members) == 1 and members[0].weight == 1.0 and not members[0].made_of
-    if alone and (_keeps_family(first, family) or _may_pass(members, request, scale)):
+    if passing.allows(members):
         return Step("pass", first, members)
-    return _fit(group, members, request, notes)
-
-
-def _keeps_family(edit: Edit, family: str) -> bool:
-    return factor_of(edit) is None or (family != "" and family_of(edit) == family)
-
-
-def _may_pass(members: Sequence[Member], request: Request, scale: float | None) -> bool:
-    if not request.stores.low_rank:
-        factor = factor_of(members[0].edit)
-        assert factor is not None
-        return not (_over_budget(factor, request.budget) or _recast(factor, request))
-    found = _passing_scale(members, request)
-    return found is not None and scale in (None, found)
+    return _fit(group, members, passing.request, notes)
 
 
 def _fit(group: Group, members: tuple[Member, ...], request: Request, notes: list[Note]) -> Step:
@@ -265,10 +189,11 @@ def _fit(group: Group, members: tuple[Member, ...], request: Request, notes: lis
             where=str(group.site),
         )
     weight = None if group.kind == "add" else request.weight(group.site)
-    edit = rule(Meeting(group.site, members, weight, notes))
+    met = Meeting(group.site, members, weight, notes)
+    edit = rule(met)
     promise = _promise(members, weight) if factor_of(edit) is not None else None
-    if edit.kind != "add":
-        _judge_blind(group, members, promise, request, notes)
+    if edit.kind != "add" and group.kind in BLIND:
+        _judge_blind(group.kind, met, request, is_known=promise is not None)
     if factor_of(edit) is None:
         return Step("value", edit, members)
     if any(hasattr(ref.source, "store") for ref in refs_of(factor_of(edit))):
@@ -293,44 +218,37 @@ def _promise(members: Sequence[Member], weight: TensorRef | None) -> Factor | No
     return Sum(tuple(Product((delta_on([edit], weight),), w) for w, edit in edits))
 
 
-def _judge_blind(
-    group: Group,
-    members: Sequence[Member],
-    promise: Factor | None,
-    request: Request,
-    notes: list[Note],
-) -> None:
-    """What is approximate or unknown about edits that depend on a base that is not at hand."""
-    if group.kind not in BLIND:
-        return
-    if promise is not None:
-        _judge_spectrum(group, request)
+def _judge_blind(kind: str, met: Meeting, request: Request, *, is_known: bool) -> None:
+    """What is approximate or unknown about edits that depend on a base; is_known: what they promise."""
+    if is_known:
+        _judge_spectrum(kind, met, request)
         return
     if not request.budget.unlimited:
         raise CannotMerge(
-            f"a budget on {group.kind} edits has an error that only the base can tell: pass --base DIR, "
+            f"a budget on {kind} edits has an error that only the base can tell: pass --base DIR, "
             "or leave it out",
-            where=str(group.site),
+            where=str(met.site),
         )
-    if "approximate" not in request.allowed and len(members) > 1:
+    if "approximate" not in request.allowed and len(met.members) > 1:
         raise CannotMerge(
-            f"{group.kind} edits depend on the base: pass --base DIR, or --allow approximate to sum "
+            f"{kind} edits depend on the base: pass --base DIR, or --allow approximate to sum "
             "deltas and magnitudes apart",
-            where=str(group.site),
+            where=str(met.site),
         )
-    if len(members) == 1 and members[0].weight == 1.0:
-        return
-    what = "deltas and magnitudes were summed apart, without the base: an approximation of the sum"
-    notes.append(Note(Kind.APPROXIMATED, what, site=str(group.site)))
+    if len(met.members) > 1 or met.members[0].weight != 1.0:
+        what = (
+            "deltas and magnitudes were summed apart, without the base: an approximation of the sum"
+        )
+        met.say(Kind.APPROXIMATED, what)
 
 
-def _judge_spectrum(group: Group, request: Request) -> None:
+def _judge_spectrum(kind: str, met: Meeting, request: Request) -> None:
     """Raises CannotMerge for budgets on singular values of a delta that lies inside a norm."""
     if request.budget.spectral:
         raise CannotMerge(
-            f"--energy and --max-error cannot be held for {group.kind} edits, whose norms do not follow "
+            f"--energy and --max-error cannot be held for {kind} edits, whose norms do not follow "
             "their deltas': pass --rank, or --as lora",
-            where=str(group.site),
+            where=str(met.site),
         )
 
 

@@ -13,18 +13,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptmerge.adapters.experts import layout_of
 from adaptmerge.adapters.families.alora import invoked_by
-from adaptmerge.adapters.graph import Adapter, Kind
+from adaptmerge.adapters.graph import Adapter, Edit, Kind
 from adaptmerge.adapters.stored_edits import owner_of, trained_tokens
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.fuse import FuseOptions, FuseReport, is_fused, load_fuse_report
 from adaptmerge.commands.verify.audit import malformed
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
-from adaptmerge.commands.verify.promise import promises
+from adaptmerge.commands.verify.promise import Promised, promises
 from adaptmerge.commands.verify.stored import check_labels
 from adaptmerge.commands.verify.weights import UNPROVEN as UNJUDGED
 from adaptmerge.commands.verify.weights import check_weights
@@ -36,6 +36,9 @@ from adaptmerge.runtime.models import device_named
 from adaptmerge.schemes.view import open_values
 from adaptmerge.tensors.dtypes import BY_NAME
 from adaptmerge.tensors.refs import forget
+
+if TYPE_CHECKING:
+    from adaptmerge.commands.verify.forward import Bench
 
 __all__ = ["FAIL", "PASS", "SKIPPED", "UNDECIDABLE", "Check", "Questions", "Verdict", "verify"]
 
@@ -84,32 +87,57 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
         checks += _of_adapter(name, found)
     if inputs is None:
         return Verdict(output.name, checks, TRUSTED)
+    merge = _Merge(report, questions, base, inputs, results)
+    more, trusted = _against_promises(merge, fits=not _failed(checks, "base"))
+    return Verdict(output.name, [*checks, *more], trusted)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """A merge to verify: what its report says, its inputs and the adapters that came out, by name."""
+
+    report: Report
+    questions: Questions
+    base: Base | None
+    inputs: Sequence[Input]
+    results: Mapping[str, Input]
+
+    @property
+    def edits(self) -> list[Edit]:
+        """All that came out."""
+        return [edit for result in self.results.values() for edit in result.adapter.edits]
+
+
+def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
+    """The checks of weights and outputs, and what has to be trusted. fits: whether the base does."""
     try:
-        named = {i.name: i.adapter for i in inputs}
-        edits = [edit for result in results.values() for edit in result.adapter.edits]
-        layouts = {layout_of(edit.site) for edit in edits} - {None}
-        layout = layouts.pop() if len(layouts) == 1 else None
-        promised = promises(report, in_one_layout(named, base, layout), base)
+        promised = _promises(merge)
     except VerificationFailed as problem:
-        return Verdict(
-            output.name, [*checks, Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
-        )
+        return [Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
+    checks: list[Check] = []
     references = {}
-    for name, result in results.items():
+    for name, result in merge.results.items():
         own = [item for item in promised if item.line.adapter in ("", name)]
-        check, expected = check_weights(report, own, result.adapter)
+        check, expected = check_weights(merge.report, own, result.adapter)
         labels = {owner_of(item.edit): item.labels for item in own if item.labels is not None}
         checks += _of_adapter(name, [check, *check_labels(labels, result.adapter)])
         references[name] = result.adapter.with_edits(expected)
-    if base is None:
+    if merge.base is None:
         skipped = Check("forward", SKIPPED, "no base model was given: pass --base DIR")
-        return Verdict(output.name, [*checks, skipped], TRUSTED)
-    if _failed(checks, "base"):
-        return Verdict(output.name, checks, TRUSTED)
-    more, trusted = _model_checks(report, references, results, inputs, base, questions)
+        return [*checks, skipped], TRUSTED
+    if not fits:
+        return checks, TRUSTED
+    more, trusted = _model_checks(merge, merge.base, references)
     blind = sum(check.numbers.get(UNJUDGED, 0) for check in checks)
-    more = [_with_doubt(check, blind) for check in more]
-    return Verdict(output.name, [*checks, *more], trusted)
+    return [*checks, *(_with_doubt(check, blind) for check in more)], trusted
+
+
+def _promises(merge: _Merge) -> list[Promised]:
+    """What the report promises, with experts laid out as in the output."""
+    named = {item.name: item.adapter for item in merge.inputs}
+    layouts = {layout_of(edit.site) for edit in merge.edits} - {None}
+    layout = layouts.pop() if len(layouts) == 1 else None
+    return promises(merge.report, in_one_layout(named, merge.base, layout), merge.base)
 
 
 def _of_fused(output: Path, questions: Questions) -> Verdict:
@@ -267,35 +295,37 @@ def _base_checks(report: Report, output: Adapter, base: Base | None) -> list[Che
 
 
 def _model_checks(
-    report: Report,
-    expected: Mapping[str, Adapter],
-    results: Mapping[str, Input],
-    inputs: Sequence[Input],
-    base: Base,
-    questions: Questions,
+    merge: _Merge, base: Base, expected: Mapping[str, Adapter]
 ) -> tuple[list[Check], str]:
+    """The checks of outputs of the real model, and what has to be trusted."""
     from adaptmerge.commands.verify import forward
 
-    device = device_named(questions.device)
-    edits = [edit for result in results.values() for edit in result.adapter.edits]
-    invoking = [token for edit in edits[:1] for token in invoked_by(edit)]
-    tokens = invoking + sorted({token for edit in edits for token in trained_tokens(edit)})
-    # weights that stand for quantised ones are streamed: live quantised layers would be another code path
-    layerwise = questions.layerwise or base.stored is not None
-    bench = forward.Bench.of(base, device, layerwise, tokens)
-    dtype = BY_NAME[report.output["dtype"].upper()]
+    bench = _bench(merge, base)
+    dtype = BY_NAME[merge.report.output["dtype"].upper()]
     checks: list[Check] = []
     asked = False
-    for name, result in results.items():
+    for name, result in merge.results.items():
         ours = forward.check_forward(bench, expected[name], result.adapter, dtype)
         found = [ours.check]
-        asked = forward.installed(result.format) and not layerwise
+        asked = forward.installed(result.format) and not bench.layerwise
         if asked:
             found.append(forward.check_native_output(bench, result, ours, dtype))
         checks += _of_adapter(name, found)
     if not asked:
         return checks, UNPROVEN
-    readings = forward.check_native_inputs(replace(bench, device="cpu"), inputs)
+    readings = forward.check_native_inputs(replace(bench, device="cpu"), merge.inputs)
     proved = [c for c in readings if c.status == PASS]
-    trusted = "" if len(proved) == len(inputs) else UNPROVEN
+    trusted = "" if len(proved) == len(merge.inputs) else UNPROVEN
     return [*checks, *readings], trusted
+
+
+def _bench(merge: _Merge, base: Base) -> Bench:
+    """The base to run, on inputs that have the tokens that were trained."""
+    from adaptmerge.commands.verify import forward
+
+    device = device_named(merge.questions.device)
+    invoking = [token for edit in merge.edits[:1] for token in invoked_by(edit)]
+    trained = sorted({token for edit in merge.edits for token in trained_tokens(edit)})
+    # weights that stand for quantised ones are streamed: live quantised layers would be another code path
+    layerwise = merge.questions.layerwise or base.stored is not None
+    return forward.Bench.of(base, device, layerwise, invoking + trained)

@@ -33,7 +33,7 @@ from adaptmerge.formats.peft.oracle import ORACLE
 from adaptmerge.formats.peft.read import edits_of
 from adaptmerge.formats.peft.releases import RELEASES
 from adaptmerge.formats.peft.target_parameters import covers
-from adaptmerge.formats.peft.tuner import Reading, tuner_of
+from adaptmerge.formats.peft.tuner import Reading, Tuner, tuner_of
 
 
 def detect(listing: Listing) -> bool:
@@ -65,22 +65,7 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
             "update adaptmerge",
             where=listing.origin,
         )
-    if options.alpha is not None and config.alpha not in (None, options.alpha):
-        raise InputError(
-            f"?alpha={options.alpha:g} contradicts its config, which says {config.alpha:g}: leave it out",
-            where=listing.origin,
-        )
-    if options.alpha is not None and config.peft_type != "LORA":
-        raise InputError(
-            f"?alpha= is for LoRA; {config.peft_type} has no alpha: leave it out",
-            where=listing.origin,
-        )
-    for name in ("task", "init"):
-        if getattr(options, name) is not None and name not in tuner.takes:
-            raise InputError(
-                f"?{name}= means nothing for a {config.peft_type}: leave it out",
-                where=listing.origin,
-            )
+    _check_options(options, config, tuner, listing.origin)
     reading = Reading(tuner, Keys.of(file, tuner.key(), tuner.prefix), config, options)
     edits = edits_of(reading)
     beside = model_config(listing, file) if any(getattr(e, "owner", "") for e in edits) else {}
@@ -98,6 +83,21 @@ def read(listing: Listing, options: ReadOptions) -> Bundle:
         tokens=token_names(listing, edits),
     )
     return bundle_of(adapter)
+
+
+def _check_options(options: ReadOptions, config: PeftConfig, tuner: Tuner, where: str) -> None:
+    """Raises InputError where what was asked of an input means nothing for it, or not what it says."""
+    family = config.peft_type
+    if options.alpha is not None and config.alpha not in (None, options.alpha):
+        raise InputError(
+            f"?alpha={options.alpha:g} contradicts its config, which says {config.alpha:g}: leave it out",
+            where=where,
+        )
+    if options.alpha is not None and family != "LORA":
+        raise InputError(f"?alpha= is for LoRA; {family} has no alpha: leave it out", where=where)
+    for name in ("task", "init"):
+        if getattr(options, name) is not None and name not in tuner.takes:
+            raise InputError(f"?{name}= means nothing for a {family}: leave it out", where=where)
 
 
 def _weights(listing: Listing) -> str:

@@ -20,7 +20,8 @@ from adaptmerge.adapters.weight_edits import Dora, factor_of, family_of
 from adaptmerge.algebra.factors import Factor, Product, as_low_rank
 from adaptmerge.formats.format import WriteOptions
 from adaptmerge.formats.peft import target_parameters
-from adaptmerge.formats.peft.config import VARIANTS, exactly
+from adaptmerge.formats.peft.config import exactly
+from adaptmerge.formats.peft.config_problems import VARIANTS
 from adaptmerge.formats.peft.target_parameters import is_target
 from adaptmerge.formats.peft.tuner import Spelling
 from adaptmerge.tensors.refs import TensorRef, constant, join

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from typing import NamedTuple, TypeAlias
+from functools import partial
+from typing import NamedTuple
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra.by_rows import distance
@@ -24,37 +24,28 @@ from adaptmerge.commands.fuse.pieces.layout import Fused, Recoded, Tensor
 from adaptmerge.commands.fuse.plan import FusePlan
 from adaptmerge.commands.fuse.report import FusedSite, FuseReport
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check
-from adaptmerge.lazy import torch
+from adaptmerge.commands.verify.fused.agreement import (
+    DOUBLE,
+    EXACT,
+    MEASURED,
+    TIES,
+    Finding,
+    compare_coded,
+    compare_stored,
+)
 from adaptmerge.parallel import ordered, workers_default
-from adaptmerge.rounding.codes import CodedMatrix, coded_error
-from adaptmerge.rounding.error_feedback import NEAREST, FloatGrid
-from adaptmerge.rounding.floats import GRID_ERROR
-from adaptmerge.rounding.matrix import PIECE, Matrix, Measured, delta_of, weight_rows
-from adaptmerge.schemes.coded import CodedWeight, dequantised, named
+from adaptmerge.rounding.error_feedback import NEAREST
+from adaptmerge.rounding.matrix import PIECE, Matrix
+from adaptmerge.schemes.coded import named
 from adaptmerge.schemes.view import View
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.dtypes import DType
 from adaptmerge.tensors.refs import TensorRef
 
-NEAR = 1e-2  # of a step: how far from the middle between two values a tie may seem to be
-RESOLVED = 1e-6  # of weight and delta: what float32 sums of them may differ by
 AGREES = 1e-3  # by which a gain computed anew may differ from the reported one
 SHOWN = 3
-EXACT, TIES, DOUBLE, MEASURED = "exact", "near ties", "rounded twice", "measured"
 KEPT, LOST = 0.9, 0.25  # a gain and a sub that models of other tools must reach
 ROUNDED, COMPUTED = 4.0, 0.02  # their error: at most so much of the grid's own, and of the delta
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What is stored of one matrix: how it agrees, in how many entries it does not, and the certificate."""
-
-    tensor: str
-    matrix: Matrix
-    how: str
-    apart: int
-    measured: Measured
-    grid: float  # |error| / |weight| that its dtype or quantisation has by itself
 
 
 class Cast(NamedTuple):
@@ -117,7 +108,7 @@ def _look_at(tensor: Tensor, view: View) -> Looked:
             _look_at_packed(tensor.name, part, view, found)
             continue
         if isinstance(part, Fused):
-            found.findings.append(_finding(tensor.name, part, ref))
+            found.findings.append(compare_stored(tensor.name, part, ref))
             continue
         found.copied += part.ref.dtype == ref.dtype
         if not same_values(_cast(part.ref, ref.dtype), ref):
@@ -135,7 +126,7 @@ def _look_at_packed(name: str, part: Recoded, view: View, found: Looked) -> None
     if stored is None:
         found.problems.append(f"{name}: is not quantised as in the base")
     elif part.leads:
-        found.findings.append(_coded_finding(name, part.coded, stored))
+        found.findings.append(compare_coded(name, part.coded, stored))
 
 
 def _parts(tensor: Tensor, stored: TensorRef) -> Iterator[TensorRef]:
@@ -154,142 +145,6 @@ def _cast(ref: TensorRef, dtype: DType) -> TensorRef:
 def _why_not_copied(name: str, stored: TensorRef) -> str:
     tied = " (is it tied to an embedding that changed?)" if stored.name != name else ""
     return f"differs from what base and adapters store{tied}"
-
-
-def _finding(name: str, part: Fused, stored: TensorRef) -> Finding:
-    """How a stored matrix agrees with weight plus delta."""
-    ref = part.seen(stored)
-    dtype = ref.dtype.torch
-
-    def nearest(target: torch.Tensor, _: tuple[int, int]) -> torch.Tensor:
-        return FloatGrid(dtype, torch.float64).near(target)
-
-    grid = GRID_ERROR * ref.dtype.eps if ref.dtype.is_float else 0.0
-    return _compared(name, part.matrix, lambda rows: ref.slice(0, *rows).read(), nearest, grid)
-
-
-def _coded_finding(name: str, coded: CodedMatrix, stored: CodedWeight) -> Finding:
-    """How a stored quantised matrix agrees with weight plus delta."""
-    columns = slice(0, coded.matrix.shape[1])
-
-    def nearest(target: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        codes, grid = coded.weight.grid(rows)
-        codes = codes if coded.anew else grid.codes(target.float(), columns)
-        return grid.values(codes, columns, torch.empty(target.shape)).double()
-
-    grid = coded_error(coded.weight)
-    return _compared(name, coded.matrix, lambda rows: dequantised(stored, rows), nearest, grid)
-
-
-class Agreement(NamedTuple):
-    """How some rows agree with weight plus delta: the certificate, the entries that are not the nearest
-    value, those of them that are no near tie, and whether all are what rounding first the delta and then
-    the sum gives."""
-
-    measured: Measured
-    differing: int
-    far: int
-    rounded_twice: bool
-
-    def plus(self, other: Agreement) -> Agreement:
-        """Over the rows of both."""
-        return Agreement(
-            self.measured.plus(other.measured),
-            self.differing + other.differing,
-            self.far + other.far,
-            self.rounded_twice and other.rounded_twice,
-        )
-
-    @property
-    def how(self) -> str:
-        if not self.differing:
-            return EXACT
-        if not self.far:
-            return TIES
-        return DOUBLE if self.rounded_twice else MEASURED
-
-
-Nearest: TypeAlias = "Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]"
-
-
-def _compared(
-    name: str,
-    matrix: Matrix,
-    read: Callable[[tuple[int, int]], torch.Tensor],
-    nearest: Nearest,
-    grid: float,
-) -> Finding:
-    """Stored rows against the nearest to weight plus delta, a few at a time."""
-    pieces = (_rows(matrix, rows, read(rows), nearest) for rows in matrix.row_ranges())
-    found = reduce(Agreement.plus, pieces)
-    return Finding(name, matrix, found.how, found.differing, found.measured, grid)
-
-
-def _rows(
-    matrix: Matrix, rows: tuple[int, int], value: torch.Tensor, nearest_to: Nearest
-) -> Agreement:
-    """How the stored values of some rows agree."""
-    stored, kept = value.double(), _other_rows(matrix, rows)
-    weight = weight_rows(matrix, rows).double()
-    deltas = [part.factor.dense(rows).reshape(weight.shape) * part.weight for part in matrix.parts]
-    added = torch.zeros_like(weight)
-    for delta in deltas:
-        added += delta
-    nearest = nearest_to(weight + added, rows)
-    differ = ((stored != nearest) & ~(stored.isnan() & nearest.isnan()))[kept]
-    tie = _near_tie(weight, added, stored, nearest)[kept]
-    double = weight.to(value.dtype) + added.to(value.dtype)
-    twice = bool((double.double() == stored)[kept].all())
-    error = (stored - (weight + added))[kept]
-    measured = _certificate(matrix, kept, weight, deltas, error)
-    return Agreement(measured, int(differ.sum()), int((differ & ~tie).sum()), twice)
-
-
-def _near_tie(
-    weight: torch.Tensor, added: torch.Tensor, stored: torch.Tensor, nearest: torch.Tensor
-) -> torch.Tensor:
-    """Where the sum lies as far from what is stored as from the nearest value, up to what float32 sums
-    resolve: a delta is a sum itself, whose terms may cancel."""
-    gap = (stored - nearest).abs()
-    terms = added.abs() + added.square().mean(1, keepdim=True).sqrt()
-    blur = RESOLVED * (weight.abs() + terms)
-    farther = (stored - (weight + added)).abs() - (nearest - weight - added).abs()
-    return farther <= NEAR * gap + blur
-
-
-def _other_rows(matrix: Matrix, rows: tuple[int, int]) -> torch.Tensor:
-    """The rows that no token replaces."""
-    taken = {n - rows[0] for numbers, _ in matrix.tokens for n in numbers}
-    kept = [i for i in range(rows[1] - rows[0]) if i not in taken]
-    return torch.tensor(kept, dtype=torch.long)
-
-
-def _certificate(
-    matrix: Matrix,
-    kept: torch.Tensor,
-    weight: torch.Tensor,
-    deltas: Sequence[torch.Tensor],
-    error: torch.Tensor,
-) -> Measured:
-    delta = delta_of(matrix)
-    basis = delta.basis.double()
-    inside = error @ basis
-    dense = [value[kept] for value in deltas]
-    total = sum(dense, torch.zeros_like(error))
-    thin = [
-        side if not full and basis.shape[1] else None
-        for side, full in zip(delta.thin, delta.dense, strict=True)
-    ]
-    return Measured(
-        float(weight.square().sum()),
-        float(total.square().sum()),
-        float(error.square().sum()),
-        tuple(float(value.square().sum()) for value in dense),
-        tuple(
-            None if s is None else float((inside @ s.span.double()).square().sum()) for s in thin
-        ),
-        tuple(float((error * value).sum()) for value in dense),
-    )
 
 
 def check_weights(found: Looked, report: FuseReport | None) -> Check:
@@ -413,6 +268,3 @@ def _too_far(finding: Finding) -> list[str]:
             f"({size / max(weight, 1e-300):.1e} of the weight): was something else fused, too?"
         ]
     return far
-
-
-__all__ = ["Finding", "Looked", "check_weights", "look"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adaptmerge.formats.peft import lora, lora_write
-from adaptmerge.formats.peft.config import VARIANTS
+from adaptmerge.formats.peft.config_problems import VARIANTS
 from adaptmerge.formats.peft.tuner import Tuner
 
 TUNER = Tuner(
