@@ -392,7 +392,10 @@ def remembered(function: Callable[..., Result], most: int = 256) -> Callable[...
 
 
 def forget() -> None:
-    """Everything that was computed from files is computed again when it is asked for."""
+    """Everything that was computed from files is computed again when it is asked for.
+
+    Whatever opens an input or a base calls this, so that no command need think of it.
+    """
     for kept in _REMEMBERED:
         kept.cache_clear()
 

@@ -43,7 +43,6 @@ from adaptmerge.schemes.scheme import quantisers
 from adaptmerge.schemes.view import View, running_dtype, view_of
 from adaptmerge.tensors import dtypes
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import forget
 
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 
@@ -140,7 +139,6 @@ TARGET = Format(
 
 def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptions) -> FusePlan:
     """The plan of a fusion. Raises every error that headers can tell."""
-    forget()
     check_options(specs, options)
     if is_checkpoint_schedule(options.weights):
         specs = in_natural_order(specs)

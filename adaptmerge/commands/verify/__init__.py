@@ -35,7 +35,6 @@ from adaptmerge.outputs.report import Report, load_report
 from adaptmerge.runtime.models import device_named
 from adaptmerge.schemes.view import open_values
 from adaptmerge.tensors.dtypes import BY_NAME
-from adaptmerge.tensors.refs import forget
 
 __all__ = ["FAIL", "PASS", "SKIPPED", "UNDECIDABLE", "Check", "Questions", "Verdict", "verify"]
 
@@ -63,7 +62,6 @@ class Questions:
 
 def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     """The verdict on an output with a report. Raises InputError when it cannot be examined at all."""
-    forget()
     if not output.exists():
         raise InputError(
             "does not exist: give the folder or file that was written", where=str(output)
