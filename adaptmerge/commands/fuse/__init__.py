@@ -23,10 +23,12 @@ from adaptmerge.commands.fuse.report import (
     KEPT,
     AdapterLoss,
     FuseReport,
+    and_error,
     is_fused,
     load_fuse_report,
     losses,
     noise,
+    percent,
     site_of,
 )
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
@@ -205,14 +207,12 @@ def _how_lost(loss: AdapterLoss, most: float) -> str:
     if _drowns(loss, most):
         return (
             "is too small for this base: the weights it is run with are rounded to 16 bits, and that alone "
-            f"makes an error of {_percent(loss.floor)} of what it adds: keep it an adapter, fuse into "
+            f"makes an error of {percent(loss.floor)} of what it adds: keep it an adapter, fuse into "
             "wider weights (--quant fp32), or pass --allow loss"
         )
-    error = (
-        f", with an error of {_percent(loss.sub)} of it in its inputs' space" if loss.sub else ""
-    )
+    left = percent(loss.gain, "an unknown part")
     return (
-        f"rounding leaves {_percent(loss.gain)} of what it adds (gain){error}: use --rounding adaptive, "
+        f"rounding leaves {left} of what it adds{and_error(loss.sub)}: use --rounding adaptive, "
         "wider weights (--dtype, --quant), or pass --allow loss to keep what is left"
     )
 
@@ -224,10 +224,6 @@ def _is_lost(loss: AdapterLoss, most: float) -> bool:
 
 def _drowns(loss: AdapterLoss, most: float) -> bool:
     return loss.floor is not None and loss.floor > most
-
-
-def _percent(value: float | None) -> str:
-    return "an unknown part" if value is None else f"{100 * value:.3g} %"
 
 
 def _obsolete(output: Path, plan: FusePlan) -> list[str]:

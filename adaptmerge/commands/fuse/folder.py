@@ -15,7 +15,7 @@ from adaptmerge.commands.fuse.anew import QUANTISATION as ENTRY
 from adaptmerge.commands.fuse.options import SAME, WIDE
 from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
 from adaptmerge.commands.fuse.plan import FusePlan
-from adaptmerge.commands.fuse.report import FuseReport
+from adaptmerge.commands.fuse.report import FuseReport, percent
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
 from adaptmerge.merging.heads.policies import is_vocabulary
@@ -261,12 +261,12 @@ def card(plan: FusePlan, report: FuseReport) -> str:
             f"Base `{base or plan.base.path.name}`, dtype of weights as stored there{_written(plan)}.",
             "`adaptmerge.json` has the numbers of every tensor; `adaptmerge verify` checks them.",
             "",
-            "| adapter | format | weight | licence | gain | sub |",
+            "| adapter | format | weight | licence | arrives | error |",
             "| --- | --- | --- | --- | --- | --- |",
             *_rows(plan, report, named),
             "",
-            "gain: the share of the delta that rounding left, 1 is all. sub: the error in the space of the",
-            "adapter's inputs, relative to the delta.",
+            "arrives: how much of the adapter's change is in the weights. error: the size of the rounding",
+            "error, relative to that change, in the inputs that the adapter reads.",
             "",
         ]
     )
@@ -282,11 +282,10 @@ def _rows(plan: FusePlan, report: FuseReport, named: Mapping[str, str]) -> Seque
     rows = []
     for item in plan.inputs:
         loss = report.adapters.get(item.name)
-        gain = "-" if loss is None or loss.gain is None else f"{loss.gain:.4f}"
-        sub = "-" if loss is None or loss.sub is None else f"{loss.sub:.1e}"
+        arrives, error = ("-", "-") if loss is None else (percent(loss.gain), percent(loss.sub))
         weight = plan.weights.base[item.name]
         licence = named.get(item.name, "-")
         rows.append(
-            f"| {item.name} | {item.format.name} | {weight:.6g} | {licence} | {gain} | {sub} |"
+            f"| {item.name} | {item.format.name} | {weight:.6g} | {licence} | {arrives} | {error} |"
         )
     return rows
