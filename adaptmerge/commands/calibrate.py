@@ -72,11 +72,11 @@ def calibrate(
     if options.tokens < LEAST or options.rank < 0:
         raise UsageError(f"--tokens is at least {LEAST}, and --rank not below 0")
     model = view_of(open_base(base))
-    staging = Staging(output, force=options.force, inputs=[text, model.base.path], single=True)
+    staging = Staging(output, force=options.force, inputs=[text, model.values.path], single=True)
     with staging:
         name = staging.target.name
         found = measure(
-            model.base, text, staging.path(name), staging.scratch(name), options, progress
+            model.values, text, staging.path(name), staging.scratch(name), options, progress
         )
         staging.commit(name)
     return found

@@ -24,12 +24,12 @@ QUANTISATION = ("quantization_config", "quantization", "compression_config")
 class View:
     """A base with the values of its coded weights in place of the tensors that store them.
 
-    base: the view; stored: the base as it is. coded: the coded weights by the name of their values, one
+    on_disk: the base as it is. coded: the coded weights by the name of their values, one
     of a stack as NAME[3]. stored_as: how parameters are stored that have another name in the checkpoint.
     """
 
-    base: Base
-    stored: Base
+    values: Base
+    on_disk: Base
     scheme: str | None = None
     coded: Mapping[str, CodedWeight] = field(default_factory=dict)
     stored_as: Mapping[str, StoredAs] = field(default_factory=dict)
@@ -50,7 +50,7 @@ def view_of(stored: Base) -> View:
     tensors |= _as_modules_have_them(stored_as, stored) | _values(coded, stored)
     config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
     return View(
-        replace(stored, tensors=tensors, config=config, stored=stored),
+        replace(stored, tensors=tensors, config=config, on_disk=stored),
         stored,
         scheme.name,
         coded,
@@ -88,7 +88,7 @@ def _values(coded: Mapping[str, CodedWeight], stored: Base) -> dict[str, TensorR
 
 def open_values(source: str) -> Base:
     """The base model at a source with quantised weights as what they stand for. Raises InputError."""
-    return view_of(open_base(source)).base
+    return view_of(open_base(source)).values
 
 
 def running_dtype(config: Mapping[str, Any]) -> DType | None:

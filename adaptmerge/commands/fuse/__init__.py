@@ -94,7 +94,9 @@ def fuse(
     assert options.calibration is not None
     refuse_existing(output, force=options.force)  # before minutes of reading
     unread = plan_fusion(base, specs, replace(options, calibration=None, max_growth=0.0))
-    with moments_of_text(options.calibration, unread.base, unread.shards, progress) as measured:
+    with moments_of_text(
+        options.calibration, unread.bases.values, unread.shards, progress
+    ) as measured:
         return _fuse(base, specs, output, replace(options, calibration=measured), progress)
 
 
@@ -109,7 +111,7 @@ def _fuse(
     check_strict(plan.notes, options.strict)
     digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
     key = plan.key(digests)[:16]
-    paths = [*(item.path for item in plan.inputs), plan.base.path]
+    paths = [*(item.path for item in plan.inputs), plan.bases.values.path]
     staging = Staging(output, force=options.force, inputs=paths, key=key)
     with staging:
         try:
@@ -243,36 +245,13 @@ def _report(
     digests: Mapping[str, Mapping[str, str]],
 ) -> FuseReport:
     adapters = losses(lines, plan.running)
-    named, differ = folder.licences(plan)
+    licences, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
     notes += _backward(plan, lines)
-    base: dict[str, Any] = {
-        "name": plan.base.path.name,
-        "fingerprint": plan.view.stored.fingerprint,
-        "licences": named,
-        "trained_on": plan.trained_on,
-        "quantised": plan.view.scheme,
-        "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
-    }
-    if plan.original is not None:
-        base["original"] = plan.original.fingerprint
-    if plan.moments is not None and plan.moments.file is not None:
-        base["calibration"] = plan.moments.as_json()
-    options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
-    options |= {
-        "weights": dict(plan.weights.base),
-        "rules": [asdict(rule) for rule in plan.weights.rules],
-        "heads": plan.heads.as_json(),
-        "allow": sorted(plan.options.allow),
-    }
-    options |= {"plain": sorted(plan.plain)}
-    grown = () if options["max_growth"] else ("max_growth", "plain")
-    for unsaid in (*UNSAID, *grown):
-        del options[unsaid]
     return FuseReport(
-        options=options,
+        options=_said(plan),
         inputs=[described_input(item, digests[item.name]) for item in plan.inputs],
-        base=base,
+        base=_base_said(plan, licences),
         versions={"adaptmerge": __version__, "torch": version("torch")},
         adapters=adapters,
         noise=noise([line.measured for line in lines]),
@@ -283,6 +262,40 @@ def _report(
         notes=sorted(set(notes)),
         method=plan.options.method,
     )
+
+
+def _said(plan: FusePlan) -> dict[str, Any]:
+    """The options of a report: all that decide what is written, and the weights that came of them."""
+    options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
+    options |= {
+        "weights": dict(plan.weights.base),
+        "rules": [asdict(rule) for rule in plan.weights.rules],
+        "heads": plan.opened.heads.as_json(),
+        "allow": sorted(plan.options.allow),
+        "plain": sorted(plan.plain),
+    }
+    grown = () if options["max_growth"] else ("max_growth", "plain")
+    for unsaid in (*UNSAID, *grown):
+        del options[unsaid]
+    return options
+
+
+def _base_said(plan: FusePlan, licences: Mapping[str, str]) -> dict[str, Any]:
+    """What a report says of the base."""
+    bases, moments = plan.bases, plan.moments
+    base: dict[str, Any] = {
+        "name": bases.values.path.name,
+        "fingerprint": bases.on_disk.fingerprint,
+        "licences": licences,
+        "trained_on": plan.trained_on,
+        "quantised": plan.view.scheme,
+        "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
+    }
+    if bases.original is not None:
+        base["original"] = bases.original.fingerprint
+    if moments is not None and moments.file is not None:
+        base["calibration"] = moments.as_json()
+    return base
 
 
 def _lost_notes(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> list[Note]:

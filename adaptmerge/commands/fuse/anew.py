@@ -116,7 +116,7 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
     way = quantisers().get(name)
     if way is None:
         return None
-    base, layers = view.base, linear_layers(view.base.path)
+    base, layers = view.values, linear_layers(view.values.path)
     names = {module: f"{base.locate(module)}.weight" for module in layers.quantised}
     held = {name: module for module, name in names.items() if name in base.tensors}
     lost = tuple(module for module, name in names.items() if name not in base.tensors)
@@ -129,7 +129,7 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
     if not way.experts:
         _refuse_experts(base, name, held)
     stored = [ref.dtype for one in held if one not in view.coded and (ref := base.tensors[one])]
-    usual = running_dtype(view.stored.config) or F32 if view.coded else widest(stored or [BF16])
+    usual = running_dtype(view.on_disk.config) or F32 if view.coded else widest(stored or [BF16])
     return Anew(way, held, asked or usual, tuple(layers.kept), lost)
 
 

@@ -279,7 +279,7 @@ def _model_checks(
     invoking = [token for edit in edits[:1] for token in invoked_by(edit)]
     tokens = invoking + sorted({token for edit in edits for token in trained_tokens(edit)})
     # weights that stand for quantised ones are streamed: live quantised layers would be another code path
-    layerwise = questions.layerwise or base.stored is not None
+    layerwise = questions.layerwise or base.on_disk is not None
     bench = forward.Bench.of(base, device, layerwise, tokens)
     dtype = BY_NAME[report.output["dtype"].upper()]
     checks: list[Check] = []

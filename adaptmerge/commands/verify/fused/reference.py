@@ -75,7 +75,11 @@ def _made(plan: FusePlan) -> Iterator[tuple[str, Fused | CodedMatrix, bool]]:
     for shard in plan.shards:
         for name, one in zip(shard.names, shard.made, strict=True):
             turned = one.transposed if isinstance(one, Fused) else None
-            yield name, one, plan.base.is_transposed(one.matrix.site) if turned is None else turned
+            yield (
+                name,
+                one,
+                plan.bases.values.is_transposed(one.matrix.site) if turned is None else turned,
+            )
 
 
 def _trained(plan: FusePlan) -> Iterator[Replace]:
@@ -90,7 +94,7 @@ def _own(plan: FusePlan, fused: View) -> Iterator[Replace]:
     """The weights of a fused model less the adapters, where all that is added is in their place."""
     for name, one, turned in _made(plan):
         name = f"{one.weight.module}.weight" if isinstance(one, CodedMatrix) else name
-        stored = fused.base.tensors.get(name)
+        stored = fused.values.tensors.get(name)
         if stored is None or one.matrix.tokens:
             continue
         stored = stored.T if turned else stored

@@ -68,7 +68,7 @@ class Looked:
 
 def look(plan: FusePlan, view: View) -> Looked:
     """Every tensor of a fused model against what the plan says of it."""
-    fused = view.stored
+    fused = view.on_disk
     found = Looked()
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     with one_thread_each(), ThreadPoolExecutor(workers_default()) as pool:
@@ -92,7 +92,7 @@ def _is_tied(name: str, fused: Base) -> bool:
 
 
 def _look_at(tensor: Tensor, view: View) -> Looked:
-    fused = view.stored
+    fused = view.on_disk
     module, _, param = tensor.name.rpartition(".")
     stored = fused.tensors.get(tensor.name)
     if stored is None:
