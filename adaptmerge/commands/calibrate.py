@@ -21,6 +21,7 @@ from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
 from adaptmerge.lazy import torch
+from adaptmerge.parallel import Progress, silent
 from adaptmerge.rounding.input_moments import FORMAT, RANK, VERSION, Accumulated
 from adaptmerge.runtime.models import (
     device_named,
@@ -34,7 +35,6 @@ from adaptmerge.schemes.view import view_of
 
 TOKENS, LENGTH, AT_ONCE = 16384, 512, 4096  # of a text, of a piece of it, of pieces run together
 LEAST = 128  # tokens that say anything
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,6 @@ class Measured(NamedTuple):
 
     tokens: int
     modules: int
-
-
-def silent(done: int, total: int) -> None:
-    """A progress callback that says nothing."""
 
 
 def calibrate(

@@ -114,6 +114,15 @@ class Source(Protocol):
         """Sources are data."""
 
 
+@runtime_checkable
+class Unsettled(Source, Protocol):
+    """A source that a run computes before anything is written."""
+
+    @property
+    def store(self) -> DType | None:
+        """What the value is rounded to; None: as the run decides."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """Keep indices start..stop of one axis."""

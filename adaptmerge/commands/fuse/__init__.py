@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ from adaptmerge.files.staging import Staging, refuse_existing
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.outputs.described import described_input
 from adaptmerge.outputs.report import FILE, check_strict
+from adaptmerge.parallel import Progress, silent
 from adaptmerge.rounding.error_feedback import NEAREST
 
 __all__ = [
@@ -54,11 +55,6 @@ SPARE = 64 << 20  # bytes of disk beside the tensors
 JOURNAL = "finished"
 # options that say nothing of the output, or that the report says otherwise
 UNSAID = ("original", "calibration", "jobs", "force", "strict", "executor", "total")
-Progress = Callable[[int, int], None]
-
-
-def silent(done: int, total: int) -> None:
-    """A progress callback that says nothing."""
 
 
 def predict(plan: FusePlan) -> list[Line]:

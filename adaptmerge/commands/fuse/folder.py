@@ -90,18 +90,16 @@ def main_file(plan: FusePlan) -> str:
 
 def _write_index(plan: FusePlan, staging: Staging) -> None:
     """The index: the base's own bytes where nothing in it changes."""
-    if len(plan.shards) == 1 and not (plan.bases.values.path / INDEX).is_file():
+    root = plan.bases.values.path
+    if len(plan.shards) == 1 and not (root / INDEX).is_file():
         return
-    source = next(
-        (plan.bases.values.path / n for n in INDEXES if (plan.bases.values.path / n).is_file()),
-        None,
-    )
+    source = next((root / name for name in INDEXES if (root / name).is_file()), None)
     stored = {} if source is None else json.loads(source.read_text("utf-8-sig"))
     metadata = {k: v for k, v in (stored.get("metadata") or {}).items() if k != "total_size"}
     made = index_of(plan.shards, metadata)
     same = stored.get("weight_map") == made["weight_map"]
     size = (stored.get("metadata") or {}).get("total_size")
-    if source is not None and same and size in (None, made["metadata"]["total_size"]):  # type: ignore[index]
+    if source is not None and same and size in (None, made["metadata"]["total_size"]):
         staging.path(INDEX).write_bytes(source.read_bytes())
     else:
         staging.path(INDEX).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")

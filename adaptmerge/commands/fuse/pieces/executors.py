@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from adaptmerge.commands.fuse.pieces.journal import to_record
 from adaptmerge.commands.fuse.pieces.layout import Shard
-from adaptmerge.commands.fuse.pieces.write import Progress, Settings, write_shard
+from adaptmerge.commands.fuse.pieces.write import Advance, Settings, write_shard
 from adaptmerge.errors import AdaptmergeError, MissingExtra
 
 Record = dict[str, Any]
@@ -27,10 +27,10 @@ class Job(NamedTuple):
     settings: Settings
 
 
-Executor = Callable[[Sequence[Job], Progress], Iterator[tuple[Job, Record]]]
+Executor = Callable[[Sequence[Job], Advance], Iterator[tuple[Job, Record]]]
 
 
-def record_of(job: Job, progress: Progress) -> Record:
+def record_of(job: Job, progress: Advance) -> Record:
     """Writes a shard and returns its record."""
     done = write_shard(job.shard, job.path, job.beside, job.settings, progress)
     return to_record(
@@ -38,13 +38,13 @@ def record_of(job: Job, progress: Progress) -> Record:
     )
 
 
-def local(jobs: Sequence[Job], progress: Progress) -> Iterator[tuple[Job, Record]]:
+def local(jobs: Sequence[Job], progress: Advance) -> Iterator[tuple[Job, Record]]:
     """One shard after the other; the work inside each is parallel."""
     for job in jobs:
         yield job, record_of(job, progress)
 
 
-def on_ray(jobs: Sequence[Job], progress: Progress) -> Iterator[tuple[Job, Record]]:
+def on_ray(jobs: Sequence[Job], progress: Advance) -> Iterator[tuple[Job, Record]]:
     """Shards on the workers of a Ray cluster, as they finish; a worker that dies is replaced and its shard
     written anew."""
     try:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.gguf_model import GgufModel
@@ -251,7 +252,7 @@ def _metadata(first: bytes) -> dict[str, str]:
     return found
 
 
-def index_of(shards: Sequence[Shard], metadata: Mapping[str, object]) -> dict[str, object]:
+def index_of(shards: Sequence[Shard], metadata: Mapping[str, object]) -> dict[str, Any]:
     """The content of an index that says which file has which tensor."""
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     names = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}

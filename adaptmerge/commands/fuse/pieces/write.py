@@ -90,7 +90,7 @@ class Piece(NamedTuple):
     part: Fused | None = None
 
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]  # told how many bytes more are done
 
 
 def survey(shard: Shard, settings: Settings) -> list[Choice]:
@@ -107,7 +107,7 @@ def _choice(made: Fused | CodedMatrix, rounding: str) -> Choice:
 
 
 def write_shard(
-    shard: Shard, path: Path, beside: Path, settings: Settings, progress: Progress
+    shard: Shard, path: Path, beside: Path, settings: Settings, progress: Advance
 ) -> Written:
     """Writes one file, with a temporary one beside it, and says what is in it.
 
