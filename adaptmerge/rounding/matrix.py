@@ -64,8 +64,7 @@ class Matrix:
     @property
     def all_at_once(self) -> bool:
         """Whether some rows of it cost as much as all."""
-        costly = getattr(self.weight.source, "at_once", False)
-        return costly or any(at_once(part.factor) for part in self.parts)
+        return any(at_once(part.factor) for part in self.parts)
 
     @property
     def refs(self) -> list[TensorRef]:

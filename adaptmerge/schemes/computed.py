@@ -14,6 +14,7 @@ from typing import Protocol
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import DType
 from adaptmerge.tensors.refs import TensorRef, computed, remembered
+from adaptmerge.tensors.row_source import RowSource
 
 PIECE = 1 << 20  # entries that are quantised at once
 SMALL = 16  # entries of a weight for each byte of what is kept when it was read as a whole: scales
@@ -57,7 +58,8 @@ class OfRows:
     def pieces(self) -> Iterator[torch.Tensor]:
         """It in runs of rows."""
         count, width = self.values.shape
-        at_once = getattr(self.values.source, "at_once", False)
+        source = self.values.source
+        at_once = isinstance(source, RowSource) and source.at_once
         step = count if at_once else max(1, PIECE // max(1, width))
         for start in range(0, count, max(1, step)):
             stop = min(count, start + step)

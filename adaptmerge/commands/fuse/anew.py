@@ -25,55 +25,27 @@ from adaptmerge.schemes.scheme import Kept, Quantiser, quantisers
 from adaptmerge.schemes.view import View, running_dtype
 from adaptmerge.tensors.dtypes import BF16, F32, DType, widest
 from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.row_source import RowSource
 
 QUANTISATION = "quantization_config"
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class Merged(RowSource):
     """A matrix (out, in) with all that is added to it, in float32: a source of refs."""
 
     matrix: Matrix
 
     @property
     def at_once(self) -> bool:
-        """Whether some rows of it cost as much as all."""
         return self.matrix.all_at_once
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.matrix.shape
 
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        return target_rows(self.matrix, (0, self.matrix.shape[0]))[0].float()
-
-    def rows(self, start: int, stop: int) -> MergedRows:
-        """Some rows of it, as a source that reads no others."""
-        return MergedRows(self.matrix, start, stop)
-
-
-@dataclass(frozen=True, slots=True)
-class MergedRows:
-    """Rows of a matrix with all that is added to it."""
-
-    matrix: Matrix
-    start: int
-    stop: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stop - self.start, self.matrix.shape[1]
-
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        return target_rows(self.matrix, (self.start, self.stop))[0].float()
+    def compute(self, start: int, stop: int) -> torch.Tensor:
+        return target_rows(self.matrix, (start, stop))[0].float()
 
 
 @dataclass(frozen=True)
