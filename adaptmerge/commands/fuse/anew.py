@@ -21,13 +21,11 @@ from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix, target_rows
 from adaptmerge.runtime.linears import linear_layers
 from adaptmerge.schemes.coded import CodedWeight
-from adaptmerge.schemes.scheme import Kept, Quantiser, quantisers
+from adaptmerge.schemes.scheme import QUANT_CONFIG, Kept, Quantiser, quantisers
 from adaptmerge.schemes.view import View, running_dtype
 from adaptmerge.tensors.dtypes import BF16, F32, DType, widest
 from adaptmerge.tensors.refs import TensorRef, computed
 from adaptmerge.tensors.row_source import RowSource
-
-QUANTISATION = "quantization_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class Anew:
         """The entries of the config that say how layers are quantised, but for the weights named."""
         chosen = (*self.lost, *(self.modules[name] for name in plain))
         kept = Kept(self.usual, chosen)
-        return {QUANTISATION: dict(self.quantiser.config(kept, self.dtype))}
+        return {QUANT_CONFIG: dict(self.quantiser.config(kept, self.dtype))}
 
 
 def anew(view: View, name: str, asked: DType | None) -> Anew | None:
