@@ -48,7 +48,7 @@ class CodedWeight(Protocol):
         enough to be fitted (powers of two, blocks of several rows, blocks across rows)."""
 
     def __hash__(self) -> int:
-        """CodedWeight weights are data."""
+        """Coded weights are data."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class Encoder(Protocol):
         """What is stored for values; each row by itself where it is used by `OfRows`."""
 
     def __hash__(self) -> int:
-        """Quantisers are data."""
+        """Encoders are data."""
 
 
 @dataclass(frozen=True, slots=True)

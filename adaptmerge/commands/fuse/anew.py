@@ -43,7 +43,7 @@ class Merged(RowSource):
         return self.matrix.shape
 
     def compute(self, start: int, stop: int) -> torch.Tensor:
-        return target_rows(self.matrix, (start, stop))[0].float()
+        return target_rows(self.matrix, (start, stop)).target.float()
 
 
 @dataclass(frozen=True)
