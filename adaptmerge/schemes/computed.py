@@ -13,7 +13,7 @@ from typing import Protocol
 
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import TensorRef, computed, remembered
+from adaptmerge.tensors.refs import TensorRef, remembered
 from adaptmerge.tensors.row_source import RowSource
 
 PIECE = 1 << 20  # entries that are quantised at once
@@ -92,11 +92,6 @@ def _all_quantised(values: TensorRef, how: Encoder) -> Mapping[str, torch.Tensor
 
 
 _quantised = remembered(_all_quantised, KEPT)
-
-
-def named(name: str, source: OfRows | OfAll) -> TensorRef:
-    """A ref to a tensor that will be stored under a name."""
-    return computed(source, name)
 
 
 def renamed(ref: TensorRef, name: str) -> TensorRef:
