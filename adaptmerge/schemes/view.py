@@ -17,7 +17,7 @@ from adaptmerge.schemes.scheme import scheme_of
 from adaptmerge.tensors.dtypes import BF16, F16, DType
 from adaptmerge.tensors.refs import TensorRef, computed, join
 
-QUANTISATION = ("quantization_config", "quantization", "compression_config")
+QUANT_ENTRIES = ("quantization_config", "quantization", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def view_of(stored: Base) -> View:
     inside |= {stacked(one.name)[0] for one in stored_as.values()}
     tensors = {name: ref for name, ref in stored.tensors.items() if name not in inside}
     tensors |= _as_modules_have_them(stored_as, stored) | _values(coded, stored)
-    config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
+    config = {key: value for key, value in stored.config.items() if key not in QUANT_ENTRIES}
     return View(
         replace(stored, tensors=tensors, config=config, on_disk=stored),
         stored,

@@ -11,7 +11,6 @@ from typing import Any
 from adaptmerge.adapters.graph import Kind, Labels, Note
 from adaptmerge.adapters.stored_edits import owner_of, saved_module
 from adaptmerge.bases.gguf_model import LIBRARY, GgufModel
-from adaptmerge.commands.fuse.anew import QUANTISATION as ENTRY
 from adaptmerge.commands.fuse.options import SAME, WIDE
 from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
 from adaptmerge.commands.fuse.plan import FusePlan
@@ -22,7 +21,8 @@ from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Step
 from adaptmerge.outputs.companions import LICENCES, TOKENIZER
 from adaptmerge.outputs.report import FILE
-from adaptmerge.schemes.view import QUANTISATION
+from adaptmerge.schemes.scheme import QUANT_CONFIG as ENTRY
+from adaptmerge.schemes.view import QUANT_ENTRIES
 from adaptmerge.tensors.dtypes import SPELLINGS
 
 CARD = "README.md"
@@ -51,7 +51,7 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
         staging.path(name).write_bytes(_listing_plain(plan, name, source.read_bytes()))
     config = changed_config(plan)
     stored = plan.bases.values.path / CONFIG
-    gone = set(QUANTISATION if plan.options.quant != SAME else ()) - plan.targets.config.keys()
+    gone = set(QUANT_ENTRIES if plan.options.quant != SAME else ()) - plan.targets.config.keys()
     if config or gone:
         before = json.loads(stored.read_text("utf-8-sig"))
         after = {key: value for key, value in {**before, **config}.items() if key not in gone}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from adaptmerge.algebra.linalg import one_thread_each
-from adaptmerge.commands.fuse.anew import QUANTISATION, Anew
+from adaptmerge.commands.fuse.anew import Anew
 from adaptmerge.commands.fuse.options import FuseOptions
 from adaptmerge.commands.fuse.pieces.layout import Recoded, Shard
 from adaptmerge.commands.fuse.pieces.write import Line, Settings, settings_of
@@ -25,7 +25,7 @@ from adaptmerge.rounding.codes import CodedMatrix, choose_coded, requantise
 from adaptmerge.rounding.matrix import Measured
 from adaptmerge.runtime.linears import linear_layers
 from adaptmerge.schemes.coded import CodedWeight, named, stands_alone
-from adaptmerge.schemes.scheme import Kept, schemes
+from adaptmerge.schemes.scheme import QUANT_CONFIG, Kept, schemes
 from adaptmerge.schemes.view import View, running_dtype
 from adaptmerge.tensors.dtypes import BF16, F16, DType
 
@@ -46,7 +46,7 @@ def can_mix(view: View) -> bool:
     """Whether some layers of the base can be stored otherwise than others: each says how, or loaders leave
     those as they are that the config lists."""
     scheme = schemes().get(view.scheme or "")
-    listed = scheme is not None and scheme.kept is not None and QUANTISATION in view.on_disk.config
+    listed = scheme is not None and scheme.kept is not None and QUANT_CONFIG in view.on_disk.config
     return listed or _is_typed(view)
 
 
@@ -90,8 +90,8 @@ def _config(view: View, names: Sequence[str]) -> dict[str, object]:
     usual = tuple(m for m in layers.kept if f"{view.values.locate(m)}.weight" not in view.coded)
     how = schemes()[view.scheme or ""].kept
     assert how is not None
-    before = view.on_disk.config[QUANTISATION]
-    return {QUANTISATION: dict(how(before, Kept(usual, chosen)))}
+    before = view.on_disk.config[QUANT_CONFIG]
+    return {QUANT_CONFIG: dict(how(before, Kept(usual, chosen)))}
 
 
 def check_growth(share: float, view: View, anew: Anew | None) -> None:

@@ -19,12 +19,12 @@ from adaptmerge.lazy import torch
 from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix, delta_of
 from adaptmerge.schemes.view import View
-from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.row_source import RowSource
 
 
 @dataclass(frozen=True, slots=True)
-class Without:
+class Without(RowSource):
     """A stored matrix (out, in) less all that adapters add to it, in float32."""
 
     stored: TensorRef
@@ -34,14 +34,11 @@ class Without:
     def shape(self) -> tuple[int, ...]:
         return self.matrix.shape
 
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        value = self.stored.read().double()
+    def compute(self, start: int, stop: int) -> torch.Tensor:
+        rows = start, stop
+        value = self.stored.slice(0, *rows).read().double()
         for part in self.matrix.parts:
-            value -= part.factor.dense().reshape(value.shape).double() * part.weight
+            value -= part.factor.dense(rows).reshape(value.shape).double() * part.weight
         return value.float()
 
 
