@@ -7,7 +7,7 @@ from adaptmerge.bases.gguf_model import model_in, open_model
 from adaptmerge.errors import InputError
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
-from adaptmerge.tensors.refs import forget
+from adaptmerge.tensors.caches import forget
 
 WEIGHT_FILES = (
     "model.safetensors.index.json",

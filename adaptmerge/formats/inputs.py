@@ -24,7 +24,7 @@ from adaptmerge.files.listing import Listing
 from adaptmerge.files.paths import exists
 from adaptmerge.formats.format import Format, ReadOptions
 from adaptmerge.formats.registry import detect
-from adaptmerge.tensors.refs import forget
+from adaptmerge.tensors.caches import forget
 
 NAME = re.compile(r"(?P<name>[A-Za-z_][\w.-]*)=(?P<rest>.+)$")
 WEIGHT = re.compile(r"(?P<rest>.+):(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?|[-+]?nan|[-+]?inf)$")

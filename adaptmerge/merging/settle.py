@@ -15,19 +15,10 @@ from functools import partial
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import delta_on, factor_of, refitted
 from adaptmerge.algebra.by_rows import apart
-from adaptmerge.algebra.factors import (
-    Factor,
-    Leaf,
-    Product,
-    Term,
-    Values,
-    low_rank,
-    mapped,
-    rank_bound,
-    refs_of,
-)
+from adaptmerge.algebra.factors import Factor, Leaf, Product, Term, Values, rank_bound
 from adaptmerge.algebra.fit import Budget, Fitted, allot, spectrum, stack, truncate
 from adaptmerge.algebra.linalg import gram, one_thread_each, side_by_side
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.errors import InputError
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.lazy import torch
@@ -36,6 +27,7 @@ from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.parallel import Progress, ordered, short_turns
 from adaptmerge.tensors.dtypes import DType, default_dtype, of_torch
 from adaptmerge.tensors.refs import TensorRef, Unsettled, computed, read_once
+from adaptmerge.tensors.walk import mapped, refs_of
 
 CANCELS = 1e-2  # below this share of what it could be, a squared norm is computed in float64
 

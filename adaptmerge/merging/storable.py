@@ -7,9 +7,11 @@ from typing import TypeGuard
 
 from adaptmerge.adapters.graph import Adapter, Edit
 from adaptmerge.adapters.weight_edits import factor_of, family_of, refitted
-from adaptmerge.algebra.factors import Factor, Leaf, Product, as_low_rank, low_rank, refs_of
+from adaptmerge.algebra.factors import Factor, Leaf, Product
+from adaptmerge.algebra.low_rank import as_low_rank, low_rank
 from adaptmerge.formats.format import Stores
 from adaptmerge.tensors.refs import TensorRef, constant, join
+from adaptmerge.tensors.walk import refs_of
 
 
 def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:

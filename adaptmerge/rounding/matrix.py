@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra.by_rows import at_once
-from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum, rank_bound, refs_of
+from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum, rank_bound
 from adaptmerge.lazy import torch
 from adaptmerge.rounding.error_feedback import (
     STRENGTH,
@@ -26,8 +26,10 @@ from adaptmerge.rounding.error_feedback import (
 )
 from adaptmerge.rounding.input_moments import Moments, metric_of
 from adaptmerge.rounding.metric import Metric
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import TensorRef, remembered
+from adaptmerge.tensors.refs import TensorRef
+from adaptmerge.tensors.walk import refs_of
 
 PIECE = 1 << 20  # entries of a matrix that are worked on at once
 THIN = 4  # a factor is low-rank up to this part of the smaller side

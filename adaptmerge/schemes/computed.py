@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import TensorRef, remembered
+from adaptmerge.tensors.refs import TensorRef
 from adaptmerge.tensors.row_source import RowSource
 
 PIECE = 1 << 20  # entries that are quantised at once

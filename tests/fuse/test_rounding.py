@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adaptmerge.adapters.graph import Site
-from adaptmerge.algebra.factors import Diag, Leaf, Product, low_rank
+from adaptmerge.algebra.factors import Diag, Leaf, Product
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.files.listing import Listing
 from adaptmerge.rounding import error_feedback
 from adaptmerge.rounding.error_feedback import (

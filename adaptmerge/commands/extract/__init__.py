@@ -15,7 +15,6 @@ from adaptmerge.adapters.experts import FUSED, LAYOUTS
 from adaptmerge.adapters.graph import Adapter, Bundle, Kind, Note
 from adaptmerge.adapters.stored_edits import saved_module
 from adaptmerge.adapters.weight_edits import factor_of
-from adaptmerge.algebra.factors import refs_of
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.open import open_base
@@ -44,6 +43,7 @@ from adaptmerge.outputs.target import like_library, target_of
 from adaptmerge.parallel import Progress, silent, workers_default
 from adaptmerge.tensors import dtypes
 from adaptmerge.tensors.dtypes import DType, default_dtype
+from adaptmerge.tensors.walk import refs_of
 
 COMMAND = "extract"
 INPUT = "tuned"

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add, factor_of
-from adaptmerge.algebra.factors import low_rank
 from adaptmerge.algebra.fit import Budget, Fitted, allot, rounded
 from adaptmerge.algebra.linalg import one_thread_each
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.algebra.sketch import (
     Leading,
     Spectrum,

@@ -18,8 +18,9 @@ from typing import NamedTuple
 from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.coded import Dequantised
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import F64, DType
-from adaptmerge.tensors.refs import TensorRef, computed, remembered
+from adaptmerge.tensors.refs import TensorRef, computed
 from adaptmerge.tensors.row_source import RowSource
 
 TURNS = 3  # of alternating least squares, each of which leaves about 1 / sqrt(n) of the error

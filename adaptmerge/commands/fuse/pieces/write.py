@@ -30,7 +30,8 @@ from adaptmerge.rounding.matrix import Matrix, Measured
 from adaptmerge.rounding.scales import SOLVE
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.tensors.dtypes import U8, DType
-from adaptmerge.tensors.refs import Reshape, Slice, Stored, TensorRef, constant, read_span
+from adaptmerge.tensors.refs import Reshape, Slice, Stored, TensorRef, constant
+from adaptmerge.tensors.spans import read_span
 
 SPAN = 8 << 20  # bytes that are copied at once
 
