@@ -1,6 +1,6 @@
 """`python -m bench.narrow`: a table of docs/quantised-merging.md, as markdown.
 
-CodedRows with few columns per direction, by feedback and scales alone, and with codes exchanged in between.
+Rows with few columns per direction, by feedback and scales alone, and with codes exchanged in between.
 Times are ratios in one run.
 """
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from adaptmerge.adapters.graph import Site
-from adaptmerge.algebra.factors import low_rank
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.rounding.codes import KEEP, SOLVE, CodedMatrix, requantise
 from adaptmerge.rounding.error_feedback import ADAPTIVE, NEAREST
 from adaptmerge.rounding.matrix import Matrix, Part

@@ -110,7 +110,8 @@ def conversion_page() -> str:
         "",
         "Reading never loses anything: an adapter is held in one graph, whatever it was read from.",
         "So a conversion depends on the target alone. This page is what each target declares; a",
-        "conversion that it has no place for is refused with the sites named. Nothing is dropped.",
+        "conversion that it has no place for is refused with the sites named: a *site* is one weight",
+        "matrix (or bias) of the base model that an adapter changes. Nothing is dropped.",
         "",
         "Formats that are read only: " + ", ".join(_link(f) for f in _read_only()) + ".",
         "",
@@ -272,7 +273,8 @@ FAMILIES = [
     "",
     "Formulas: W is the base's weight, `*` is element by element. What a family computes is tested",
     "against PEFT's own outputs and merged weights; [the format's page](formats/peft.md) says how files",
-    "are read and written.",
+    "are read and written. A *site* is one weight matrix (or bias) of the base model that an adapter",
+    "changes.",
     "",
     "- **read**: every tensor and every config field is understood, or the file is refused by name.",
     "- **written**: one adapter of the family goes back into a file that PEFT loads, bit for bit.",
@@ -324,7 +326,8 @@ NATIVE_FAMILIES = [
     "",
     "Classes of a [native graph](native.md) beside its own: one or a few per family of adapters. A field",
     "holds a tensor, a number, a word or another node, as everywhere in the graph; a tensor that is made",
-    'from a few numbers, not stored, is `{"computed": NODE}`.',
+    'from a few numbers, not stored, is `{"computed": NODE}`. A *site* is one weight matrix (or bias) of',
+    "the base model that an adapter changes.",
 ]
 
 

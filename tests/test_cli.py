@@ -205,7 +205,7 @@ def test_interrupt_leaves_nothing(
         raise KeyboardInterrupt
 
     before = hashes(here)
-    monkeypatch.setattr("adaptmerge.commands.combine.write_bundle", interrupted)
+    monkeypatch.setattr("adaptmerge.outputs.session.write_bundle", interrupted)
     found = run("combine", "prose", "code", *as_json)
     assert (found.code, hashes(here)) == (1, before)
     assert found.stderr.splitlines()[-1] == "error: interrupted: nothing was written"
@@ -216,9 +216,9 @@ def test_interrupt_leaves_nothing(
 def test_killed_run_is_cleaned_up_by_the_next(here: Path) -> None:
     code = """
 import os, signal
-from adaptmerge.commands import combine
+from adaptmerge.outputs import session
 from adaptmerge.cli import main
-combine.write_bundle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+session.write_bundle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
     before = {path.name for path in here.iterdir()}

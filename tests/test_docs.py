@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import samples
+import torch
 from conftest import ROOT
-from console import check, steps
+from console import check, run, steps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import adaptmerge
 from adaptmerge.cli import main
 from adaptmerge.formats.registry import formats
-from adaptmerge.methods.method import Method
 from adaptmerge.methods.registry import methods
 
 DOCS = ROOT / "docs"
@@ -126,17 +134,119 @@ def test_changelog_has_this_version() -> None:
     assert f"\n## [{adaptmerge.__version__}]" in text_of(ROOT / "CHANGELOG.md")
 
 
-def test_the_method_in_the_docs_works(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", text_of(DOCS / "adding-a-method.md"), re.DOTALL)
-    found: dict[str, object] = {"__name__": "halved"}
-    exec(compile(block, "adding-a-method.md", "exec"), found)
-    assert isinstance(found["METHOD"], Method)
+def python_in(page: Path) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)
+    return str(block)
+
+
+Install = Callable[[str, str, str], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs the module shown on a page, as a distribution with an entry point."""
+
+    def installed(page: str, name: str, constant: str) -> None:
+        group = f"adaptmerge.{constant.lower()}s"
+        assert f'[project.entry-points."{group}"]' in text_of(DOCS / page)
+        entry = tmp_path / "site" / f"{name}-1.dist-info" / "entry_points.txt"
+        entry.parent.mkdir(parents=True)
+        entry.write_text(f"[{group}]\n{name} = {name}:{constant}\n", encoding="utf-8")
+        (tmp_path / "site" / f"{name}.py").write_text(python_in(DOCS / page), encoding="utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
+        forget_what_is_installed()
+
+    monkeypatch.chdir(tmp_path)
+    yield installed
+    monkeypatch.undo()
+    forget_what_is_installed()
+
+
+def forget_what_is_installed() -> None:
+    formats.cache_clear()
+    methods.cache_clear()
+
+
+def done(*arguments: str) -> str:
+    """What a command that succeeds prints."""
+    outcome = run(*arguments)
+    assert outcome.code == 0, outcome.stderr
+    return outcome.stdout
+
+
+def test_the_method_in_the_docs_works(install: Install, fixtures: Path, tmp_path: Path) -> None:
+    install("adding-a-method.md", "rescaled", "METHOD")
+    assert re.search(r"^rescaled ", done("methods"), re.MULTILINE)
+    Path("tiny").symlink_to(fixtures / "tinyllama", target_is_directory=True)
+    paths = [Path("tiny", name) for name in ("lora-r8-shakespeare", "lora-r8-perl")]
+    weights = [0.7, -0.2]
+    inputs = [f"{path}:{weight}" for path, weight in zip(paths, weights, strict=True)]
+    done("combine", *inputs, "--method", "rescaled", "-o", "merged")
+    found, plain = samples.deltas(tmp_path / "merged"), samples.weighted_sum(paths, weights)
+    c = (0.7 + 0.2) / math.sqrt(0.7**2 + 0.2**2)
+    wanted = {module: c * delta for module, delta in plain.items()}
+    assert samples.distance(found, wanted) < 1e-6 * samples.size(wanted)
+    assert samples.distance(found, plain) > 0.1 * samples.size(plain), "it does what linear does"
+    assert re.search(r"^weights +pass ", done("verify", "merged"), re.MULTILINE)
+
+
+def pairs_of(sides: Mapping[str, samples.Sides]) -> dict[str, torch.Tensor]:
+    """The tensors of the format that docs/adding-a-format.md shows."""
+    ups = {f"{module}.up": b for module, (_, b) in sides.items()}
+    return ups | {f"{module}.down": a.T.contiguous() for module, (a, _) in sides.items()}
+
+
+def test_the_format_in_the_docs_works(install: Install, tmp_path: Path) -> None:
+    install("adding-a-format.md", "pairs", "FORMAT")
+    assert re.search(r"^pairs +read, write ", done("formats"), re.MULTILINE)
+    sides = samples.random_sides(1)
+    stored = pairs_of(sides)
+    save_file(stored, "one.safetensors", metadata={"pairs_scale": "0.75"})
+    done("convert", "one.safetensors", "--to", "peft", "-o", "peft")
+    wanted = {module: 0.75 * (b.double() @ a.double()) for module, (a, b) in sides.items()}
+    assert samples.size(wanted) > 1
+    assert samples.distance(samples.deltas(tmp_path / "peft"), wanted) < 1e-6 * samples.size(wanted)
+    done("convert", "peft", "--to", "pairs", "-o", "back")
+    assert samples.same_bits(load_file("back/pairs.safetensors"), stored)
+    with safe_open("back/pairs.safetensors", "pt") as back:
+        assert back.metadata()["pairs_scale"] == "0.75"
+
+
+def test_the_format_in_the_docs_names_all_problems(install: Install) -> None:
+    install("adding-a-format.md", "pairs", "FORMAT")
+    one, two = samples.MODULES
+    stored = pairs_of(samples.random_sides(1))
+    stored[f"{one}.side"] = stored.pop(f"{one}.down")
+    stored[f"{two}.up"] = stored[f"{two}.up"].T.contiguous()
+    save_file(stored, "bad.safetensors", metadata={"pairs_scale": "large"})
+    outcome = run("inspect", "bad.safetensors")
+    assert outcome.code == 1
+    for problem in (
+        "pairs_scale is 'large': expected a number",
+        f"{one}: expected an up (out, r) and a down (in, r) of one r",
+        f"{two}: expected an up (out, r) and a down (in, r) of one r",
+        f"tensor '{one}.side' is neither up nor down of a module",
+    ):
+        assert problem in outcome.stderr
+
+
+@pytest.mark.parametrize("page", ["adding-a-method.md", "adding-a-format.md"])
+def test_importing_what_the_docs_show_is_light(page: str, tmp_path: Path) -> None:
+    (tmp_path / "shown.py").write_text(python_in(DOCS / page), encoding="utf-8")
+    code = "import sys, shown; print(*{'torch', 'numpy'} & set(sys.modules))"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert found.stdout.split() == []
 
 
 def test_python_in_the_guide_works(
     tmp_path: Path, fixtures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", text_of(DOCS / "guide.md"), re.DOTALL)
+    block = python_in(DOCS / "guide.md")
     for name, source in (("sql", "lora-r8-shakespeare"), ("chat", "lora-r8-perl")):
         (tmp_path / name).symlink_to(fixtures / "tinyllama" / source, target_is_directory=True)
     monkeypatch.chdir(tmp_path)

@@ -33,14 +33,13 @@ from adaptmerge.algebra.factors import (
     Place,
     Product,
     Sum,
-    as_low_rank,
-    low_rank,
     rank_bound,
-    refs_of,
 )
+from adaptmerge.algebra.low_rank import as_low_rank, low_rank
 from adaptmerge.methods.peft_linear import SideAverage
 from adaptmerge.tensors.dtypes import BF16, F32
 from adaptmerge.tensors.refs import Listed, TensorRef
+from adaptmerge.tensors.walk import refs_of
 
 every_class = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 

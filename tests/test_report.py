@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.commands import verify
 from adaptmerge.commands.combine import Options, combine
+from adaptmerge.commands.fuse.report import percent
 from adaptmerge.commands.verify.difference import difference
 from adaptmerge.errors import AdaptmergeError, InputError
 from adaptmerge.formats.inputs import InputSpec, open_input
@@ -144,3 +145,23 @@ def test_an_alpha_that_is_no_number_is_refused(
     (source / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
     with pytest.raises(InputError, match="lora_alpha"):
         open_input(InputSpec(str(source)))
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        (1.0, "100 %"),
+        (0.9997, "99.97 %"),
+        (0.99999, "100 %"),
+        (1.002, "100.2 %"),
+        (12.2, "1220 %"),
+        (0.00109, "0.11 %"),
+        (3e-06, "< 0.01 %"),
+        (0.0, "0 %"),
+        (-1e-9, "0 %"),
+        (-1.0, "-100 %"),
+        (None, "-"),
+    ],
+)
+def test_shares_are_shown_in_percent(share: float | None, shown: str) -> None:
+    assert percent(share) == shown

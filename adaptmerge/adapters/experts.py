@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from adaptmerge.adapters.graph import Adapter, Edit, Layer, Site
 from adaptmerge.adapters.weight_edits import factor_of, refitted
-from adaptmerge.algebra.factors import Factor, LowRank, Place, Sum, as_low_rank, low_rank
+from adaptmerge.algebra.factors import Factor, Place, Sum
+from adaptmerge.algebra.low_rank import LowRank, as_low_rank, low_rank
 from adaptmerge.errors import CannotMerge
 from adaptmerge.tensors.refs import TensorRef, constant, join
 

@@ -13,21 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from adaptmerge.adapters.graph import Edit, Site
-from adaptmerge.algebra.factors import (
-    Diag,
-    Factor,
-    Leaf,
-    Product,
-    Rows,
-    Sum,
-    Term,
-    as_low_rank,
-    whole_term,
-)
+from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Rows, Sum, Term, whole_term
 from adaptmerge.algebra.linalg import moved_norms
+from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import F64, DType
-from adaptmerge.tensors.refs import TensorRef, computed, remembered
+from adaptmerge.tensors.refs import TensorRef, computed
 
 
 @runtime_checkable

@@ -7,9 +7,8 @@ compute them. A family that stores something else than these adds one class with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from adaptmerge.algebra.linalg import working
 from adaptmerge.lazy import torch
@@ -368,32 +367,6 @@ def _kronecker(a: Term, b: Term) -> Term:
     return Term(up, down, a.scale * b.scale)
 
 
-def low_rank(up: TensorRef, down: TensorRef, scale: float = 1.0) -> Product:
-    """scale * up @ down from two stored matrices, up (out, r) and down (r, in)."""
-    return Product((Leaf(up), Leaf(down)), scale)
-
-
-class LowRank(NamedTuple):
-    """The stored sides of a factor that is nothing but scale * up @ down."""
-
-    up: TensorRef
-    down: TensorRef
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.up.shape[1]
-
-
-def as_low_rank(factor: Factor) -> LowRank | None:
-    """The sides of a plain scale * up @ down of two stored matrices, else None."""
-    if isinstance(factor, Product) and len(factor.parts) == 2:
-        up, down = factor.parts
-        if isinstance(up, Leaf) and isinstance(down, Leaf):
-            return LowRank(up.ref, down.ref, factor.scale)
-    return None
-
-
 def rank_bound(factor: Factor) -> int:
     """An upper bound of the rank, from shapes alone."""
     limit = min(factor.shape)
@@ -410,39 +383,3 @@ def rank_bound(factor: Factor) -> int:
             return rank_bound(factor.expand())
         case _:
             return limit
-
-
-def refs_of(node: Any) -> Iterator[TensorRef]:
-    """Every TensorRef inside a factor, an edit or a tuple of them, in field order."""
-    if isinstance(node, TensorRef):
-        yield node
-    elif isinstance(node, tuple):
-        for part in node:
-            yield from refs_of(part)
-    else:
-        for name in _fields(type(node)):
-            yield from refs_of(getattr(node, name))
-
-
-def mapped(node: Any, change: Callable[[TensorRef], TensorRef]) -> Any:
-    """The same data with every TensorRef inside it changed."""
-    if isinstance(node, TensorRef):
-        return change(node)
-    if isinstance(node, tuple):
-        return tuple(mapped(part, change) for part in node)
-    if not _fields(type(node)):
-        return node
-    before = {name: getattr(node, name) for name in _fields(type(node))}
-    after = {name: mapped(value, change) for name, value in before.items()}
-    changed = {name: value for name, value in after.items() if value is not before[name]}
-    return replace(node, **changed) if changed else node
-
-
-_FIELDS: dict[type, tuple[str, ...]] = {}
-
-
-def _fields(kind: type) -> tuple[str, ...]:
-    """The field names of a dataclass, looked up once; none for other classes."""
-    if kind not in _FIELDS:
-        _FIELDS[kind] = tuple(f.name for f in fields(kind)) if is_dataclass(kind) else ()
-    return _FIELDS[kind]

@@ -39,7 +39,7 @@ class Base:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
-    stored: Base | None = None  # the base as it lies, where the tensors are what that stands for
+    on_disk: Base | None = None  # the base as it lies, where the tensors are what that stands for
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -81,6 +81,16 @@ class Base:
 
         Checkpoints saved without a head leave out the prefix that the model with a head has.
         """
+        if module not in self._located:
+            self._located[module] = self._found(module)
+        return self._located[module]
+
+    @cached_property
+    def _located(self) -> dict[str, str | None]:
+        """What has been located so far: planning asks for the same modules many times."""
+        return {}
+
+    def _found(self, module: str) -> str | None:
         found = (self._near(name) for name in (module, *other_versions(module)))
         return next((name for name in found if name is not None), None) or self._one_expert(module)
 
@@ -175,8 +185,8 @@ class Base:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all names, shapes, dtypes and the first and last bytes of every stored tensor."""
-        if self.stored is not None:
-            return self.stored.fingerprint
+        if self.on_disk is not None:
+            return self.on_disk.fingerprint
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             ref = self.tensors[name]

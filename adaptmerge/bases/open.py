@@ -7,6 +7,7 @@ from adaptmerge.bases.gguf_model import model_in, open_model
 from adaptmerge.errors import InputError
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
+from adaptmerge.tensors.caches import forget
 
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -21,6 +22,7 @@ def open_base(source: str) -> Base:
 
     Raises InputError when it is not a model checkpoint.
     """
+    forget()
     path, _ = hub.resolve(source)
     listing = Listing.of(path, source)
     weights = listing.single

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from adaptmerge.cli.options import (
+    SITE,
     allowed,
     budget_of,
     budget_options,
@@ -16,9 +17,11 @@ from adaptmerge.cli.options import (
     writing_options,
 )
 
-EPILOG = """\b
+EPILOG = f"""\b
 An input is [NAME=]SOURCE[:WEIGHT][?alpha=32]; SOURCE is a folder, a .safetensors or
 .bin file, or a hub id org/name[@revision][//subfolder].
+
+{SITE}
 
 \b
 Examples:

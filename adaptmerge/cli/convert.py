@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
-from adaptmerge.cli.options import allowed, budget_of, budget_options, writing_options
+from adaptmerge.cli.options import SITE, allowed, budget_of, budget_options, writing_options
 
-EPILOG = """\b
+EPILOG = f"""{SITE}
+
+\b
 Examples:
   adaptmerge convert ./adapter --to gguf --base ./llama -o adapter.gguf
   adaptmerge convert ./adapter -o adapter.safetensors

@@ -6,11 +6,11 @@ import math
 
 import click
 
-from adaptmerge.cli.options import base_option, json_option
+from adaptmerge.cli.options import SITE, base_option, json_option
 from adaptmerge.cli.terminal import print_json, table
 
 
-@click.command()
+@click.command(epilog=SITE)
 @click.argument("a")
 @click.argument("b")
 @click.option("--tolerance", default=1e-5, show_default=True, help="Largest relative difference.")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from adaptmerge.cli.options import json_option
+from adaptmerge.cli.options import SITE, json_option
+from adaptmerge.cli.outcome import ACTIONS, ARRIVES, ERROR, KEEPS, legend
 from adaptmerge.cli.terminal import filled, print_json, table
 
 if TYPE_CHECKING:
@@ -17,15 +18,8 @@ if TYPE_CHECKING:
 
 Line = TypeVar("Line", "SiteLine", "FusedSite")
 
-ACTIONS = {
-    "pass": "kept as it was stored",
-    "fit": "computed as one low-rank pair",
-    "value": "stored values, summed",
-    "concat": "the rows of the inputs, one below the other",
-}
 
-
-@click.command()
+@click.command(epilog=SITE)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.argument("site")
 @json_option
@@ -40,8 +34,8 @@ def explain(output: Path, site: str, as_json: bool) -> None:
         fused = _matching(load_fuse_report(output).sites, site)
         if as_json:
             print_json({"sites": [asdict(one) for one in fused]})
-        for one in [] if as_json else fused:
-            _show_fused(one)
+        else:
+            _show_fused(fused)
         return
     report = load_report(output)
     lines = _matching(report.sites, site)
@@ -52,14 +46,23 @@ def explain(output: Path, site: str, as_json: bool) -> None:
         _show(report, line)
 
 
-def _show_fused(line: FusedSite) -> None:
+def _show_fused(lines: Sequence[FusedSite]) -> None:
+    for line in lines:
+        _show_matrix(line)
+    click.echo(legend(arrives=ARRIVES, error=ERROR, nearest_keeps=KEEPS))
+
+
+def _show_matrix(line: FusedSite) -> None:
+    from adaptmerge.commands.fuse.report import percent
+
     place = f"{line.tensor}, {'x'.join(map(str, line.shape))} {line.dtype}"
     click.echo(filled(f"{line.site}: fused into {place}, rounded {line.rounding}"))
+    losses = (line.gain, line.sub, line.predicted)
     table(
-        ("adapter", "weight", "norm", "gain", "sub", "gain of nearest"),
+        ("adapter", "weight", "norm", "arrives", "error", "nearest keeps"),
         [
-            (n, w, line.norms[n], line.gain[n], line.sub[n], line.predicted.get(n))
-            for n, w in line.weights.items()
+            (name, weight, line.norms[name], *(percent(loss.get(name)) for loss in losses))
+            for name, weight in line.weights.items()
         ],
         right=(1, 2, 3, 4, 5),
     )

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptmerge.cli.options import budget_of, budget_options, extract_options
+from adaptmerge.cli.options import SITE, budget_of, budget_options, extract_options
 from adaptmerge.cli.terminal import print_json, progress, show_notes, table
 
 if TYPE_CHECKING:
     from adaptmerge.commands.extract import Prepared
 
-EPILOG = """\b
+EPILOG = f"""\b
 BASE and TUNED are model folders or hub ids, of one architecture.
+
+{SITE}
 
 \b
 Examples:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptmerge.cli.options import allowed, heads_option, json_option, merging_options, percentage
+from adaptmerge.cli.options import (
+    SITE,
+    allowed,
+    heads_option,
+    json_option,
+    merging_options,
+    percentage,
+)
+from adaptmerge.cli.outcome import ARRIVES, ERROR, FLOOR, KEEPS, legend
 from adaptmerge.cli.terminal import filled, print_json, progress, show_notes, table
 from adaptmerge.errors import AdaptmergeError
 
@@ -16,11 +24,14 @@ if TYPE_CHECKING:
 
     from adaptmerge.commands.fuse import FuseReport
     from adaptmerge.commands.fuse.forecast import Expected
+    from adaptmerge.commands.fuse.pieces.write import Line
     from adaptmerge.commands.fuse.plan import FusePlan
 
-EPILOG = """\b
+EPILOG = f"""\b
 An adapter is [NAME=]SOURCE[:WEIGHT], as for combine; BASE a folder of a transformers
 model, one file of its weights, a GGUF model, or a hub id.
+
+{SITE}
 
 \b
 Examples:
@@ -82,7 +93,10 @@ Examples:
 )
 @click.option("--keep-tied", is_flag=True, help="Refuse to store a tied head apart.")
 @click.option(
-    "--max-loss", default=0.25, show_default=True, help="Largest error in an adapter's input space."
+    "--max-loss",
+    default=0.25,
+    show_default=True,
+    help="Largest error in the inputs that an adapter reads, relative to its change.",
 )
 @click.option(
     "--max-growth",
@@ -149,18 +163,7 @@ def fuse(
 
 
 def _show(output: str, report: FuseReport) -> None:
-    weights = report.options["weights"]
-    rows: list[tuple[object, ...]] = []
-    for item in report.inputs:
-        loss = report.adapters.get(item["name"])
-        known = (None,) * 4 if loss is None else (loss.norm, loss.relative, loss.gain, loss.sub)
-        rows.append((item["name"], item["format"], weights[item["name"]], *known))
-    heads = ["adapter", "format", "weight", "norm", "|dW|/|W|", "gain", "sub"]
-    floors = {name: loss.floor for name, loss in report.adapters.items()}
-    if any(floor is not None for floor in floors.values()):
-        heads.append("floor")
-        rows = [(*row, floors.get(str(row[0]))) for row in rows]
-    table(heads, rows, right=range(2, len(heads)))
+    _show_adapters(report)
     kinds = [site.rounding for site in report.sites]
     rounded = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     click.echo(
@@ -169,6 +172,26 @@ def _show(output: str, report: FuseReport) -> None:
             f"rounding {rounded or 'none'}, |error|/|W| {report.noise:.2e}"
         )
     )
+
+
+def _show_adapters(report: FuseReport) -> None:
+    from adaptmerge.commands.fuse.report import percent
+
+    weights, words = report.options["weights"], {"arrives": ARRIVES, "error": ERROR}
+    if any(loss.floor is not None for loss in report.adapters.values()):
+        words["floor"] = FLOOR
+    rows: list[tuple[object, ...]] = []
+    for item in report.inputs:
+        loss = report.adapters.get(item["name"])
+        row = (item["name"], item["format"], weights[item["name"]])
+        if loss is None:
+            rows.append((*row, *(None for _ in ("norm", "|dW|/|W|", *words))))
+            continue
+        shares = (loss.gain, loss.sub, loss.floor)[: len(words)]
+        rows.append((*row, loss.norm, loss.relative, *map(percent, shares)))
+    heads = ["adapter", "format", "weight", "norm", "|dW|/|W|", *words]
+    table(heads, rows, right=range(2, len(heads)))
+    click.echo(legend(**words))
 
 
 def _files(count: int) -> str:
@@ -198,27 +221,38 @@ def _show_plan(plan: FusePlan, *, as_json: bool) -> None:
         print_json({"plan": rows, "notes": [str(n) for n in plan.notes], "bytes": plan.nbytes})
         return
     show_notes(plan.notes)
-    shown = [
-        (
-            row["site"],
-            row["dtype"],
-            " ".join(f"{w:.4g}" for w in line.matrix.parts and row["weights"].values()),  # type: ignore[attr-defined]
-            " ".join("-" if g is None else f"{g:.3f}" for g in line.choice.predicted),
-            row["rounding"],
-            *(_each(found, name) for name in ("sub", "floor") if any(losses)),
-        )
-        for row, line, found in zip(rows, lines, losses, strict=True)
-    ]
-    heads = ["site", "dtype", "weights", "gain of nearest", "rounding"]
-    heads += ["sub", "floor"] if any(losses) else []
-    table(heads, shown, right=(3, 5, 6))
+    _show_lines(lines, losses)
     click.echo(
         f"{len(plan.targets.tensors)} tensors in {_files(len(plan.shards))}, "
         f"{plan.nbytes / 1e6:,.1f} MB; nothing was written"
     )
 
 
-def _each(found: Sequence[Expected], name: str) -> str:
-    """One expectation of every adapter."""
-    values = (getattr(loss, name) for loss in found)
-    return " ".join("-" if value is None else f"{value:.2g}" for value in values)
+def _show_lines(lines: Sequence[Line], losses: Sequence[Sequence[Expected]]) -> None:
+    words = {"error": f"expected {ERROR}", "floor": FLOOR} if any(losses) else {}
+    shown = [
+        (
+            str(line.matrix.site),
+            line.stored_as,
+            " ".join(f"{part.weight:.4g}" for part in line.matrix.parts),
+            _percents(line.choice.predicted),
+            line.choice.rounding,
+            *(
+                _percents([getattr(one, name) for one in found])
+                for name in ("sub", "floor")
+                if words
+            ),
+        )
+        for line, found in zip(lines, losses, strict=True)
+    ]
+    heads = ["site", "dtype", "weights", "nearest keeps", "rounding", *words]
+    table(heads, shown, right=(3, 5, 6))
+    click.echo(legend(nearest_keeps=KEEPS, **words))
+
+
+def _percents(shares: Sequence[float | None]) -> str:
+    """The shares of all adapters, as in "100 99.7 %"."""
+    from adaptmerge.commands.fuse.report import percent
+
+    shown = " ".join(percent(share).removesuffix(" %") for share in shares)
+    return f"{shown} %" if any(share is not None for share in shares) else shown

@@ -11,6 +11,8 @@ from adaptmerge.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+SITE = "A site is one weight matrix (or bias) of the base model that adapters change."
+
 
 def _apply(options: list[Any]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:

@@ -16,6 +16,26 @@ if TYPE_CHECKING:
     from adaptmerge.formats.inputs import InputSpec
     from adaptmerge.outputs.report import Report
 
+# What stands in the tables of merged adapters and of fused models, in words.
+ACTIONS = {
+    "pass": "kept as it was stored",
+    "fit": "computed as one low-rank pair",
+    "whole": "computed as one full matrix",
+    "value": "stored values, summed",
+    "concat": "the rows of the inputs, one below the other",
+}
+CAP = "largest rank allowed there"
+ARRIVES = "how much of the adapter's change is in the weights"
+ERROR = "size of the rounding error, relative to that change, in the inputs that the adapter reads"
+FLOOR = "the same from running the model in 16 bits, whatever is stored"
+KEEPS = "how much of the change rounding to the nearest value leaves"
+
+
+def legend(**words: str) -> str:
+    """What the words of a table mean, in one line or more."""
+    named = (f"{word.replace('_', ' ')}: {meaning}" for word, meaning in words.items())
+    return filled("; ".join(named))
+
 
 def execute(
     specs: Sequence[InputSpec],
@@ -57,17 +77,13 @@ def _show_plan(prepared: object, as_json: bool) -> None:
     table(
         ("site", "action", "weights", "ranks", "cap"),
         [
-            (
-                row["site"],
-                row["action"],
-                _pairs(row["weights"]),
-                _pairs(row["ranks"]),
-                row["rank_cap"],
-            )
-            for row in rows
+            (r["site"], r["action"], _pairs(r["weights"]), _pairs(r["ranks"]), r["rank_cap"])
+            for r in rows
         ],
         right=(4,),
     )
+    used = {row["action"] for row in rows}
+    click.echo(legend(**{word: ACTIONS[word] for word in ACTIONS if word in used}, cap=CAP))
     count, method = len(rows), prepared.plan.method.name
     click.echo(f"{count} sites by {method} as {prepared.target.name}; nothing was written")
 

@@ -12,7 +12,7 @@ from adaptmerge.cli.terminal import filled, print_json, table
 from adaptmerge.errors import AdaptmergeError, OutputError
 
 if TYPE_CHECKING:
-    from adaptmerge.commands.verify import Verdict
+    from adaptmerge.commands.verify import Questions, Verdict
 
 EPILOG = """\b
 Examples:
@@ -77,6 +77,18 @@ def verify(
         specs,
         FuseOptions(trained_on=trained_on, original=original, total=alone),
     )
+    verdict = _judged(output, questions, junit)
+    if as_json:
+        print_json(verdict.as_json())
+    else:
+        _show(verdict)
+    click.get_current_context().exit(0 if verdict.status == library.PASS else 3)
+
+
+def _judged(output: Path, questions: Questions, junit: Path | None) -> Verdict:
+    """The verdict, also as a JUnit file; of an output that cannot be examined that is one failure."""
+    from adaptmerge.commands import verify as library
+
     try:
         verdict = library.verify(output, questions)
     except AdaptmergeError as problem:
@@ -86,11 +98,7 @@ def verify(
         raise
     if junit:
         _write(junit, verdict.as_junit())
-    if as_json:
-        print_json(verdict.as_json())
-    else:
-        _show(verdict)
-    click.get_current_context().exit(0 if verdict.status == library.PASS else 3)
+    return verdict
 
 
 def _write(path: Path, text: str) -> None:

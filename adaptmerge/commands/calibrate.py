@@ -21,6 +21,7 @@ from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
 from adaptmerge.lazy import torch
+from adaptmerge.parallel import Progress, silent
 from adaptmerge.rounding.input_moments import FORMAT, RANK, VERSION, Accumulated
 from adaptmerge.runtime.models import (
     device_named,
@@ -34,7 +35,6 @@ from adaptmerge.schemes.view import view_of
 
 TOKENS, LENGTH, AT_ONCE = 16384, 512, 4096  # of a text, of a piece of it, of pieces run together
 LEAST = 128  # tokens that say anything
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,6 @@ class Measured(NamedTuple):
     modules: int
 
 
-def silent(done: int, total: int) -> None:
-    """A progress callback that says nothing."""
-
-
 def calibrate(
     base: str,
     text: Path,
@@ -72,11 +68,11 @@ def calibrate(
     if options.tokens < LEAST or options.rank < 0:
         raise UsageError(f"--tokens is at least {LEAST}, and --rank not below 0")
     model = view_of(open_base(base))
-    staging = Staging(output, force=options.force, inputs=[text, model.base.path], single=True)
+    staging = Staging(output, force=options.force, inputs=[text, model.values.path], single=True)
     with staging:
         name = staging.target.name
         found = measure(
-            model.base, text, staging.path(name), staging.scratch(name), options, progress
+            model.values, text, staging.path(name), staging.scratch(name), options, progress
         )
         staging.commit(name)
     return found

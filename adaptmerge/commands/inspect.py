@@ -11,11 +11,12 @@ from adaptmerge.adapters.graph import Edit, Kind, Labels, Note
 from adaptmerge.adapters.module_paths import layer_index
 from adaptmerge.adapters.stored_edits import role_of
 from adaptmerge.adapters.weight_edits import factor_of, family_of
-from adaptmerge.algebra.factors import rank_bound, refs_of
+from adaptmerge.algebra.factors import rank_bound
 from adaptmerge.formats.inputs import Input
 from adaptmerge.merging.heads.policies import Head, heads_of, shown
 from adaptmerge.merging.storable import stored_scale
 from adaptmerge.tensors.refs import TensorRef
+from adaptmerge.tensors.walk import refs_of
 
 
 @dataclass(frozen=True, slots=True)

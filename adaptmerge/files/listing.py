@@ -79,10 +79,6 @@ class Listing:
         """The first `n` bytes of a file."""
         return sniff.head(self._present(name), n)
 
-    def text(self, name: str) -> str:
-        """The text of a UTF-8 file."""
-        return self._once("text", name, self._read_text)
-
     def sha256(self, *names: str) -> dict[str, str]:
         """The digests of the files named, or of all files listed, in hexadecimal."""
         return {name: self._once("sha256", name, sha256_of) for name in names or self.names}
@@ -91,10 +87,6 @@ class Listing:
     def used(self) -> tuple[str, ...]:
         """The files whose JSON or tensors were read so far, sorted."""
         return tuple(sorted({name for what, name in self._kept if what in ("json", "tensors")}))
-
-    def folder(self, name: str) -> Listing:
-        """The listing of a folder directly in this one."""
-        return Listing.of(self._path(name), f"{self.origin}/{name}")
 
     def _once(self, what: str, name: str, read: Callable[[Path], _T]) -> _T:
         key = (what, name)
@@ -121,7 +113,6 @@ class Listing:
         return path
 
     def _read_text(self, path: Path) -> str:
-        sniff.refuse(sniff.head(path), str(path), "a text file", ("html",))
         try:
             return path.read_text("utf-8-sig")
         except UnicodeDecodeError:

@@ -24,6 +24,7 @@ from adaptmerge.files.listing import Listing
 from adaptmerge.files.paths import exists
 from adaptmerge.formats.format import Format, ReadOptions
 from adaptmerge.formats.registry import detect
+from adaptmerge.tensors.caches import forget
 
 NAME = re.compile(r"(?P<name>[A-Za-z_][\w.-]*)=(?P<rest>.+)$")
 WEIGHT = re.compile(r"(?P<rest>.+):(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?|[-+]?nan|[-+]?inf)$")
@@ -145,7 +146,8 @@ def in_natural_order(specs: Sequence[InputSpec]) -> list[InputSpec]:
 
 
 def open_input(spec: InputSpec, base: Base | None = None) -> Input:
-    """The adapter that a spec names. Raises InputError, naming the source."""
+    """The adapter that a spec names, read anew. Raises InputError, naming the source."""
+    forget()
     try:
         path, revision = hub.resolve(spec.source)
         listing = Listing.of(path, spec.source)

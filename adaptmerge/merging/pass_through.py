@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import factor_of, family_of
-from adaptmerge.algebra.factors import Expanded, Factor, rank_bound, refs_of
+from adaptmerge.algebra.factors import Expanded, Factor, rank_bound
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.merging.request import Request
 from adaptmerge.merging.resolve import LORA, WHOLE, Weighed
 from adaptmerge.merging.storable import stored_scale
 from adaptmerge.methods.method import Member
+from adaptmerge.tensors.walk import refs_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,9 @@ from dataclasses import dataclass
 from adaptmerge.adapters.graph import Edit, Kind, Labels, Note, Site
 from adaptmerge.adapters.stored_edits import why_opaque
 from adaptmerge.adapters.weight_edits import WeightEdit, delta_on, factor_of
-from adaptmerge.algebra.factors import (
-    Factor,
-    Product,
-    Sum,
-    as_low_rank,
-    rank_bound,
-    refs_of,
-)
+from adaptmerge.algebra.factors import Factor, Product, Sum, rank_bound
 from adaptmerge.algebra.fit import Budget
+from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.errors import CannotMerge, CannotStore
 from adaptmerge.formats.format import Stores, WriteOptions
 from adaptmerge.merging.align import Group, and_more, layer_count
@@ -31,6 +25,7 @@ from adaptmerge.merging.weights import Weights
 from adaptmerge.methods.method import Meeting, Member, Method
 from adaptmerge.tensors.dtypes import F32, DType, default_dtype
 from adaptmerge.tensors.refs import TensorRef
+from adaptmerge.tensors.walk import refs_of
 
 OPAQUE = "opaque"  # the kind of edits that nothing can be made of
 BLIND = ("dora",)  # kinds that no budget and no sum can be judged for without the base

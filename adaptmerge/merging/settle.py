@@ -10,22 +10,15 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import delta_on, factor_of, refitted
 from adaptmerge.algebra.by_rows import distance
-from adaptmerge.algebra.factors import (
-    Factor,
-    Leaf,
-    Product,
-    Term,
-    low_rank,
-    mapped,
-    rank_bound,
-    refs_of,
-)
+from adaptmerge.algebra.factors import Factor, Leaf, Product, Term, Values, rank_bound
 from adaptmerge.algebra.fit import Budget, Fitted, allot, spectrum, stack, truncate
 from adaptmerge.algebra.linalg import gram, one_thread_each, side_by_side
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.errors import InputError
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.lazy import torch
@@ -33,7 +26,8 @@ from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.parallel import Progress, ordered, short_turns
 from adaptmerge.tensors.dtypes import DType, default_dtype, of_torch
-from adaptmerge.tensors.refs import TensorRef, computed, read_once
+from adaptmerge.tensors.refs import TensorRef, Unsettled, computed, read_once
+from adaptmerge.tensors.walk import mapped, refs_of
 
 CANCELS = 1e-2  # below this share of what it could be, a squared norm is computed in float64
 
@@ -160,23 +154,26 @@ def _settled(
         settle = _matrix if _is_matrix(step) else _column
         settled, stats = settle(plan, step, factor, stats, allotted)
         edit = refitted(edit, settled)
-    pending = [ref for ref in refs_of(edit) if hasattr(ref.source, "store")]
-    for ref in pending:
-        exact = ref.source.read()
-        stored = exact.to(_stored_dtype(plan, step, ref).torch)
-        edit = mapped(edit, lambda r, old=ref, new=stored: _held(new) if r == old else r)  # type: ignore[misc]
+    pending = [(ref, ref.source) for ref in refs_of(edit) if isinstance(ref.source, Unsettled)]
+    for ref, source in pending:
+        exact = source.read()
+        stored = exact.to(_stored_dtype(plan, step, ref, source.store).torch)
+        edit = mapped(edit, partial(_put, ref, _held(stored)))
         if factor is None:
             lost = float((stored.double() - exact).norm())
-            moved = exact - getattr(ref.source, "neutral", 0.0)
+            moved = exact - (source.neutral if isinstance(source, Values) else 0.0)
             size = math.hypot(stats.norm, float(moved.norm()))
             stats = replace(stats, norm=size, rounding=math.hypot(stats.rounding, lost))
     return edit, stats
 
 
-def _stored_dtype(plan: Plan, step: Step, ref: TensorRef) -> DType:
+def _put(old: TensorRef, new: TensorRef, ref: TensorRef) -> TensorRef:
+    return new if ref == old else ref
+
+
+def _stored_dtype(plan: Plan, step: Step, ref: TensorRef, own: DType | None) -> DType:
     """What a computed tensor is stored as: as asked, else wide enough for all members; what is stored
     whole keeps its own."""
-    own: DType | None = ref.source.store  # type: ignore[attr-defined]
     if step.edit.kind in WHOLE and own is not None:
         return own
     if plan.asked is not None:

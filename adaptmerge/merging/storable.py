@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import TypeGuard
 
 from adaptmerge.adapters.graph import Adapter, Edit
 from adaptmerge.adapters.weight_edits import factor_of, family_of, refitted
-from adaptmerge.algebra.factors import Factor, Leaf, Product, as_low_rank, low_rank, refs_of
+from adaptmerge.algebra.factors import Factor, Leaf, Product
+from adaptmerge.algebra.low_rank import as_low_rank, low_rank
 from adaptmerge.formats.format import Stores
 from adaptmerge.tensors.refs import TensorRef, constant, join
+from adaptmerge.tensors.walk import refs_of
 
 
 def unstorable(edits: Iterable[Edit], stores: Stores, target: str) -> list[str]:
@@ -57,10 +60,10 @@ def stored_scale(factor: Factor) -> float | None:
     pair = as_low_rank(factor)
     if pair is not None:
         return pair.scale
-    return factor.scale if _is_column(factor) else None  # type: ignore[attr-defined]
+    return factor.scale if _is_column(factor) else None
 
 
-def _is_column(factor: Factor) -> bool:
+def _is_column(factor: Factor) -> TypeGuard[Product]:
     return (
         isinstance(factor, Product)
         and len(factor.parts) == 1

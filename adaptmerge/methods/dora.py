@@ -30,8 +30,9 @@ from adaptmerge.algebra.factors import (
 from adaptmerge.errors import CannotMerge
 from adaptmerge.lazy import torch
 from adaptmerge.methods.method import Meeting, Member
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import F64, DType
-from adaptmerge.tensors.refs import TensorRef, computed, constant, remembered
+from adaptmerge.tensors.refs import TensorRef, computed, constant
 
 CANCELLED = 1e-12  # a gain below this leaves nothing of a row
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.adapters.weight_edits import delta_of, refitted
-from adaptmerge.algebra.factors import LowRank, Rows, Term, as_low_rank
+from adaptmerge.algebra.factors import Rows, Term
+from adaptmerge.algebra.low_rank import LowRank, as_low_rank
 from adaptmerge.errors import CannotMerge
 from adaptmerge.lazy import torch
 from adaptmerge.methods.method import Meeting, Member, Method

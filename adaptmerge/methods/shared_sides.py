@@ -16,8 +16,9 @@ from adaptmerge.algebra.factors import Rows, Term, values, whole_term
 from adaptmerge.errors import CannotMerge
 from adaptmerge.lazy import torch
 from adaptmerge.methods.method import Meeting
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.compare import same_values
-from adaptmerge.tensors.refs import TensorRef, remembered
+from adaptmerge.tensors.refs import TensorRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,13 @@ def write_bundle(bundle: Bundle, target: Format, output: Output, options: WriteO
         return target.write(bundle, output, options)
     main = ""
     for name, adapter in bundle.adapters.items():
-        part = Output(lambda file, at=name: output.path(f"{at}/{file}"), None, output.metadata)  # type: ignore[misc]
+        part = Output(partial(_below, output, name), None, output.metadata)
         main = f"{name}/{target.write(Bundle({name: adapter}), part, options)}"
     return main
+
+
+def _below(output: Output, folder: str, file: str) -> Path:
+    return output.path(f"{folder}/{file}")
 
 
 def left_by(output: Path, files: Collection[str]) -> set[str]:

@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from adaptmerge.errors import UsageError
-from adaptmerge.formats.format import Format
+from adaptmerge.errors import CannotStore, UsageError
+from adaptmerge.formats.format import Format, WriteOptions
 from adaptmerge.formats.inputs import SUFFIXES
-from adaptmerge.formats.registry import formats
+from adaptmerge.formats.registry import format_named, formats
+
+
+def target_of(
+    output: Path, asked: str | None, version: str | None, suggested: Callable[[], Format]
+) -> Format:
+    """The format asked for, else the one suggested, if it can be written under this name.
+
+    Raises CannotStore for one that is only read, UsageError for a name or version that does not fit it.
+    """
+    target = format_named(asked) if asked else suggested()
+    if target.write is None:
+        names = ", ".join(found.name for found in writable())
+        raise CannotStore(f"{target.name} is read only so far: use --to with one of {names}")
+    check_name(output, target)
+    check_version(version, target)
+    return target
+
+
+def writable() -> list[Format]:
+    """The formats that can be written."""
+    return [found for found in formats().values() if found.write is not None]
+
+
+def like_input(output: Path, own: Format) -> Format:
+    """The format that the output's name suggests, or else the input's own."""
+    fitting = [found for found in writable() if output.suffix in found.suffixes]
+    target = fitting[0] if fitting and own not in fitting else own
+    return target if target.write is not None else _without_base()
+
+
+def like_library(output: Path) -> Format:
+    """The format that the output's name suggests; else one that a library of its own loads."""
+    known = writable()
+    own = [found for found in known if found.oracle] or known
+    fitting = [found for found in known if output.suffix and output.suffix in found.suffixes]
+    return next(iter([found for found in own if found in fitting] or fitting or own))
+
+
+def _without_base() -> Format:
+    """A format that can be written whatever is known of the base, for inputs of one that cannot."""
+    found = (f for f in formats().values() if f.stores and not f.stores(WriteOptions()).base)
+    return next(found)
 
 
 def check_version(version: str | None, target: Format) -> None:

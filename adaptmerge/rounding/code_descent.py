@@ -93,7 +93,7 @@ class Moves(NamedTuple):
     alone: torch.Tensor
 
 
-def strength_of(columns: int, directions: int, *, last: bool, measured: bool = False) -> float:
+def strength_of(columns: int, directions: int, *, last: bool, measured: bool) -> float:
     """The strength of errors in some directions with which an exchange leaves less of them, and less
     elsewhere, than feedback alone; `last`: nothing makes up for what it leaves; `measured`: errors
     elsewhere count by a metric."""
@@ -160,7 +160,7 @@ def _in_one_round(
     codes: torch.Tensor, grid: BlockGrid, target: torch.Tensor, cost: Cost
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (rows, in) after the moves of one pool, and in which rows (rows,) there are any; in place."""
-    values = _values(codes, grid, target)
+    values = grid.all_values(codes, target)
     error = values - target
     moves = _cheapest(codes, grid, values, cost, cost.slope(error))
     taken = _taken(moves, cost, LEAST * error.square().sum(1))
@@ -178,7 +178,7 @@ def _cheapest(
 ) -> Moves:
     """The moves to a neighbouring code that cost least alone."""
     others = [grid.neighbours(codes, direction) for direction in (-1, 1)]
-    steps = [_values(other, grid, values).sub_(values) for other in others]
+    steps = [grid.all_values(other, values).sub_(values) for other in others]
     costs = [cost.alone(step, slope).masked_fill_(step == 0, torch.inf) for step in steps]
     all_costs = torch.cat(costs, dim=1)
     count = min(POOL, all_costs.shape[1])
@@ -218,7 +218,3 @@ def _descent(alone: torch.Tensor, together: torch.Tensor, least: torch.Tensor) -
         others = together[every, second].masked_fill_((first == second)[:, None], 0)
         alone = alone + together[every, first] + others
     return taken
-
-
-def _values(codes: torch.Tensor, grid: BlockGrid, like: torch.Tensor) -> torch.Tensor:
-    return grid.values(codes, slice(0, codes.shape[1]), torch.empty_like(like))

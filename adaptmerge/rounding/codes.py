@@ -3,14 +3,14 @@
 A quantised weight lies on its grid, and most deltas are smaller than half a step: nearest codes return the
 base. Codes are rounded with error feedback in the space of the adapters' inputs; then the scales of the
 blocks, which are numbers and no codes, are moved by the least that brings the rest of the error there to
-zero. CodedRows are independent of each other, and are worked on a few at a time.
+zero. Rows are independent of each other, and are worked on a few at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import NamedTuple
 
 from adaptmerge.lazy import torch
@@ -38,11 +38,10 @@ from adaptmerge.rounding.matrix import (
     row_factor,
     target_rows,
 )
-from adaptmerge.rounding.scales import KEEP, ONLY, SOLVE, CodedRows, Settled, solved
+from adaptmerge.rounding.scales import KEEP, LEAST, ONLY, SOLVE, CodedRows, Settled, solved
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 
-SMALLEST = 1e-3  # a factor that a scale is multiplied by: 0 would leave nothing to choose codes for
 SAMPLE = 64  # rows that a prediction looks at
 BLOCK = 64  # entries of the blocks that may run across rows
 
@@ -68,10 +67,14 @@ def choose_coded(coded: CodedMatrix, asked: str) -> Choice:
     """How a coded weight is rounded: as asked; `auto` is adaptive, for nearest codes are the base's."""
     if not coded.matrix.parts:
         return Choice(NEAREST, ())
+    return Choice(ADAPTIVE if asked == AUTO else asked, tuple(sampled(coded).gains))
+
+
+def sampled(coded: CodedMatrix) -> Measured:
+    """What nearest codes do to some rows; to all where some cost as much."""
     count = coded.matrix.shape[0]
-    rows = (0, count) if coded.matrix.all_at_once else (0, min(count, SAMPLE))
-    gains = requantise_rows(coded, rows, NEAREST, KEEP, 0).measured.gains
-    return Choice(ADAPTIVE if asked == AUTO else asked, tuple(gains))
+    rows = (0, count if coded.matrix.all_at_once else min(count, SAMPLE))
+    return requantise_rows(coded, rows, NEAREST, KEEP, 0).measured
 
 
 def coded_error(weight: CodedWeight) -> float:
@@ -88,9 +91,7 @@ def requantise(coded: CodedMatrix, rounding: str, scales: str, seed: int) -> Req
         requantise_rows(coded, rows, rounding, scales, seed)
         for rows in coded.matrix.row_ranges(BLOCK)
     ]
-    total = found[0].measured
-    for one in found[1:]:
-        total = total.plus(one.measured)
+    total = reduce(Measured.plus, [one.measured for one in found])
     codes = torch.cat([one.codes for one in found])
     return Requantised(codes, joined([one.grid for one in found]), total)
 
@@ -114,23 +115,22 @@ def requantise_rows(
     """Some rows of a coded weight."""
     matrix = coded.matrix
     before, grid = coded.weight.grid(rows)
-    target, dense, weight = target_rows(matrix, rows)
-    delta = delta_of(matrix)
-    keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
+    made, delta = target_rows(matrix, rows), delta_of(matrix)
+    target, keep = made.target, delta.needs_error
     if rounding == ADAPTIVE:
         grid, folded = _with_row_factor(coded, rows, grid, delta, scales)
         here = CodedRows(coded.weight, rows, grid, target, delta.basis, metric_in(matrix))
-        here = here.exchanging(scales, before, weight if coded.anew else None)
+        here = here.exchanging(scales, before, made.weight if coded.anew else None)
         here = here.stretched(before) if scales == SOLVE and not coded.anew else here
-        own = own_direction(delta, rows, dense, target) if keep and not folded else None
+        own = own_direction(delta, rows, made) if keep and not folded else None
         found, grid = _adaptive(matrix, here, before, own, scales, keep=keep)
     elif rounding == STOCHASTIC:
-        found = _stochastic(target, grid, delta, _seed(seed, matrix, rows))
+        found = _stochastic(target, grid, delta, matrix.seed(seed, rows[0]))
     elif coded.anew:
         found = measured_codes(before, target, grid, delta.basis, keep=keep)
     else:
         found = round_nearest(target, grid, delta.basis, keep=keep)
-    measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
+    measured = measure(delta, rows, made, found)
     moved = int((found.codes != before).sum())
     return Requantised(found.codes, grid, replace(measured, moved=moved))
 
@@ -156,7 +156,6 @@ def _adaptive(
     if not moves:
         return found, here.grid
     assert found.error is not None
-    assert found.inside is not None
     settled = solved(here, Settled(found.codes, here.grid, found.error, found.inside))
     return settled.rounded(keep=keep), settled.grid
 
@@ -179,7 +178,7 @@ def _with_row_factor(
     """The grid with what multiplies whole rows in its scales, and whether it is: codes then stay right."""
     wanted = scales != KEEP and not coded.anew
     factor = row_factor(coded.matrix, delta, rows) if wanted else None
-    if factor is None or bool((factor.abs() < SMALLEST).any()):
+    if factor is None or bool((factor.abs() < LEAST).any()):
         return grid, False
     scale = (grid.scale * factor).to(grid.scale.dtype)
     stored = coded.weight.nearest_scales(scale, rows)
@@ -192,19 +191,14 @@ def _stochastic(target: torch.Tensor, grid: BlockGrid, delta: Delta, seed: int) 
     """Each entry to one of the two values around it, with probabilities that make it exact on average."""
     everywhere = slice(0, target.shape[1])
     codes = grid.codes(target, everywhere)
-    near = grid.values(codes, everywhere, torch.empty_like(target))
+    near = grid.all_values(codes, target)
     rising = (target > near) == (grid.at(grid.scale, everywhere) >= 0)
     last = grid.count - 1
     other = (codes.int() + torch.where(rising, 1, -1)).clamp(0, last).to(torch.uint8)
-    far = grid.values(other, everywhere, torch.empty_like(target))
+    far = grid.all_values(other, target)
     share = (target - near).abs() / (far - near).abs().clamp(min=1e-30)
     generator = torch.Generator().manual_seed(seed)
     taken = (torch.rand(target.shape, generator=generator) < share) & (other != codes)
     codes = torch.where(taken, other, codes)
     error = torch.where(taken, far, near).sub_(target)
     return Rounded(codes, error @ delta.basis, float(error.norm()) ** 2, error)
-
-
-def _seed(seed: int, matrix: Matrix, rows: tuple[int, int]) -> int:
-    text = f"{seed} {matrix.site} {rows[0]}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")

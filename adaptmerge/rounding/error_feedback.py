@@ -188,13 +188,13 @@ class Rounded(NamedTuple):
     `error` all of it where it was asked for."""
 
     codes: torch.Tensor
-    inside: torch.Tensor | None
+    inside: torch.Tensor
     squared: float
     error: torch.Tensor | None = None
 
 
 def round_nearest(
-    target: torch.Tensor, grid: Grid, basis: torch.Tensor | None, *, keep: bool = False
+    target: torch.Tensor, grid: Grid, basis: torch.Tensor, *, keep: bool = False
 ) -> Rounded:
     """Each entry of (rows, in) to the nearest value on the grid."""
     codes = grid.codes(target, slice(0, target.shape[1]))
@@ -205,9 +205,9 @@ def measured_codes(
     codes: torch.Tensor,
     target: torch.Tensor,
     grid: Grid,
-    basis: torch.Tensor | None,
+    basis: torch.Tensor,
     *,
-    keep: bool = False,
+    keep: bool,
 ) -> Rounded:
     """Codes (rows, in) that are given, with their error."""
     columns = slice(0, target.shape[1])
@@ -218,7 +218,7 @@ def measured_codes(
 def round_stochastic(
     target: torch.Tensor,
     grid: FloatGrid,
-    basis: torch.Tensor | None,
+    basis: torch.Tensor,
     seed: int,
     *,
     keep: bool = False,
@@ -251,13 +251,12 @@ def _measured(
     codes: torch.Tensor,
     values: torch.Tensor,
     target: torch.Tensor,
-    basis: torch.Tensor | None,
+    basis: torch.Tensor,
     *,
     keep: bool,
 ) -> Rounded:
     error = values.sub_(target) if values.data_ptr() != codes.data_ptr() else values - target
-    inside = None if basis is None else error @ basis
-    return Rounded(codes, inside, float(error.norm()) ** 2, error if keep else None)
+    return Rounded(codes, error @ basis, float(error.norm()) ** 2, error if keep else None)
 
 
 def round_adaptive(

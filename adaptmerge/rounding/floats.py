@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 from adaptmerge.lazy import torch
@@ -72,27 +72,22 @@ def _predicted(matrix: Matrix) -> Measured:
     found = [
         settle_rows(matrix, (start, start + SAMPLE), NEAREST, 0).measured for start in starts[:RUNS]
     ]
-    total = found[0]
-    for one in found[1:]:
-        total = total.plus(one)
-    return total
+    return reduce(Measured.plus, found)
 
 
 def settle_rows(matrix: Matrix, rows: tuple[int, int], rounding: str, seed: int) -> StoredRows:
-    """StoredRows of a matrix, rounded once to its dtype, and what that did to each part."""
-    target, dense, weight = target_rows(matrix, rows)
-    delta = delta_of(matrix)
+    """Rows of a matrix, rounded once to its dtype, and what that did to each part."""
+    made, delta = target_rows(matrix, rows), delta_of(matrix)
+    target, keep = made.target, delta.needs_error
     grid = FloatGrid(BY_NAME[matrix.dtype.name].torch, working_dtype(matrix))
-    keep = bool(matrix.parts) and not (delta.is_thin and delta.basis.shape[1])
     if rounding == ADAPTIVE:
-        own = own_direction(delta, rows, dense, target) if keep else None
+        own = own_direction(delta, rows, made) if keep else None
         found = round_adaptive(target, grid, feedback_of(matrix), own, keep=keep)
     elif rounding == STOCHASTIC:
-        found = round_stochastic(target, grid, delta.basis, _seed(seed, matrix, rows), keep=keep)
+        found = round_stochastic(target, grid, delta.basis, matrix.seed(seed, rows[0]), keep=keep)
     else:
         found = round_nearest(target, grid, delta.basis, keep=keep)
-    measured = measure(delta, rows, weight, dense, found.squared, found.inside, found.error)
-    return StoredRows(_with_tokens(matrix, rows, found), measured)
+    return StoredRows(_with_tokens(matrix, rows, found), measure(delta, rows, made, found))
 
 
 def _with_tokens(matrix: Matrix, rows: tuple[int, int], found: Rounded) -> torch.Tensor:
@@ -104,11 +99,6 @@ def _with_tokens(matrix: Matrix, rows: tuple[int, int], found: Rounded) -> torch
             stored = ref.read().to(value.dtype)
             value[[at for _, at in here]] = stored[[i for i, _ in here]]
     return value
-
-
-def _seed(seed: int, matrix: Matrix, rows: tuple[int, int]) -> int:
-    text = f"{seed} {matrix.site} {rows[0]}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
 
 def grid_error(matrix: Matrix) -> float:

@@ -117,8 +117,8 @@ def _check(moments: Moments, squares: torch.Tensor, sketch: torch.Tensor) -> Non
     name = moments.mean_square.name
     if not bool(torch.isfinite(squares).all()) or bool((squares < 0).any()):
         raise InputError("has values below zero or that are not finite", where=name)
-    if not bool(torch.isfinite(sketch).all()):
-        raise InputError("has values that are not finite", where=moments.sketch.name)  # type: ignore[union-attr]
+    if moments.sketch is not None and not bool(torch.isfinite(sketch).all()):
+        raise InputError("has values that are not finite", where=moments.sketch.name)
     most = squares * (1 + BEYOND) + BEYOND * squares.mean()
     if bool((sketch.square().sum(0) > most).any()):
         raise InputError(

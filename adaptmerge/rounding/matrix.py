@@ -6,6 +6,7 @@ read, in which errors are fed back and measured. The rest is looked at densely.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +14,22 @@ from typing import NamedTuple
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra.by_rows import at_once
-from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum, rank_bound, refs_of
+from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum, rank_bound
 from adaptmerge.lazy import torch
 from adaptmerge.rounding.error_feedback import (
     STRENGTH,
     Feedback,
+    Rounded,
     feedback,
     least_read_last,
     row_space,
 )
 from adaptmerge.rounding.input_moments import Moments, metric_of
 from adaptmerge.rounding.metric import Metric
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import TensorRef, remembered
+from adaptmerge.tensors.refs import TensorRef
+from adaptmerge.tensors.walk import refs_of
 
 PIECE = 1 << 20  # entries of a matrix that are worked on at once
 THIN = 4  # a factor is low-rank up to this part of the smaller side
@@ -64,8 +68,7 @@ class Matrix:
     @property
     def all_at_once(self) -> bool:
         """Whether some rows of it cost as much as all."""
-        costly = getattr(self.weight.source, "at_once", False)
-        return costly or any(at_once(part.factor) for part in self.parts)
+        return any(at_once(part.factor) for part in self.parts)
 
     @property
     def refs(self) -> list[TensorRef]:
@@ -81,6 +84,11 @@ class Matrix:
         whole = block // math.gcd(block, max(1, columns))
         step -= step % whole if step >= whole else 0
         return [(start, min(rows, start + step)) for start in range(0, rows, max(1, step))]
+
+    def seed(self, given: int, start: int) -> int:
+        """What its rows from one on are drawn with, of a run with the given seed."""
+        text = f"{given} {self.site} {start}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
 
 class Thin(NamedTuple):
@@ -106,6 +114,11 @@ class Delta:
     @property
     def is_thin(self) -> bool:
         return not any(self.dense)
+
+    @property
+    def needs_error(self) -> bool:
+        """Whether what rounding did to a part is told by all of the error, not by that in the basis."""
+        return bool(self.thin) and not (self.is_thin and self.basis.shape[1])
 
 
 def working_dtype(matrix: Matrix) -> torch.dtype:
@@ -195,10 +208,16 @@ def dense_rows(
     return None if found is None else found.to(like.dtype)
 
 
-def target_rows(
-    matrix: Matrix, rows: tuple[int, int]
-) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor]:
-    """Rows of weight plus delta, of the dense side of each part, and of the weight itself."""
+class TargetRows(NamedTuple):
+    """Rows (rows, in) of weight plus delta, of the dense side of each part, and of the weight itself."""
+
+    target: torch.Tensor
+    dense: Sequence[torch.Tensor | None]
+    weight: torch.Tensor
+
+
+def target_rows(matrix: Matrix, rows: tuple[int, int]) -> TargetRows:
+    """Rows of weight plus delta, with what they are made of."""
     delta = delta_of(matrix)
     weight = weight_rows(matrix, rows)
     target = weight.clone()
@@ -209,7 +228,7 @@ def target_rows(
     for value in dense:
         if value is not None:
             target += value
-    return target, dense, weight
+    return TargetRows(target, dense, weight)
 
 
 def row_factor(matrix: Matrix, delta: Delta, rows: tuple[int, int]) -> torch.Tensor | None:
@@ -234,12 +253,10 @@ def _row_scaling(factor: Factor, weight: TensorRef) -> Diag | None:
     return left if own and isinstance(left, Diag) else None
 
 
-def own_direction(
-    delta: Delta, rows: tuple[int, int], dense: Sequence[torch.Tensor | None], like: torch.Tensor
-) -> torch.Tensor:
+def own_direction(delta: Delta, rows: tuple[int, int], made: TargetRows) -> torch.Tensor:
     """The direction of each row's whole delta, less what lies in the common basis."""
-    total = torch.zeros_like(like)
-    for side, full in zip(delta.thin, dense, strict=True):
+    total = torch.zeros_like(made.target)
+    for side, full in zip(delta.thin, made.dense, strict=True):
         if full is not None:
             total += full
         if side is not None:
@@ -297,32 +314,20 @@ class Measured:
         """|error| / |weight|."""
         return math.sqrt(self.error / self.weight) if self.weight else 0.0
 
-    @property
-    def frob(self) -> float:
-        """|error| / |delta|."""
-        return math.sqrt(self.error / self.delta) if self.delta else 0.0
-
 
 def _sum_known(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a + b
 
 
-def measure(
-    delta: Delta,
-    rows: tuple[int, int],
-    weight: torch.Tensor,
-    dense: Sequence[torch.Tensor | None],
-    squared: float,
-    inside: torch.Tensor | None,
-    error: torch.Tensor | None,
-) -> Measured:
-    """What rounding did to some rows. error: all of it, needed where a part is dense or has no basis."""
+def measure(delta: Delta, rows: tuple[int, int], made: TargetRows, found: Rounded) -> Measured:
+    """What rounding did to some rows; of all of its error where the delta needs it."""
+    weight, error, inside = made.weight, found.error, found.inside
     total = torch.zeros_like(weight) if error is not None else None
     coordinates: torch.Tensor | None = None
     added, inner = list[float](), list[float]()
     spans = list[float | None]()
-    for side, full in zip(delta.thin, dense, strict=True):
-        if error is None and inside is not None and side is not None:
+    for side, full in zip(delta.thin, made.dense, strict=True):
+        if error is None and side is not None:
             own = side.up[slice(*rows)] @ side.inside
             coordinates = own if coordinates is None else coordinates + own
             added.append(_squared(own))
@@ -334,13 +339,13 @@ def measure(
         total += whole
         added.append(_squared(whole))
         inner.append(float((error * whole).sum(dtype=torch.float64)))
-        thin = full is None and side is not None and inside is not None and inside.shape[1]
-        spans.append(_squared(inside @ side.span) if thin else None)  # type: ignore[operator,union-attr]
+        thin = full is None and side is not None and inside.shape[1]
+        spans.append(_squared(inside @ side.span) if thin else None)  # type: ignore[union-attr]
     size = total if total is not None else coordinates
     return Measured(
         _squared(weight),
         0.0 if size is None else _squared(size),
-        squared,
+        found.squared,
         tuple(added),
         tuple(spans),
         tuple(inner),

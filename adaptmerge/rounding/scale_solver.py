@@ -54,7 +54,7 @@ class Blocks:
 
 
 def blocks_of(
-    grid: BlockGrid, values: torch.Tensor, basis: torch.Tensor, metric: Metric | None = None
+    grid: BlockGrid, values: torch.Tensor, basis: torch.Tensor, metric: Metric | None
 ) -> Blocks:
     """The scaled part of values (rows, in), block by block, in an orthonormal basis (in, R)."""
     read, sketched = basis, 0

@@ -1,6 +1,6 @@
 """The scales of a quantised weight, which are numbers and no codes: kept or solved for.
 
-CodedRows are independent of each other, and one whose new scales make things worse keeps its own.
+Rows are independent of each other, and one whose new scales make things worse keeps its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from adaptmerge.schemes.grids import BlockGrid
 KEEP, SOLVE, ONLY = "keep", "solve", "only"
 SCALES = (KEEP, SOLVE, ONLY)
 LEAST = 1e-3  # a factor of a scale: with 0 there would be nothing to choose codes for
-EXACT = (SOLVE, ONLY)  # those that take an error to zero
 
 
 class Settled(NamedTuple):
@@ -41,11 +40,11 @@ class Settled(NamedTuple):
     inside: torch.Tensor
 
     def where(self, rows: torch.Tensor, other: Settled) -> Settled:
-        """These rows (rows,) of it, the others of another."""
+        """These rows (rows,) of it, the others of the same codes with other scales."""
         own = rows[:, None]
         scale = torch.where(own, self.grid.scale, other.grid.scale)
         return Settled(
-            torch.where(own, self.codes, other.codes),
+            self.codes,
             self.grid.rescaled(scale),
             torch.where(own, self.error, other.error),
             torch.where(own, self.inside, other.inside),
@@ -85,7 +84,7 @@ class CodedRows:
         shifted = self.grid.zero is not None or self.grid.offset is not None
         if shifted and take_up_all(self.grid.blocks, self.basis.shape[1]):
             return self
-        before = self.grid.reached(self.values(codes, self.grid))
+        before = self.grid.reached(self.values(codes))
         factor = self.grid.reached(self.target) / before.clamp(min=TINY)
         factor = torch.where(before > 0, factor.clamp(min=LEAST), 1.0)
         wanted = self.grid.scale * factor.to(self.grid.scale.dtype)
@@ -104,7 +103,7 @@ class CodedRows:
         if self.exchanges(scales):
             last, measured = not self._solves(scales), self.metric is not None
             return strength_of(columns, directions, last=last, measured=measured)
-        if scales not in EXACT or not self.moves(scales):
+        if not self.moves(scales):
             return SOFT
         return strength_for(self.grid.blocks, columns // self.grid.blocks, directions)
 
@@ -123,18 +122,17 @@ class CodedRows:
         `weight` where that is on no grid."""
         if not self.exchanges(scales):
             return self
-        weight = self.values(codes, self.grid) if weight is None else weight
+        weight = self.values(codes) if weight is None else weight
         added = self.target - weight
         return replace(self, cost=cost_of(self.basis, added, self.strength(scales), self.metric))
 
     def _solves(self, scales: str) -> bool:
         return scales == SOLVE and self.moves(scales)
 
-    def with_codes(self, codes: torch.Tensor, grid: BlockGrid | None = None) -> Settled:
-        """These codes on a grid, the own one unless another is given."""
-        grid = self.grid if grid is None else grid
-        error = self.values(codes, grid).sub_(self.target)
-        return Settled(codes, grid, error, error @ self.basis)
+    def with_codes(self, codes: torch.Tensor) -> Settled:
+        """These codes on the grid."""
+        error = self.values(codes).sub_(self.target)
+        return Settled(codes, self.grid, error, error @ self.basis)
 
     def read(self, settled: Settled) -> torch.Tensor:
         """The error (rows, k + R) along the sketch of the metric, if there is one, and in the basis."""
@@ -143,17 +141,18 @@ class CodedRows:
         felt = settled.error @ self.metric.sketch.to(settled.error)
         return torch.cat([felt, settled.inside], dim=1)
 
-    def values(self, codes: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What codes stand for (rows, in)."""
-        return grid.values(codes, slice(0, codes.shape[1]), torch.empty_like(self.target))
+        return self.grid.all_values(codes, self.target)
 
 
 def solved(rows: CodedRows, before: Settled) -> Settled:
     """Codes with the scales that take their error in the basis to zero with least noise."""
-    blocks = blocks_of(rows.grid, rows.target + before.error, rows.basis, rows.metric)
-    wanted = solved_scales(rows.grid, blocks, rows.read(before))
-    scale = stored_scales(wanted, rows.grid, blocks, rows.nearest)
-    after = rows.with_codes(before.codes, rows.grid.rescaled(scale))
+    grid = rows.grid
+    blocks = blocks_of(grid, rows.target + before.error, rows.basis, rows.metric)
+    wanted = solved_scales(grid, blocks, rows.read(before))
+    scale = stored_scales(wanted, grid, blocks, rows.nearest)
+    after = replace(rows, grid=grid.rescaled(scale)).with_codes(before.codes)
     return before.where(_squared(after.inside) > _squared(before.inside), after)
 
 

@@ -5,17 +5,20 @@ Codes follow one another from the lowest bit of the first byte upwards, and word
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.coded import CodedWeight
+from adaptmerge.schemes.scheme import checked, config_of
 from adaptmerge.tensors.refs import TensorRef
 
 WORDS = ("I32", "U32")
 Tensors = tuple[tuple[str, TensorRef], ...]
+# the coded weight of a module; where it is malformed, None and problems that are appended
+Reader = Callable[[str, list[str]], CodedWeight | None]
 
 
 def runs(values: torch.Tensor, length: int) -> torch.Tensor:
@@ -74,9 +77,7 @@ def rounded(scale: torch.Tensor, ref: TensorRef) -> torch.Tensor:
 
 def said(base: Base, *methods: str) -> Mapping[str, Any] | None:
     """The quantization_config of a base whose quant_method is one of these; None for others."""
-    found = base.config.get("quantization_config")
-    if not isinstance(found, Mapping):
-        return None
+    found = config_of(base)
     return found if str(found.get("quant_method")).lower() in methods else None
 
 
@@ -127,12 +128,15 @@ def mistyped(tensors: Tensors, expected: Mapping[str, Sequence[str]]) -> list[st
     ]
 
 
-def checked(
-    base: Base, found: Mapping[str, CodedWeight], problems: list[str], title: str
+def find(
+    base: Base, title: str, suffix: str, read: Reader, refused: Sequence[str] = ()
 ) -> Mapping[str, CodedWeight]:
-    """What was found. Raises InputError with all problems, or when nothing was found."""
-    if not found and not problems:
-        problems.append(f"its config says that {title} quantised it, but no weight is")
-    if problems:
-        raise InputError(problems, where=str(base.path))
-    return found
+    """The coded weights of the modules that hold a tensor named so. Raises InputError with what is refused
+    in the config; else with all problems, or when nothing is found."""
+    if refused:
+        raise InputError(refused, where=str(base.path))
+    problems: list[str] = []
+    ones = ((module, read(module, problems)) for module in modules(base, suffix))
+    found = {module: one for module, one in ones if one is not None}
+    nothing = f"its config says that {title} quantised it, but no weight is"
+    return checked(base, found, problems, nothing)

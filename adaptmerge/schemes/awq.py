@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from adaptmerge.bases.base import Base
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
 from adaptmerge.schemes.coded import CodedWeight
@@ -86,15 +86,7 @@ def _detect(base: Base) -> bool:
 def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     config = affine.said(base, "awq") or {}
-    refused = _refused(config)
-    if refused:
-        raise InputError(refused, where=str(base.path))
-    problems: list[str] = []
-    found: dict[str, CodedWeight] = {}
-    for module in affine.modules(base, "qweight"):
-        one = _one(base, module, config, problems)
-        found.update({} if one is None else {module: one})
-    return affine.checked(base, found, problems, "AWQ")
+    return affine.find(base, "AWQ", "qweight", partial(_one, base, config), _refused(config))
 
 
 def _refused(config: Mapping[str, Any]) -> list[str]:
@@ -108,7 +100,7 @@ def _refused(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _one(base: Base, module: str, config: Mapping[str, Any], problems: list[str]) -> Awq | None:
+def _one(base: Base, config: Mapping[str, Any], module: str, problems: list[str]) -> Awq | None:
     tensors = affine.named(base, module, *PARTS)
     wrong = affine.missing(base, module, *PARTS) + affine.mistyped(tensors, DTYPES)
     wrong += affine.flat(tensors)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.refs import TensorRef
+from adaptmerge.tensors.row_source import RowSource
 
 if TYPE_CHECKING:
     import torch
@@ -48,50 +48,21 @@ class CodedWeight(Protocol):
         enough to be fitted (powers of two, blocks of several rows, blocks across rows)."""
 
     def __hash__(self) -> int:
-        """CodedWeight weights are data."""
+        """Coded weights are data."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dequantised:
+class Dequantised(RowSource):
     """A coded weight as the values that it stands for, in float32: a source of refs."""
 
-    at_once: ClassVar[bool] = False
     weight: CodedWeight
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        return dequantised(self.weight, (0, self.weight.shape[0]))
-
-    def rows(self, start: int, stop: int) -> DequantisedRows:
-        """Some rows of it, as a source that reads no others."""
-        return DequantisedRows(self.weight, start, stop)
-
-
-@dataclass(frozen=True, slots=True)
-class DequantisedRows:
-    """Rows of a coded weight as the values that they stand for."""
-
-    weight: CodedWeight
-    start: int
-    stop: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stop - self.start, self.weight.shape[1]
-
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        return dequantised(self.weight, (self.start, self.stop))
+    def compute(self, start: int, stop: int) -> torch.Tensor:
+        return dequantised(self.weight, (start, stop))
 
 
 def named(weight: CodedWeight) -> str:

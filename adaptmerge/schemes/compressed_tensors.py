@@ -36,7 +36,7 @@ from adaptmerge.schemes.narrow import (
     scales,
     unpacked,
 )
-from adaptmerge.schemes.scheme import Scheme, kept_under
+from adaptmerge.schemes.scheme import Scheme, checked, config_of, kept_under
 from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://github.com/vllm-project/compressed-tensors"
@@ -143,35 +143,26 @@ def _zeroed(grid: BlockGrid, zero: torch.Tensor) -> BlockGrid:
     return BlockGrid(grid.scale, grid.groups, grid.table, grid.low, grid.high, zero)
 
 
-def _config(base: Base) -> Mapping[str, Any]:
-    return _mapping(base.config.get("quantization_config"))
-
-
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
 def _detect(base: Base) -> bool:
-    return _config(base).get("quant_method") == METHOD
+    return config_of(base).get("quant_method") == METHOD
 
 
-def _find(base: Base) -> dict[str, CodedWeight]:
+def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights that are stored as codes. Raises InputError naming what is missing, misshapen or of a
     kind that cannot be read."""
-    problems = [*_refused(_config(base)), *_lost(base)]
+    problems = [*_refused(config_of(base)), *_lost(base)]
     found: dict[str, CodedWeight] = {}
     for module in () if problems else _modules(base):
         try:
             found[module] = _weight(base, module)
         except InputError as problem:
             problems += problem.problems
-    if not found and not problems:
-        problems.append(
-            f"its config says that {METHOD} quantised it, but no weight is stored as codes"
-        )
-    if problems:
-        raise InputError(problems, where=str(base.path))
-    return found
+    nothing = f"its config says that {METHOD} quantised it, but no weight is stored as codes"
+    return checked(base, found, problems, nothing)
 
 
 def _refused(config: Mapping[str, Any]) -> Iterator[str]:
@@ -225,7 +216,7 @@ def _weight(base: Base, module: str) -> Compressed:
     assert weight is not None
     if len(weight.shape) != 2:
         raise InputError(f"{weight.name} is {list(weight.shape)}, expected a matrix")
-    group = _group_for(module, _groups_of(_config(base)))
+    group = _group_for(module, _groups_of(config_of(base)))
     levels, shape = _levels(weight, own["weight_shape"], group)
     block = _block(shape, scale, group, levels)
     beside = tuple(ref for leaf in BESIDE if (ref := own[leaf]) is not None)

@@ -18,13 +18,13 @@ from adaptmerge.errors import CannotStore
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.compressed_tensors import METHOD, Compressed
-from adaptmerge.schemes.computed import OfRows, named, renamed
+from adaptmerge.schemes.computed import OfRows, renamed
 from adaptmerge.schemes.narrow import Fp8, Ints, packed
 from adaptmerge.schemes.scheme import Kept, Quantiser
-from adaptmerge.tensors.dtypes import BY_NAME, DType
-from adaptmerge.tensors.refs import TensorRef, listed
+from adaptmerge.tensors.dtypes import BY_NAME, I32, I64, DType
+from adaptmerge.tensors.refs import TensorRef, computed, listed
 
-I32, I64, F8 = BY_NAME["I32"], BY_NAME["I64"], BY_NAME["F8_E4M3"]
+F8 = BY_NAME["F8_E4M3"]
 FP8_MOST = 448.0
 
 
@@ -61,14 +61,14 @@ def _quantise(
         )
     how = Symmetric(bits, group, dtype)
     sizes = rows, width // (group or width)
-    scale = named(f"{module}.weight_scale", OfRows(values, how, "scale", sizes, dtype))
+    scale = computed(OfRows(values, how, "scale", sizes, dtype), f"{module}.weight_scale")
     block = (1, group or width)
     if bits is None:
         codes = OfRows(values, how, "codes", shape, F8)
-        return Compressed(module, shape, Fp8(), block, named(f"{module}.weight", codes), scale)
+        return Compressed(module, shape, Fp8(), block, computed(codes, f"{module}.weight"), scale)
     levels = Ints(bits, packed=True)
     codes = OfRows(values, how, "codes", (rows, levels.words(width)), I32)
-    weight = named(f"{module}.weight_packed", codes)
+    weight = computed(codes, f"{module}.weight_packed")
     said = renamed(listed(shape, (2,), I64), f"{module}.weight_shape")
     return Compressed(module, shape, levels, block, weight, scale, beside=(said,))
 

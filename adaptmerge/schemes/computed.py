@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import TensorRef, computed, remembered
+from adaptmerge.tensors.refs import TensorRef
+from adaptmerge.tensors.row_source import RowSource
 
 PIECE = 1 << 20  # entries that are quantised at once
 SMALL = 16  # entries of a weight for each byte of what is kept when it was read as a whole: scales
@@ -27,7 +29,7 @@ class Encoder(Protocol):
         """What is stored for values; each row by itself where it is used by `OfRows`."""
 
     def __hash__(self) -> int:
-        """Quantisers are data."""
+        """Encoders are data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class OfRows:
     def pieces(self) -> Iterator[torch.Tensor]:
         """It in runs of rows."""
         count, width = self.values.shape
-        at_once = getattr(self.values.source, "at_once", False)
+        source = self.values.source
+        at_once = isinstance(source, RowSource) and source.at_once
         step = count if at_once else max(1, PIECE // max(1, width))
         for start in range(0, count, max(1, step)):
             stop = min(count, start + step)
@@ -90,11 +93,6 @@ def _all_quantised(values: TensorRef, how: Encoder) -> Mapping[str, torch.Tensor
 
 
 _quantised = remembered(_all_quantised, KEPT)
-
-
-def named(name: str, source: OfRows | OfAll) -> TensorRef:
-    """A ref to a tensor that will be stored under a name."""
-    return computed(source, name)
 
 
 def renamed(ref: TensorRef, name: str) -> TensorRef:

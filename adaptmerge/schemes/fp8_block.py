@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptmerge.bases.base import Base
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import Fp8, block_of, scales
-from adaptmerge.schemes.scheme import Scheme, kept_under
+from adaptmerge.schemes.scheme import Scheme, checked, config_of, kept_under
 from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://huggingface.co/docs/transformers/quantization/finegrained_fp8"
@@ -63,25 +62,17 @@ class Fp8Block:
         return None  # blocks have several rows
 
 
-def _config(base: Base) -> Mapping[str, Any]:
-    found = base.config.get("quantization_config")
-    return found if isinstance(found, Mapping) else {}
-
-
 def _detect(base: Base) -> bool:
-    return _config(base).get("quant_method") == "fp8"
+    return config_of(base).get("quant_method") == "fp8"
 
 
-def _find(base: Base) -> dict[str, CodedWeight]:
+def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     problems: list[str] = []
     found = {one.module: one for one in _weights(base, problems)}
     problems += _lost(base)
-    if not found and not problems:
-        problems.append("its config says that it is quantised to fp8, but no weight is")
-    if problems:
-        raise InputError(problems, where=str(base.path))
-    return dict(found)
+    nothing = "its config says that it is quantised to fp8, but no weight is"
+    return checked(base, found, problems, nothing)
 
 
 def _lost(base: Base) -> Iterator[str]:
@@ -95,7 +86,7 @@ def _lost(base: Base) -> Iterator[str]:
 
 
 def _weights(base: Base, problems: list[str]) -> Iterator[Fp8Block]:
-    said = _said(_config(base))
+    said = _said(config_of(base))
     for name, scale in base.tensors.items():
         weight = base.tensors.get(name.removesuffix("_scale_inv"))
         if weight is None or not name.endswith("_scale_inv"):

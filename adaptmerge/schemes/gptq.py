@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from adaptmerge.bases.base import Base
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
 from adaptmerge.schemes.coded import CodedWeight
@@ -102,15 +102,7 @@ def _detect(base: Base) -> bool:
 def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     config = affine.said(base, "gptq") or {}
-    refused = _refused(config)
-    if refused:
-        raise InputError(refused, where=str(base.path))
-    problems: list[str] = []
-    found: dict[str, CodedWeight] = {}
-    for module in affine.modules(base, "qweight"):
-        one = _one(base, module, config, problems)
-        found.update({} if one is None else {module: one})
-    return affine.checked(base, found, problems, "GPTQ")
+    return affine.find(base, "GPTQ", "qweight", partial(_one, base, config), _refused(config))
 
 
 def _format(config: Mapping[str, Any]) -> str:
@@ -137,7 +129,7 @@ def _refused(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _one(base: Base, module: str, config: Mapping[str, Any], problems: list[str]) -> Gptq | None:
+def _one(base: Base, config: Mapping[str, Any], module: str, problems: list[str]) -> Gptq | None:
     tensors = affine.named(base, module, *PARTS)
     wrong = affine.missing(base, module, *PARTS[:3]) + affine.mistyped(tensors, DTYPES)
     wrong += affine.flat(affine.named(base, module, *PARTS[:3]))

@@ -17,13 +17,12 @@ from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.computed import OfRows, renamed
 from adaptmerge.schemes.gptq import Gptq
 from adaptmerge.schemes.scheme import Kept, Quantiser
-from adaptmerge.tensors.dtypes import BY_NAME, F16, DType
+from adaptmerge.tensors.dtypes import F16, I32, DType
 from adaptmerge.tensors.refs import TensorRef, computed, constant
 
 BITS, GROUP, ZERO = 4, 128, 8
 STORED_ZEROS = 0x77777777  # eight zeros, each less 1
 IN_WORD = 32 // BITS
-I32 = BY_NAME["I32"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,10 @@ class BlockGrid:
         torch.mul(level, self.at(self.scale, columns), out=out)
         return out if self.offset is None else out.add_(self.at(self.offset, columns))
 
+    def all_values(self, codes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The values of the codes of all columns, as a tensor like another of their shape."""
+        return self.values(codes, slice(0, codes.shape[1]), torch.empty_like(like))
+
     def at(self, stored: torch.Tensor, columns: slice) -> torch.Tensor:
         """What is stored per block, for some columns; one column where all are of one block."""
         width = self.width

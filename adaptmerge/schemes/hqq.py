@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from adaptmerge.bases.base import Base
@@ -143,12 +144,7 @@ def _detect(base: Base) -> bool:
 
 def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
-    problems: list[str] = []
-    found: dict[str, CodedWeight] = {}
-    for module in affine.modules(base, "W_q"):
-        one = _one(base, module, problems)
-        found.update({} if one is None else {module: one})
-    return affine.checked(base, found, problems, "HQQ")
+    return affine.find(base, "HQQ", "W_q", partial(_one, base))
 
 
 def _one(base: Base, module: str, problems: list[str]) -> Hqq | None:

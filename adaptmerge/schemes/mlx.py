@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from adaptmerge.bases.base import Base
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
 from adaptmerge.schemes.coded import CodedWeight
@@ -82,19 +82,12 @@ def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     config = _said(base) or {}
     mode = config.get("mode") or MODE
-    if mode != MODE:
-        raise InputError(
-            f"is quantised in MLX's mode {mode!r}, only {MODE!r} is known", where=str(base.path)
-        )
-    problems: list[str] = []
-    found: dict[str, CodedWeight] = {}
-    for module in affine.modules(base, "scales"):
-        one = _one(base, module, config, problems)
-        found.update({} if one is None else {module: one})
-    return affine.checked(base, found, problems, "MLX")
+    unknown = f"is quantised in MLX's mode {mode!r}, only {MODE!r} is known"
+    refused = [] if mode == MODE else [unknown]
+    return affine.find(base, "MLX", "scales", partial(_one, base, config), refused)
 
 
-def _one(base: Base, module: str, config: Mapping[str, Any], problems: list[str]) -> Mlx | None:
+def _one(base: Base, config: Mapping[str, Any], module: str, problems: list[str]) -> Mlx | None:
     tensors = affine.named(base, module, *PARTS)
     own = config.get(module)
     said = {**config, **own} if isinstance(own, Mapping) else config

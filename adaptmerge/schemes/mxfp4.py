@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from adaptmerge.bases.base import Base
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
 from adaptmerge.schemes.narrow import Fp4, e2m1, from_nibbles, nibbles, raw, scales
-from adaptmerge.schemes.scheme import Scheme
+from adaptmerge.schemes.scheme import Scheme, checked, config_of
 from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://huggingface.co/docs/transformers/quantization/mxfp4"
@@ -65,11 +64,10 @@ class Mxfp4:
 
 
 def _detect(base: Base) -> bool:
-    found = base.config.get("quantization_config")
-    return isinstance(found, Mapping) and found.get("quant_method") == "mxfp4"
+    return config_of(base).get("quant_method") == "mxfp4"
 
 
-def _find(base: Base) -> dict[str, CodedWeight]:
+def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The matrices of all experts whose blocks are stored. Raises InputError naming what is missing or
     misshapen."""
     problems: list[str] = []
@@ -83,11 +81,8 @@ def _find(base: Base) -> dict[str, CodedWeight]:
         if name.endswith(BLOCKS) and powers is not None:
             problems += _problems(blocks, powers)
             found.update({} if problems else {one.module: one for one in _experts(blocks, powers)})
-    if not found and not problems:
-        problems.append("its config says that it is quantised to mxfp4, but no expert is")
-    if problems:
-        raise InputError(problems, where=str(base.path))
-    return found
+    nothing = "its config says that it is quantised to mxfp4, but no expert is"
+    return checked(base, found, problems, nothing)
 
 
 def _problems(blocks: TensorRef, powers: TensorRef) -> Iterator[str]:

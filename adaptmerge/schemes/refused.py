@@ -7,11 +7,11 @@ is no grid per weight that a delta could be rounded to.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
-from adaptmerge.schemes.scheme import Scheme
+from adaptmerge.schemes.scheme import Scheme, config_of
 
 # quant_method: title, where it is defined, why not
 REASONS = {
@@ -51,8 +51,7 @@ SPELLINGS = {"quip#": "quip", "quip-sharp": "quip", "quip_sharp": "quip", "qtip"
 
 def _method(base: Base) -> str | None:
     """Which of them a base is; QuIP# and QTIP write `quip_params` and no quant_method."""
-    config = base.config.get("quantization_config")
-    said: Any = config.get("quant_method") if isinstance(config, Mapping) else None
+    said = config_of(base).get("quant_method")
     if said is None and isinstance(base.config.get("quip_params"), Mapping):
         return "quip"
     name = str(said).lower()

@@ -20,6 +20,7 @@ from adaptmerge.tensors.dtypes import DType
 from adaptmerge.tensors.refs import TensorRef
 
 PACKAGE = "adaptmerge.schemes"
+QUANT_CONFIG = "quantization_config"  # the entry of config.json that says how a base is quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,23 @@ class Scheme:
     refused: bool = False  # known by name only, and never read
     typed: bool = False
     kept: Callable[[Mapping[str, Any], Kept], Mapping[str, Any]] | None = None
+
+
+def config_of(base: Base) -> Mapping[str, Any]:
+    """The quantization_config of a base; empty where there is none."""
+    found = base.config.get(QUANT_CONFIG)
+    return found if isinstance(found, Mapping) else {}
+
+
+def checked(
+    base: Base, found: Mapping[str, CodedWeight], problems: list[str], nothing: str
+) -> Mapping[str, CodedWeight]:
+    """What was found. Raises InputError with all problems, or saying `nothing` where nothing was found."""
+    if not found and not problems:
+        problems.append(nothing)
+    if problems:
+        raise InputError(problems, where=str(base.path))
+    return found
 
 
 def kept_under(key: str) -> Callable[[Mapping[str, Any], Kept], Mapping[str, Any]]:
@@ -110,7 +128,7 @@ def scheme_of(base: Base) -> Scheme | None:
         raise InputError(f"could be quantised as {names}", where=str(base.path))
     if hits:
         return hits[0]
-    said = base.config.get("quantization_config")
+    said = base.config.get(QUANT_CONFIG)
     if isinstance(said, Mapping):
         how = said.get("quant_method") or "unknown"
         known = ", ".join(name for name, scheme in schemes().items() if not scheme.refused)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from adaptmerge.bases.base import Base
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes import affine
 from adaptmerge.schemes.coded import CodedWeight
@@ -76,16 +76,9 @@ def _detect(base: Base) -> bool:
 def _find(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which scales lie. Raises InputError naming what is missing or misshapen."""
     kind = _kind(affine.said(base, "torchao") or {})
-    if kind != KIND:
-        raise InputError(
-            f"is quantised with torchao's {kind}, only {KIND} is known", where=str(base.path)
-        )
-    problems: list[str] = []
-    found: dict[str, CodedWeight] = {}
-    for module in affine.modules(base, PARTS[0]):
-        one = _one(base, module, problems)
-        found.update({} if one is None else {module: one})
-    return affine.checked(base, found, problems, "torchao")
+    unknown = f"is quantised with torchao's {kind}, only {KIND} is known"
+    refused = [] if kind == KIND else [unknown]
+    return affine.find(base, "torchao", PARTS[0], partial(_one, base), refused)
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -17,19 +17,19 @@ from adaptmerge.schemes.scheme import scheme_of
 from adaptmerge.tensors.dtypes import BF16, F16, DType
 from adaptmerge.tensors.refs import TensorRef, computed, join
 
-QUANTISATION = ("quantization_config", "quantization", "compression_config")
+QUANT_ENTRIES = ("quantization_config", "quantization", "compression_config")
 
 
 @dataclass(frozen=True)
 class View:
     """A base with the values of its coded weights in place of the tensors that store them.
 
-    base: the view; stored: the base as it is. coded: the coded weights by the name of their values, one
+    on_disk: the base as it is. coded: the coded weights by the name of their values, one
     of a stack as NAME[3]. stored_as: how parameters are stored that have another name in the checkpoint.
     """
 
-    base: Base
-    stored: Base
+    values: Base
+    on_disk: Base
     scheme: str | None = None
     coded: Mapping[str, CodedWeight] = field(default_factory=dict)
     stored_as: Mapping[str, StoredAs] = field(default_factory=dict)
@@ -48,9 +48,9 @@ def view_of(stored: Base) -> View:
     inside |= {stacked(one.name)[0] for one in stored_as.values()}
     tensors = {name: ref for name, ref in stored.tensors.items() if name not in inside}
     tensors |= _as_modules_have_them(stored_as, stored) | _values(coded, stored)
-    config = {key: value for key, value in stored.config.items() if key not in QUANTISATION}
+    config = {key: value for key, value in stored.config.items() if key not in QUANT_ENTRIES}
     return View(
-        replace(stored, tensors=tensors, config=config, stored=stored),
+        replace(stored, tensors=tensors, config=config, on_disk=stored),
         stored,
         scheme.name,
         coded,
@@ -88,7 +88,7 @@ def _values(coded: Mapping[str, CodedWeight], stored: Base) -> dict[str, TensorR
 
 def open_values(source: str) -> Base:
     """The base model at a source with quantised weights as what they stand for. Raises InputError."""
-    return view_of(open_base(source)).base
+    return view_of(open_base(source)).values
 
 
 def running_dtype(config: Mapping[str, Any]) -> DType | None:

@@ -61,7 +61,8 @@ _ALL = (
     DType("U64", 64, "uint64"),
 )
 BY_NAME = {dtype.name: dtype for dtype in _ALL}
-BF16, F16, F32, F64, U8 = (BY_NAME[name] for name in ("BF16", "F16", "F32", "F64", "U8"))
+BF16, F16, F32, F64 = (BY_NAME[name] for name in ("BF16", "F16", "F32", "F64"))
+U8, I8, I32, I64 = (BY_NAME[name] for name in ("U8", "I8", "I32", "I64"))
 SPELLINGS = {"bf16": BF16, "fp16": F16, "f16": F16, "fp32": F32, "f32": F32}
 
 
@@ -81,7 +82,5 @@ def widest(dtypes: list[DType]) -> DType:
 
 def default_dtype(dtypes: Sequence[DType]) -> DType:
     """The dtype a merge is written in: the inputs' own when they agree, else float32."""
-    pass
-
     floating = [dtype for dtype in dtypes if dtype.is_float and dtype.bits >= 16]
     return widest(floating) if floating else F32

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import F32, DType
+from adaptmerge.tensors.spans import as_tensor, read_span
 
 Shape = tuple[int, ...]
 Result = TypeVar("Result")
@@ -37,7 +36,7 @@ class Stored:
         return self.dtype.nbytes(math.prod(self.shape))
 
     def read(self) -> torch.Tensor:
-        return _as_tensor(read_span(self.path, self.offset, self.nbytes), self.dtype, self.shape)
+        return as_tensor(read_span(self.path, self.offset, self.nbytes), self.dtype, self.shape)
 
     def rows(self, start: int, stop: int) -> Stored:
         stride = self.nbytes // self.shape[0] if self.shape[0] else 0
@@ -112,6 +111,15 @@ class Source(Protocol):
 
     def __hash__(self) -> int:
         """Sources are data."""
+
+
+@runtime_checkable
+class Unsettled(Source, Protocol):
+    """A source that a run computes before anything is written."""
+
+    @property
+    def store(self) -> DType | None:
+        """What the value is rounded to; None: as the run decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,52 +357,6 @@ def join(parts: list[TensorRef], axis: int) -> TensorRef:
     length = sum(part.shape[axis] for part in parts)
     shape = (*first.shape[:axis], length, *first.shape[axis + 1 :])
     return TensorRef(Joined(tuple(parts), axis, shape, first.dtype), shape, first.dtype)
-
-
-def read_span(path: str, offset: int, nbytes: int) -> torch.Tensor:
-    """`nbytes` bytes of a file as a uint8 tensor. Raises InputError when the file is shorter."""
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
-    if not nbytes:
-        return buffer
-    view = memoryview(buffer.numpy().data)
-    try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - called for every tensor
-            file.seek(offset)
-            done = 0
-            while done < nbytes:
-                step = file.readinto(view[done:])
-                if not step:
-                    break
-                done += step
-    except OSError as problem:
-        raise InputError(f"cannot be read: {problem.strerror}", where=path) from None
-    if done < nbytes:
-        raise InputError(
-            f"ends {nbytes - done} bytes early: it was shortened while in use", where=path
-        )
-    return buffer
-
-
-def _as_tensor(raw: torch.Tensor, dtype: DType, shape: Shape) -> torch.Tensor:
-    if dtype.torch_name is None or not hasattr(torch, dtype.torch_name):
-        return raw
-    return raw.view(dtype.torch).reshape(shape)
-
-
-_REMEMBERED: list[Any] = []
-
-
-def remembered(function: Callable[..., Result], most: int = 256) -> Callable[..., Result]:
-    """The last results, kept by arguments until `forget()`: refs name files, which may change."""
-    kept = lru_cache(maxsize=most)(function)
-    _REMEMBERED.append(kept)
-    return kept
-
-
-def forget() -> None:
-    """Everything that was computed from files is computed again when it is asked for."""
-    for kept in _REMEMBERED:
-        kept.cache_clear()
 
 
 _HELD = threading.local()

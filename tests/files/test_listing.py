@@ -33,11 +33,9 @@ def test_a_folder(folder: Path) -> None:
         "extra.bin",
     )
     assert listing.folders == ("checkpoint-1",)
-    assert listing.folder("checkpoint-1").origin == "my/adapter/checkpoint-1"
     assert listing.has("README.md")
     assert not listing.has("checkpoint-1")
     assert listing.json("adapter_config.json") == {"r": 8}
-    assert listing.text("README.md") == "grüße"
     assert listing.head("README.md", 2) == b"gr"
     assert list(listing.tensors("adapter_model.safetensors").refs) == ["w"]
     assert listing.tensors("extra.bin") is listing.tensors("extra.bin")
@@ -61,7 +59,7 @@ def test_a_single_file_knows_its_siblings(folder: Path) -> None:
     assert listing.json("adapter_config.json") == {"r": 8}
     assert not listing.has("README.md")
     with pytest.raises(InputError):
-        listing.text("README.md")
+        listing.json("README.md")
 
 
 def test_an_index_is_tensors(folder: Path) -> None:
@@ -73,7 +71,7 @@ def test_an_index_is_tensors(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["../x", "a/b", "/etc/passwd", "", "..", ".", "a\\b", "a\0b"])
 def test_names_stay_in_the_folder(folder: Path, name: str) -> None:
     with pytest.raises(InputError, match="directly in the folder"):
-        Listing.of(folder, "x").text(name)
+        Listing.of(folder, "x").json(name)
 
 
 def test_missing_things_come_with_a_suggestion(folder: Path) -> None:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from adaptmerge.adapters.activation_edits import Bottleneck, Gated
 from adaptmerge.adapters.graph import Adapter
-from adaptmerge.algebra.factors import refs_of
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.adapterhub import FORMAT
 from adaptmerge.formats.format import ReadOptions
 from adaptmerge.formats.registry import detect
 from adaptmerge.runtime import attach, load_model, outputs_of
+from adaptmerge.tensors.walk import refs_of
 
 CASES = ["llama/seq_bn", "llama/lora_gating", "llama/ia3", "bert/vera"]
 WEIGHTS = "adapter.safetensors"

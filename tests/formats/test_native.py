@@ -9,12 +9,12 @@ import pytest
 from peft_cases import CASES
 
 from adaptmerge.adapters.graph import Adapter
-from adaptmerge.algebra.factors import refs_of
 from adaptmerge.bases.open import open_base
 from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import AdaptmergeError, InputError
 from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.tensors.compare import same_values
+from adaptmerge.tensors.walk import refs_of
 
 RECORDED = [
     "tinyllama/lora-r8-perl",

@@ -16,7 +16,7 @@ TOKENS = torch.arange(60).view(2, 30) * 7 % 60 + 3
 
 def values(folder: Path) -> dict[str, Tensor]:
     """All parameters of a checkpoint, dequantised."""
-    return {n: r.read().double() for n, r in view_of(open_base(str(folder))).base.tensors.items()}
+    return {n: r.read().double() for n, r in view_of(open_base(str(folder))).values.tensors.items()}
 
 
 def model_of(config: Path, tensors: Mapping[str, Tensor]) -> nn.Module:

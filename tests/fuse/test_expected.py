@@ -14,6 +14,7 @@ from fuse.layers import MODULE, Fused, gaussian, layer, values, with_lora
 from adaptmerge.cli import main
 from adaptmerge.commands.fuse import FuseOptions, fuse, plan_fusion, predict
 from adaptmerge.commands.fuse.forecast import Expected, expected
+from adaptmerge.commands.fuse.report import percent
 from adaptmerge.formats.inputs import InputSpec
 
 
@@ -84,5 +85,5 @@ def test_a_dry_run_shows_it(base: Path, tmp_path: Path) -> None:
     data = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     (one,) = data["plan"][0]["expected"]
     assert one.keys() == {"ratio", "sub", "floor"}
-    assert f"{one['sub']:.2g}" in shown
-    assert f"{one['floor']:.2g}" in shown
+    assert percent(one["sub"]) in shown
+    assert percent(one["floor"]) in shown

@@ -94,7 +94,7 @@ def test_the_view_computes_what_the_model_did(
 ) -> None:
     """Names, orders of rows, norms, experts and the config: all of them, or outputs would differ."""
     base = models(kind)
-    view = view_of(open_base(str(written(base, tmp_path / "gguf")))).base
+    view = view_of(open_base(str(written(base, tmp_path / "gguf")))).values
     inputs = tokens(80)
     ours = runtime.outputs_of(runtime.stream_model(view), inputs)
     theirs = runtime.outputs_of(runtime.load_model(base), inputs)
@@ -185,7 +185,7 @@ def test_other_architectures(
     adapter, wanted, plain = peft_on(models(kind), options, tmp_path / "adapter")
     base = written(models(kind), tmp_path / "base", types)
     fuse(base, [adapter], tmp_path / "out", rounding="nearest")
-    view = view_of(open_base(str(tmp_path / "out"))).base
+    view = view_of(open_base(str(tmp_path / "out"))).values
     found = runtime.outputs_of(runtime.stream_model(view), tokens(80)).double()
     assert (wanted - plain).norm() > 1e-3 * plain.norm()
     assert (found - wanted).norm() < (1e-4 if types == "F32" else 0.1) * (wanted - plain).norm()
@@ -368,7 +368,7 @@ def test_a_tied_model_gets_a_head_of_its_own(models: Callable[[str], Path], tmp_
     after = contents(tmp_path / "out" / base.name)
     assert after.keys() == contents(base).keys() | {"output.weight"}
     assert np.array_equal(after["token_embd.weight"], contents(base)["token_embd.weight"])
-    view = view_of(open_base(str(tmp_path / "out"))).base
+    view = view_of(open_base(str(tmp_path / "out"))).values
     found = runtime.outputs_of(runtime.stream_model(view), tokens(80)).double()
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 

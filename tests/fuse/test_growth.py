@@ -84,7 +84,7 @@ def test_layers_that_lose_are_stored_plainly(
     with pytest.raises(CannotMerge, match="rounding leaves"):
         fused(base, adapter, tmp_path / "out", quant=quant)
     report = fused(base, adapter, tmp_path / "out", quant=quant, max_growth=9.0)
-    before = view_of(open_base(str(base))).base.tensors
+    before = view_of(open_base(str(base))).values.tensors
     after = tensors(tmp_path / "out")
     for module in (SMALL, LARGE):
         value, delta = after[f"{module}.weight"], samples.deltas(adapter)[module]

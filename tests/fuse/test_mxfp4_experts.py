@@ -95,7 +95,7 @@ def test_the_view_is_what_transformers_reads(base: Path) -> None:
     view, model = view_of(open_base(str(base))), loaded(base)
     for name, value in model.named_parameters():
         if name.endswith(NAMES):
-            ref = view.base.tensors[name]
+            ref = view.values.tensors[name]
             assert torch.equal(ref.read().double(), value)
             assert torch.equal(ref.slice(0, 1, 2).read(), ref.read()[1:2])
 

@@ -81,7 +81,7 @@ def test_values_are_those_of_bitsandbytes(kind: str, base: Callable[[str], Path]
     theirs = values(base(kind))
     assert len(theirs) == len(view.coded) == 28
     for module, wanted in theirs.items():
-        ours = view.base.tensors[f"{module}.weight"].read()
+        ours = view.values.tensors[f"{module}.weight"].read()
         # the library dequantises to the dtype that the model was quantised from
         assert torch.equal(ours.to(torch.bfloat16).float(), wanted.to(torch.bfloat16).float())
 
@@ -181,7 +181,7 @@ def test_dequantised_on_request(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
     for module in (m.removesuffix(".weight") for m in view.coded):
-        wanted = view.base.tensors[f"{module}.weight"].read() + WEIGHT * delta_of(adapter, module)
+        wanted = view.values.tensors[f"{module}.weight"].read() + WEIGHT * delta_of(adapter, module)
         assert torch.allclose(stored[f"{module}.weight"], wanted, atol=1e-6)
 
 

@@ -177,7 +177,7 @@ def test_not_where_loaders_cannot_leave_a_layer(
 
     base = with_head(original, tmp_path / "base", "int8")
     adapter = trained(original, tmp_path / "adapter", "lm_head")
-    monkeypatch.setattr(kept_wide, "QUANTISATION", "elsewhere")
+    monkeypatch.setattr(kept_wide, "QUANT_CONFIG", "elsewhere")
     with pytest.raises(CannotMerge, match="stored whole by an adapter, and quantised in the base"):
         fuse(base, [adapter], tmp_path / "out")
 

@@ -286,8 +286,11 @@ def extra_tensor(found: Setting, model: Path, folder: Path) -> None:
 
 
 WRONG: dict[str, tuple[Change, str]] = {
-    "never applied": (never_applied, r"_proj: adapter is not in it \(gain -?0\.0"),
-    "twice": (weighted(2.0), r"_proj: adapter is in it twice \(gain 2\.0"),
+    "never applied": (
+        never_applied,
+        r"_proj: adapter is not in it \((< 0\.01|-?\d(\.\d+)?) % of it arrived\)",
+    ),
+    "twice": (weighted(2.0), r"_proj: adapter is in it twice \(20\d(\.\d+)? % of it arrived\)"),
     "alpha": (
         weighted(RANK),
         r"_proj: adapter is in it 4 times: is its scale \(alpha / r\) right",

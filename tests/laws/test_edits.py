@@ -14,9 +14,10 @@ from adaptmerge.adapters.activation_edits import Bottleneck, Gated
 from adaptmerge.adapters.graph import Layer, Site
 from adaptmerge.adapters.stored_edits import Opaque, Replace, ReplaceRows
 from adaptmerge.adapters.weight_edits import Add, Dora, Scale, factor_of
-from adaptmerge.algebra.factors import low_rank, refs_of
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.tensors.dtypes import F32
 from adaptmerge.tensors.refs import TensorRef, listed
+from adaptmerge.tensors.walk import refs_of
 
 OUT, IN, RANK = 6, 5, 2
 SITE = Site("model.layers.3.mlp.up_proj")

@@ -112,7 +112,7 @@ def test_hints_and_promises_never_change_what_is_computed(
 def _unscaled(adapter: Adapter) -> Adapter:
     """The scale folded into up, for targets that store none."""
     from adaptmerge.adapters.weight_edits import factor_of, refitted
-    from adaptmerge.algebra.factors import as_low_rank, low_rank
+    from adaptmerge.algebra.low_rank import as_low_rank, low_rank
 
     def fold(edit: Edit) -> Edit:
         factor = factor_of(edit)

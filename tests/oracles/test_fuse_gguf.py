@@ -48,7 +48,7 @@ def lora(config: dict[str, Any], folder: Path) -> Path:
 
 def ours(path: Path) -> llama_cpp.Array:
     """Log-probabilities after the prompt of the model that the file is read as, in float32."""
-    model = runtime.stream_model(view_of(open_base(str(path))).base)
+    model = runtime.stream_model(view_of(open_base(str(path))).values)
     y = runtime.outputs_of(model, {"input_ids": torch.tensor([PROMPT])})
     found: llama_cpp.Array = y[0, -1].double().log_softmax(-1).numpy()
     return found

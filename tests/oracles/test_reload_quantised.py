@@ -263,7 +263,7 @@ def of_values(source: Path, folder: Path) -> torch.Tensor:
     view, model = view_of(open_base(str(folder))), load(source)
     assert view.coded
     for name in view.coded:
-        model.get_parameter(name).data.copy_(view.base.tensors[name].read())
+        model.get_parameter(name).data.copy_(view.values.tensors[name].read())
     return logits(model)
 
 
@@ -293,7 +293,7 @@ def test_what_is_quantised_anew_is_loaded(quant: str, dtype: torch.dtype, tmp_pa
     assert report.adapters["a"].gain == pytest.approx(1, abs=0.01)
     by_gptq = quant.startswith("gptq")
     model, wanted = (load_gptq if by_gptq else load_decompressed)(out), of_values(source, out)
-    packed = view_of(open_base(str(out))).base.tensors
+    packed = view_of(open_base(str(out))).values.tensors
     for name, value in weights(model, by_gptq).items():
         assert torch.equal(value, packed[name].read().to(value.dtype)), name
     effect = (logits(with_adapter(load(source), given)) - logits(load(source))).norm()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaptmerge.adapters.graph import Adapter, Site
 from adaptmerge.adapters.stored_edits import Replace
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.algebra.factors import low_rank
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError

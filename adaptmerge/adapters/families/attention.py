@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptmerge.algebra.factors import Expanded, Factor, low_rank
+from adaptmerge.algebra.factors import Expanded, Factor
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.tensors.refs import TensorRef
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
-from adaptmerge.algebra.factors import Factor, Hadamard, Leaf, low_rank
+from adaptmerge.algebra.factors import Factor, Hadamard, Leaf
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef
 

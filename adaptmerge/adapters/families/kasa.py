@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from adaptmerge.adapters.families.initialised import Part, PartSide, trailing
 from adaptmerge.adapters.graph import Site
-from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum, low_rank
+from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef, computed
 

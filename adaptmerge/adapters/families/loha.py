@@ -6,16 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptmerge.algebra.factors import (
-    Expanded,
-    Factor,
-    Hadamard,
-    Kronecker,
-    Leaf,
-    Product,
-    Sum,
-    low_rank,
-)
+from adaptmerge.algebra.factors import Expanded, Factor, Hadamard, Kronecker, Leaf, Product, Sum
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.tensors.dtypes import F32
 from adaptmerge.tensors.refs import TensorRef, listed
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
-from adaptmerge.algebra.factors import Factor, low_rank
+from adaptmerge.algebra.factors import Factor
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.refs import TensorRef, computed, join

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
-from adaptmerge.algebra.factors import Expanded, Factor, low_rank
+from adaptmerge.algebra.factors import Expanded, Factor
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.errors import CannotMerge
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import F64, DType

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
-from adaptmerge.algebra.factors import Factor, LowRank
+from adaptmerge.algebra.factors import Factor
+from adaptmerge.algebra.low_rank import LowRank
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef

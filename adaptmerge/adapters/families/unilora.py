@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from adaptmerge.algebra.factors import Expanded, Factor, low_rank
+from adaptmerge.algebra.factors import Expanded, Factor
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
-from adaptmerge.tensors.dtypes import BY_NAME, F64, DType
+from adaptmerge.tensors.dtypes import F64, I64, DType
 from adaptmerge.tensors.refs import TensorRef, computed
 
 
@@ -66,7 +67,7 @@ class UniPlaces:
 
     @property
     def dtype(self) -> DType:
-        return BY_NAME["I64"]
+        return I64
 
     def read(self) -> torch.Tensor:
         return _places(self.seed, self.total, self.length)

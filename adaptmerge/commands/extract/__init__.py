@@ -6,18 +6,15 @@ vectors and what else has no low-rank form are kept whole.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptmerge import __version__
 from adaptmerge.adapters.experts import FUSED, LAYOUTS
 from adaptmerge.adapters.graph import Adapter, Bundle, Kind, Note
 from adaptmerge.adapters.stored_edits import saved_module
 from adaptmerge.adapters.weight_edits import factor_of
-from adaptmerge.algebra.factors import refs_of
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.open import open_base
@@ -26,33 +23,27 @@ from adaptmerge.commands.extract.tuned import FULL, LORA, SKIP, Wanted, as_adapt
 from adaptmerge.errors import CannotStore, UsageError
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.scratch import Scratch
-from adaptmerge.files.staging import Staging
-from adaptmerge.formats.format import Format, Output, Stores, WriteOptions
+from adaptmerge.formats.format import Format, Stores, WriteOptions
 from adaptmerge.formats.inputs import Input, InputSpec
-from adaptmerge.formats.registry import format_named, formats
 from adaptmerge.merging.heads.policies import Policies
 from adaptmerge.merging.plan import Step
 from adaptmerge.merging.storable import as_storable, unstorable
 from adaptmerge.methods.method import Member
-from adaptmerge.outputs import companions
-from adaptmerge.outputs.adapters import DEFAULT, left_by, said_of_heads, write_bundle
+from adaptmerge.outputs.adapters import DEFAULT, said_of_heads
 from adaptmerge.outputs.described import described_input, modules_of, portable, version_of
 from adaptmerge.outputs.report import (
-    FILE,
-    METADATA_KEY,
     Report,
     check_strict,
     missed_budget,
-    report_name,
     site_lines,
     totals,
 )
-from adaptmerge.outputs.target import check_name, check_version, is_file_name
+from adaptmerge.outputs.session import Result, writing
+from adaptmerge.outputs.target import like_library, target_of
 from adaptmerge.parallel import Progress, silent, workers_default
 from adaptmerge.tensors import dtypes
 from adaptmerge.tensors.dtypes import DType, default_dtype
-from adaptmerge.tensors.refs import forget
+from adaptmerge.tensors.walk import refs_of
 
 COMMAND = "extract"
 INPUT = "tuned"
@@ -110,7 +101,6 @@ CHECKPOINT = Format("checkpoint", "A full checkpoint", "", detect=_nothing, read
 
 def open_tuned(source: str, base: Base, wanted: Wanted, workers: int | None = None) -> Input:
     """A tuned checkpoint as an input: an adapter of the base that holds all that differs."""
-    forget()
     tuned = open_base(source)
     path, revision = hub.resolve(source)
     adapter = as_adapter(base, tuned, wanted, workers or workers_default())
@@ -121,7 +111,7 @@ def open_tuned(source: str, base: Base, wanted: Wanted, workers: int | None = No
 def prepare(base: str, tuned: str, output: Path, options: Extraction) -> Prepared:
     """What an extraction will do. Raises every error that can be told before it computes."""
     _check(options)
-    target = _target(output, options)
+    target = target_of(output, options.target, options.version, lambda: like_library(output))
     assert target.stores is not None
     stores = target.stores(WriteOptions(options.ranks))
     model = open_base(base)
@@ -154,23 +144,6 @@ def _check(options: Extraction) -> None:
         if found not in known:
             expected = ", ".join(word for word in known if word)
             raise UsageError(f"--{name} {found}: expected one of {expected}")
-
-
-def _target(output: Path, options: Extraction) -> Format:
-    """The format asked for, or that the output's name says; else one that a library of its own loads."""
-    writable = [found for found in formats().values() if found.write]
-    if options.target:
-        target = format_named(options.target)
-    else:
-        own = [f for f in writable if f.oracle] or writable
-        fitting = [f for f in writable if output.suffix and output.suffix in f.suffixes]
-        target = next(iter([f for f in own if f in fitting] or fitting or own))
-    if target.write is None:
-        names = ", ".join(found.name for found in writable)
-        raise CannotStore(f"{target.name} is read only so far: use --to with one of {names}")
-    check_name(output, target)
-    check_version(options.version, target)
-    return target
 
 
 def _dtype(adapter: Adapter, stores: Stores, options: Extraction) -> DType:
@@ -217,50 +190,27 @@ def extract(
     _check(options)
     if options.budget.unlimited:
         raise UsageError("how much is to be kept? pass --rank, --energy or --max-error")
-    single = is_file_name(output)
-    obsolete = {name for found in formats().values() for name in found.files}
-    obsolete |= left_by(output, obsolete)
     paths = [hub.resolve(source)[0] for source in (base, tuned)]
-    with Staging(output, force=options.force, inputs=paths, single=single) as staging:
+    with writing(output, paths, force=options.force, strict=options.strict) as session:
         prepared = prepare(base, tuned, output, options)
         check_strict(prepared.notes, options.strict)
-        with Scratch(staging.scratch("settled"), _header_room(prepared)) as scratch:
+        with session.scratch([str(step.site) for step in prepared.steps]) as scratch:
             outcome = settle(
                 prepared.steps, options.budget, prepared.dtype, scratch, options.workers, progress
             )
             report = _report(prepared, outcome)
-            check_strict(report.notes, options.strict)
-            name = output.name if single else None
-            staged = Output(staging.path, name, _short(report), scratch)
-            main = _write(prepared, outcome, report, staged)
-        staging.commit(main, obsolete=obsolete)
+            inputs = [{key: item[key] for key in ("name", "fingerprint")} for item in report.inputs]
+            short = {"method": COMMAND, "inputs": inputs}
+            session.write(_written(prepared, outcome), report, short, scratch)
     return report
 
 
-def _header_room(prepared: Prepared) -> int:
-    """Bytes that a header of the result surely fits in: two entries per site and the metadata."""
-    entries = sum(2 * (len(str(step.site)) + 200) for step in prepared.steps)
-    return -(-(entries + 4096) // 4096) * 4096
-
-
-def _short(report: Report) -> dict[str, str]:
-    """The report's short form, for the header of the main file."""
-    inputs = [{key: item[key] for key in ("name", "fingerprint")} for item in report.inputs]
-    short = {"version": __version__, "method": COMMAND, "inputs": inputs}
-    return {METADATA_KEY: json.dumps(short, sort_keys=True)}
-
-
-def _write(prepared: Prepared, outcome: Outcome, report: Report, output: Output) -> str:
+def _written(prepared: Prepared, outcome: Outcome) -> Result:
     base, options = prepared.base, prepared.options
     full = prepared.item.adapter.with_edits(item.edit for item in outcome.settled)
     adapter = replace(as_storable(full, prepared.stores), name=DEFAULT)
     how = WriteOptions(options.ranks, base, modules_of(base, adapter), options.version)
-    main = write_bundle(Bundle({adapter.name: adapter}), prepared.target, output, how)
-    if output.single is None:
-        companions.write([prepared.item], report, output)
-    name = report_name(output.single) if output.single else FILE
-    output.path(name).write_text(report.as_text(), encoding="utf-8")
-    return main
+    return Result(Bundle({adapter.name: adapter}), prepared.target, how, [prepared.item])
 
 
 def _report(prepared: Prepared, outcome: Outcome) -> Report:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add, factor_of
-from adaptmerge.algebra.factors import low_rank
 from adaptmerge.algebra.fit import Budget, Fitted, allot, rounded
 from adaptmerge.algebra.linalg import one_thread_each
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.algebra.sketch import (
     Leading,
     Spectrum,
@@ -75,9 +76,9 @@ def settle(
     return Outcome(settled, math.sqrt(noise) / size if size else 0.0)
 
 
-def _stored(step: Step, found: Found, scratch: Scratch) -> Add:
+def _stored(step: Step, found: Found, scratch: Scratch) -> Edit:
     if found.pair is None:
-        return step.edit  # type: ignore[return-value]
+        return step.edit
     up, down = scratch.put(found.pair.up), scratch.put(found.pair.down)
     return Add(step.site, low_rank(up, down))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,12 @@ from adaptmerge.commands.fuse.report import (
     KEPT,
     AdapterLoss,
     FuseReport,
+    and_error,
     is_fused,
     load_fuse_report,
     losses,
     noise,
+    percent,
     site_of,
 )
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
@@ -34,6 +36,7 @@ from adaptmerge.files.staging import Staging, refuse_existing
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.outputs.described import described_input
 from adaptmerge.outputs.report import FILE, check_strict
+from adaptmerge.parallel import Progress, silent
 from adaptmerge.rounding.error_feedback import NEAREST
 
 __all__ = [
@@ -52,11 +55,6 @@ SPARE = 64 << 20  # bytes of disk beside the tensors
 JOURNAL = "finished"
 # options that say nothing of the output, or that the report says otherwise
 UNSAID = ("original", "calibration", "jobs", "force", "strict", "executor", "total")
-Progress = Callable[[int, int], None]
-
-
-def silent(done: int, total: int) -> None:
-    """A progress callback that says nothing."""
 
 
 def predict(plan: FusePlan) -> list[Line]:
@@ -92,7 +90,9 @@ def fuse(
     assert options.calibration is not None
     refuse_existing(output, force=options.force)  # before minutes of reading
     unread = plan_fusion(base, specs, replace(options, calibration=None, max_growth=0.0))
-    with moments_of_text(options.calibration, unread.base, unread.shards, progress) as measured:
+    with moments_of_text(
+        options.calibration, unread.bases.values, unread.shards, progress
+    ) as measured:
         return _fuse(base, specs, output, replace(options, calibration=measured), progress)
 
 
@@ -107,7 +107,7 @@ def _fuse(
     check_strict(plan.notes, options.strict)
     digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
     key = plan.key(digests)[:16]
-    paths = [*(item.path for item in plan.inputs), plan.base.path]
+    paths = [*(item.path for item in plan.inputs), plan.bases.values.path]
     staging = Staging(output, force=options.force, inputs=paths, key=key)
     with staging:
         try:
@@ -205,14 +205,12 @@ def _how_lost(loss: AdapterLoss, most: float) -> str:
     if _drowns(loss, most):
         return (
             "is too small for this base: the weights it is run with are rounded to 16 bits, and that alone "
-            f"makes an error of {_percent(loss.floor)} of what it adds: keep it an adapter, fuse into "
+            f"makes an error of {percent(loss.floor)} of what it adds: keep it an adapter, fuse into "
             "wider weights (--quant fp32), or pass --allow loss"
         )
-    error = (
-        f", with an error of {_percent(loss.sub)} of it in its inputs' space" if loss.sub else ""
-    )
+    left = percent(loss.gain, "an unknown part")
     return (
-        f"rounding leaves {_percent(loss.gain)} of what it adds (gain){error}: use --rounding adaptive, "
+        f"rounding leaves {left} of what it adds{and_error(loss.sub)}: use --rounding adaptive, "
         "wider weights (--dtype, --quant), or pass --allow loss to keep what is left"
     )
 
@@ -224,10 +222,6 @@ def _is_lost(loss: AdapterLoss, most: float) -> bool:
 
 def _drowns(loss: AdapterLoss, most: float) -> bool:
     return loss.floor is not None and loss.floor > most
-
-
-def _percent(value: float | None) -> str:
-    return "an unknown part" if value is None else f"{100 * value:.3g} %"
 
 
 def _obsolete(output: Path, plan: FusePlan) -> list[str]:
@@ -247,36 +241,13 @@ def _report(
     digests: Mapping[str, Mapping[str, str]],
 ) -> FuseReport:
     adapters = losses(lines, plan.running)
-    named, differ = folder.licences(plan)
+    licences, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
     notes += _backward(plan, lines)
-    base: dict[str, Any] = {
-        "name": plan.base.path.name,
-        "fingerprint": plan.view.stored.fingerprint,
-        "licences": named,
-        "trained_on": plan.trained_on,
-        "quantised": plan.view.scheme,
-        "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
-    }
-    if plan.original is not None:
-        base["original"] = plan.original.fingerprint
-    if plan.moments is not None and plan.moments.file is not None:
-        base["calibration"] = plan.moments.as_json()
-    options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
-    options |= {
-        "weights": dict(plan.weights.base),
-        "rules": [asdict(rule) for rule in plan.weights.rules],
-        "heads": plan.heads.as_json(),
-        "allow": sorted(plan.options.allow),
-    }
-    options |= {"plain": sorted(plan.plain)}
-    grown = () if options["max_growth"] else ("max_growth", "plain")
-    for unsaid in (*UNSAID, *grown):
-        del options[unsaid]
     return FuseReport(
-        options=options,
+        options=_said(plan),
         inputs=[described_input(item, digests[item.name]) for item in plan.inputs],
-        base=base,
+        base=_base_said(plan, licences),
         versions={"adaptmerge": __version__, "torch": version("torch")},
         adapters=adapters,
         noise=noise([line.measured for line in lines]),
@@ -287,6 +258,40 @@ def _report(
         notes=sorted(set(notes)),
         method=plan.options.method,
     )
+
+
+def _said(plan: FusePlan) -> dict[str, Any]:
+    """The options of a report: all that decide what is written, and the weights that came of them."""
+    options = asdict(replace(plan.options, jobs=None, force=False, strict=False))
+    options |= {
+        "weights": dict(plan.weights.base),
+        "rules": [asdict(rule) for rule in plan.weights.rules],
+        "heads": plan.opened.heads.as_json(),
+        "allow": sorted(plan.options.allow),
+        "plain": sorted(plan.plain),
+    }
+    grown = () if options["max_growth"] else ("max_growth", "plain")
+    for unsaid in (*UNSAID, *grown):
+        del options[unsaid]
+    return options
+
+
+def _base_said(plan: FusePlan, licences: Mapping[str, str]) -> dict[str, Any]:
+    """What a report says of the base."""
+    bases, moments = plan.bases, plan.moments
+    base: dict[str, Any] = {
+        "name": bases.values.path.name,
+        "fingerprint": bases.on_disk.fingerprint,
+        "licences": licences,
+        "trained_on": plan.trained_on,
+        "quantised": plan.view.scheme,
+        "layers": list(map(list, plan.inputs[0].adapter.base.replication)),
+    }
+    if bases.original is not None:
+        base["original"] = bases.original.fingerprint
+    if moments is not None and moments.file is not None:
+        base["calibration"] = moments.as_json()
+    return base
 
 
 def _lost_notes(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> list[Note]:

@@ -21,59 +21,29 @@ from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix, target_rows
 from adaptmerge.runtime.linears import linear_layers
 from adaptmerge.schemes.coded import CodedWeight
-from adaptmerge.schemes.scheme import Kept, Quantiser, quantisers
+from adaptmerge.schemes.scheme import QUANT_CONFIG, Kept, Quantiser, quantisers
 from adaptmerge.schemes.view import View, running_dtype
 from adaptmerge.tensors.dtypes import BF16, F32, DType, widest
 from adaptmerge.tensors.refs import TensorRef, computed
-
-QUANTISATION = "quantization_config"
+from adaptmerge.tensors.row_source import RowSource
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class Merged(RowSource):
     """A matrix (out, in) with all that is added to it, in float32: a source of refs."""
 
     matrix: Matrix
 
     @property
     def at_once(self) -> bool:
-        """Whether some rows of it cost as much as all."""
         return self.matrix.all_at_once
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.matrix.shape
 
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        return target_rows(self.matrix, (0, self.matrix.shape[0]))[0].float()
-
-    def rows(self, start: int, stop: int) -> MergedRows:
-        """Some rows of it, as a source that reads no others."""
-        return MergedRows(self.matrix, start, stop)
-
-
-@dataclass(frozen=True, slots=True)
-class MergedRows:
-    """Rows of a matrix with all that is added to it."""
-
-    matrix: Matrix
-    start: int
-    stop: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stop - self.start, self.matrix.shape[1]
-
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        return target_rows(self.matrix, (self.start, self.stop))[0].float()
+    def compute(self, start: int, stop: int) -> torch.Tensor:
+        return target_rows(self.matrix, (start, stop)).target.float()
 
 
 @dataclass(frozen=True)
@@ -105,7 +75,7 @@ class Anew:
         """The entries of the config that say how layers are quantised, but for the weights named."""
         chosen = (*self.lost, *(self.modules[name] for name in plain))
         kept = Kept(self.usual, chosen)
-        return {QUANTISATION: dict(self.quantiser.config(kept, self.dtype))}
+        return {QUANT_CONFIG: dict(self.quantiser.config(kept, self.dtype))}
 
 
 def anew(view: View, name: str, asked: DType | None) -> Anew | None:
@@ -116,7 +86,7 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
     way = quantisers().get(name)
     if way is None:
         return None
-    base, layers = view.base, linear_layers(view.base.path)
+    base, layers = view.values, linear_layers(view.values.path)
     names = {module: f"{base.locate(module)}.weight" for module in layers.quantised}
     held = {name: module for module, name in names.items() if name in base.tensors}
     lost = tuple(module for module, name in names.items() if name not in base.tensors)
@@ -129,7 +99,7 @@ def anew(view: View, name: str, asked: DType | None) -> Anew | None:
     if not way.experts:
         _refuse_experts(base, name, held)
     stored = [ref.dtype for one in held if one not in view.coded and (ref := base.tensors[one])]
-    usual = running_dtype(view.stored.config) or F32 if view.coded else widest(stored or [BF16])
+    usual = running_dtype(view.on_disk.config) or F32 if view.coded else widest(stored or [BF16])
     return Anew(way, held, asked or usual, tuple(layers.kept), lost)
 
 

@@ -11,18 +11,18 @@ from typing import Any
 from adaptmerge.adapters.graph import Kind, Labels, Note
 from adaptmerge.adapters.stored_edits import owner_of, saved_module
 from adaptmerge.bases.gguf_model import LIBRARY, GgufModel
-from adaptmerge.commands.fuse.anew import QUANTISATION as ENTRY
 from adaptmerge.commands.fuse.options import SAME, WIDE
 from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
 from adaptmerge.commands.fuse.plan import FusePlan
-from adaptmerge.commands.fuse.report import FuseReport
+from adaptmerge.commands.fuse.report import FuseReport, percent
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
 from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Step
 from adaptmerge.outputs.companions import LICENCES, TOKENIZER
 from adaptmerge.outputs.report import FILE
-from adaptmerge.schemes.view import QUANTISATION
+from adaptmerge.schemes.scheme import QUANT_CONFIG as ENTRY
+from adaptmerge.schemes.view import QUANT_ENTRIES
 from adaptmerge.tensors.dtypes import SPELLINGS
 
 CARD = "README.md"
@@ -50,8 +50,8 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
     for name, source in carried(plan).items():
         staging.path(name).write_bytes(_listing_plain(plan, name, source.read_bytes()))
     config = changed_config(plan)
-    stored = plan.base.path / CONFIG
-    gone = set(QUANTISATION if plan.options.quant != SAME else ()) - plan.targets.config.keys()
+    stored = plan.bases.values.path / CONFIG
+    gone = set(QUANT_ENTRIES if plan.options.quant != SAME else ()) - plan.targets.config.keys()
     if config or gone:
         before = json.loads(stored.read_text("utf-8-sig"))
         after = {key: value for key, value in {**before, **config}.items() if key not in gone}
@@ -65,7 +65,7 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
 def _listing_plain(plan: FusePlan, name: str, held: bytes) -> bytes:
     """A file that goes along. One that says how AWQ quantised the base gets the list of layers that are
     stored plainly: earlier versions of AutoAWQ look for it there, and not in config.json."""
-    before, after = plan.view.stored.config, plan.targets.config.get(ENTRY)
+    before, after = plan.bases.on_disk.config, plan.targets.config.get(ENTRY)
     if name not in QUANTISERS or not isinstance(after, Mapping):
         return held
     try:
@@ -80,7 +80,7 @@ def _listing_plain(plan: FusePlan, name: str, held: bytes) -> bytes:
 
 
 def _is_gguf(plan: FusePlan) -> bool:
-    return isinstance(plan.base, GgufModel)
+    return isinstance(plan.bases.values, GgufModel)
 
 
 def main_file(plan: FusePlan) -> str:
@@ -90,15 +90,16 @@ def main_file(plan: FusePlan) -> str:
 
 def _write_index(plan: FusePlan, staging: Staging) -> None:
     """The index: the base's own bytes where nothing in it changes."""
-    if len(plan.shards) == 1 and not (plan.base.path / INDEX).is_file():
+    root = plan.bases.values.path
+    if len(plan.shards) == 1 and not (root / INDEX).is_file():
         return
-    source = next((plan.base.path / n for n in INDEXES if (plan.base.path / n).is_file()), None)
+    source = next((root / name for name in INDEXES if (root / name).is_file()), None)
     stored = {} if source is None else json.loads(source.read_text("utf-8-sig"))
     metadata = {k: v for k, v in (stored.get("metadata") or {}).items() if k != "total_size"}
     made = index_of(plan.shards, metadata)
     same = stored.get("weight_map") == made["weight_map"]
     size = (stored.get("metadata") or {}).get("total_size")
-    if source is not None and same and size in (None, made["metadata"]["total_size"]):  # type: ignore[index]
+    if source is not None and same and size in (None, made["metadata"]["total_size"]):
         staging.path(INDEX).write_bytes(source.read_bytes())
     else:
         staging.path(INDEX).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
@@ -106,7 +107,7 @@ def _write_index(plan: FusePlan, staging: Staging) -> None:
 
 def carried(plan: FusePlan) -> dict[str, Path]:
     """The files that go along: all of the base but weights, and tokenizers of adapters that change it."""
-    root = plan.base.path
+    root = plan.bases.values.path
     found = {
         name: path for name, path in _files(root) if name not in (CONFIG, CARD, FILE, *INDEXES)
     }
@@ -154,7 +155,7 @@ def left_out(plan: FusePlan) -> list[Note]:
     if _is_gguf(plan):
         return []
     used = {Path(path).name for path in _sources(plan)} | set(INDEXES)
-    root = plan.base.path
+    root = plan.bases.values.path
     others = [
         p.relative_to(root).as_posix()
         for p in sorted(root.rglob("*"))
@@ -169,7 +170,7 @@ def left_out(plan: FusePlan) -> list[Note]:
 def _sources(plan: FusePlan) -> list[str]:
     return [
         path
-        for ref in plan.view.stored.tensors.values()
+        for ref in plan.bases.on_disk.tensors.values()
         if isinstance(path := getattr(ref.source, "path", None), str)
     ]
 
@@ -178,8 +179,8 @@ def changed_config(plan: FusePlan) -> dict[str, Any]:
     """The entries of config.json that change, with their new values."""
     if _is_gguf(plan):
         return {}
-    stored = json.loads((plan.base.path / CONFIG).read_text("utf-8-sig"))
-    wanted = {k: v for k, v in plan.base.config.items() if stored.get(k) != v}
+    stored = json.loads((plan.bases.values.path / CONFIG).read_text("utf-8-sig"))
+    wanted = {k: v for k, v in plan.bases.values.config.items() if stored.get(k) != v}
     wanted |= plan.targets.config
     if plan.options.quant in WIDE:
         wanted |= {"torch_dtype": TORCH_NAMES[SPELLINGS[plan.options.quant].name]}
@@ -202,14 +203,14 @@ def _head(plan: FusePlan) -> dict[str, Any]:
         from adaptmerge.runtime.models import class_with_heads, model_config
 
         adapter = plan.inputs[0].adapter.with_edits([step.edit for step in added])
-        name = class_with_heads(model_config(plan.base.path), adapter).__name__
+        name = class_with_heads(model_config(plan.bases.values.path), adapter).__name__
         found |= {"architectures": [name]}
     return found
 
 
 def _is_new(plan: FusePlan, step: Step) -> bool:
-    place = plan.base.place(step.site)
-    return place is None or place.name not in plan.base.tensors
+    place = plan.bases.values.place(step.site)
+    return place is None or place.name not in plan.bases.values.tensors
 
 
 def _label_map(labels: Labels) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def _label_map(labels: Labels) -> dict[str, Any]:
 
 def licences(plan: FusePlan) -> tuple[dict[str, str], list[Note]]:
     """The licence that each model card names, by input and base, and a Note where they differ."""
-    cards = {"base": plan.base.path / CARD}
+    cards = {"base": plan.bases.values.path / CARD}
     cards |= {i.name: i.listing.root / CARD for i in plan.inputs if i.listing.single is None}
     found = {name: text for name, path in cards.items() if (text := _licence(path))}
     if len(set(found.values())) < 2:
@@ -258,15 +259,16 @@ def card(plan: FusePlan, report: FuseReport) -> str:
             "",
             "# Base model with adapters fused in",
             "",
-            f"Base `{base or plan.base.path.name}`, dtype of weights as stored there{_written(plan)}.",
+            f"Base `{base or plan.bases.values.path.name}`, dtype of weights as stored there"
+            f"{_written(plan)}.",
             "`adaptmerge.json` has the numbers of every tensor; `adaptmerge verify` checks them.",
             "",
-            "| adapter | format | weight | licence | gain | sub |",
+            "| adapter | format | weight | licence | arrives | error |",
             "| --- | --- | --- | --- | --- | --- |",
             *_rows(plan, report, named),
             "",
-            "gain: the share of the delta that rounding left, 1 is all. sub: the error in the space of the",
-            "adapter's inputs, relative to the delta.",
+            "arrives: how much of the adapter's change is in the weights. error: the size of the rounding",
+            "error, relative to that change, in the inputs that the adapter reads.",
             "",
         ]
     )
@@ -282,11 +284,10 @@ def _rows(plan: FusePlan, report: FuseReport, named: Mapping[str, str]) -> Seque
     rows = []
     for item in plan.inputs:
         loss = report.adapters.get(item.name)
-        gain = "-" if loss is None or loss.gain is None else f"{loss.gain:.4f}"
-        sub = "-" if loss is None or loss.sub is None else f"{loss.sub:.1e}"
+        arrives, error = ("-", "-") if loss is None else (percent(loss.gain), percent(loss.sub))
         weight = plan.weights.base[item.name]
         licence = named.get(item.name, "-")
         rows.append(
-            f"| {item.name} | {item.format.name} | {weight:.6g} | {licence} | {gain} | {sub} |"
+            f"| {item.name} | {item.format.name} | {weight:.6g} | {licence} | {arrives} | {error} |"
         )
     return rows

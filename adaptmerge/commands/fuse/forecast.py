@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from adaptmerge.commands.fuse.pieces.write import Line
 from adaptmerge.lazy import torch
-from adaptmerge.rounding.codes import SAMPLE, CodedMatrix, coded_error, requantise_rows
-from adaptmerge.rounding.error_feedback import ADAPTIVE, NEAREST
+from adaptmerge.rounding.codes import CodedMatrix, coded_error, sampled
+from adaptmerge.rounding.error_feedback import ADAPTIVE
 from adaptmerge.rounding.floats import GRID_ERROR
-from adaptmerge.rounding.matrix import Measured, delta_of
+from adaptmerge.rounding.matrix import delta_of
 from adaptmerge.rounding.scale_solver import SOFT
-from adaptmerge.rounding.scales import KEEP, ONLY, CodedRows
+from adaptmerge.rounding.scales import ONLY, CodedRows
 from adaptmerge.tensors.dtypes import DType
 
 FEEDBACK = 0.5  # measured: 0.2 to 0.75 for ranks of 4 to 64 in 512 to 4096 columns
@@ -37,7 +37,7 @@ def expected(line: Line, scales: str, running: DType | None) -> Sequence[Expecte
     """
     if line.coded is None or not line.matrix.parts:
         return ()
-    measured = _sampled(CodedMatrix(line.coded, line.matrix))
+    measured = sampled(CodedMatrix(line.coded, line.matrix))
     delta, columns = delta_of(line.matrix), line.matrix.shape[1]
     feeds = line.choice.rounding == ADAPTIVE and not _solves(line, scales)
     common = FEEDBACK * coded_error(line.coded) * math.sqrt(delta.basis.shape[1]) / columns
@@ -51,13 +51,6 @@ def expected(line: Line, scales: str, running: DType | None) -> Sequence[Expecte
         floor = None if rounds is None or not per else rounds * per / math.sqrt(columns)
         found.append(Expected(ratio, sub, floor))
     return found
-
-
-def _sampled(coded: CodedMatrix) -> Measured:
-    """The norms of some rows of a weight and of what is added to it."""
-    count = coded.matrix.shape[0]
-    rows = (0, count if coded.matrix.all_at_once else min(count, SAMPLE))
-    return requantise_rows(coded, rows, NEAREST, KEEP, 0).measured
 
 
 def _solves(line: Line, scales: str) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from adaptmerge.algebra.linalg import one_thread_each
-from adaptmerge.commands.fuse.anew import QUANTISATION, Anew
+from adaptmerge.commands.fuse.anew import Anew
 from adaptmerge.commands.fuse.options import FuseOptions
 from adaptmerge.commands.fuse.pieces.layout import Recoded, Shard
 from adaptmerge.commands.fuse.pieces.write import Line, Settings, settings_of
@@ -25,7 +25,7 @@ from adaptmerge.rounding.codes import CodedMatrix, choose_coded, requantise
 from adaptmerge.rounding.matrix import Measured
 from adaptmerge.runtime.linears import linear_layers
 from adaptmerge.schemes.coded import CodedWeight, named, stands_alone
-from adaptmerge.schemes.scheme import Kept, schemes
+from adaptmerge.schemes.scheme import QUANT_CONFIG, Kept, schemes
 from adaptmerge.schemes.view import View, running_dtype
 from adaptmerge.tensors.dtypes import BF16, F16, DType
 
@@ -46,7 +46,7 @@ def can_mix(view: View) -> bool:
     """Whether some layers of the base can be stored otherwise than others: each says how, or loaders leave
     those as they are that the config lists."""
     scheme = schemes().get(view.scheme or "")
-    listed = scheme is not None and scheme.kept is not None and QUANTISATION in view.stored.config
+    listed = scheme is not None and scheme.kept is not None and QUANT_CONFIG in view.on_disk.config
     return listed or _is_typed(view)
 
 
@@ -65,7 +65,7 @@ def plain(names: Sequence[str], shards: Sequence[Shard], view: View, anew: Anew 
             "smaller --max-growth and --allow loss"
         )
     usual = F16 if _is_typed(view) else BF16
-    dtype = anew.dtype if anew else running_dtype(view.stored.config) or usual
+    dtype = anew.dtype if anew else running_dtype(view.on_disk.config) or usual
     growth = _growth(shards)
     return Plain(
         {name: growth.get(name) or _growth_of(view.coded[name]) for name in names},
@@ -83,15 +83,15 @@ def _growth_of(weight: CodedWeight) -> int:
 def _config(view: View, names: Sequence[str]) -> dict[str, object]:
     if _is_typed(view):
         return {}
-    layers = linear_layers(view.base.path)
-    called = {view.base.locate(module): module for module in (*layers.quantised, *layers.kept)}
+    layers = linear_layers(view.values.path)
+    called = {view.values.locate(module): module for module in (*layers.quantised, *layers.kept)}
     modules = [name.removesuffix(".weight") for name in names]
     chosen = tuple(called.get(module, module) for module in modules)
-    usual = tuple(m for m in layers.kept if f"{view.base.locate(m)}.weight" not in view.coded)
+    usual = tuple(m for m in layers.kept if f"{view.values.locate(m)}.weight" not in view.coded)
     how = schemes()[view.scheme or ""].kept
     assert how is not None
-    before = view.stored.config[QUANTISATION]
-    return {QUANTISATION: dict(how(before, Kept(usual, chosen)))}
+    before = view.on_disk.config[QUANT_CONFIG]
+    return {QUANT_CONFIG: dict(how(before, Kept(usual, chosen)))}
 
 
 def check_growth(share: float, view: View, anew: Anew | None) -> None:

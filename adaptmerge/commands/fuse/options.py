@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from adaptmerge.commands.fuse.on_base.provenance import ORIGINAL, QUANTISED, TRAINED_ON
 from adaptmerge.errors import InputError, UsageError, did_you_mean
 from adaptmerge.formats.inputs import InputSpec
-from adaptmerge.merging.heads.policies import Given
-from adaptmerge.merging.weights import SiteRule
+from adaptmerge.merging.prepare import Merging, check_merging
 from adaptmerge.rounding.error_feedback import ADAPTIVE, ROUNDINGS
 from adaptmerge.rounding.floats import AUTO
 from adaptmerge.rounding.scales import ONLY, SCALES, SOLVE
@@ -24,14 +23,9 @@ SMOOTHED = ("awq", "compressed-tensors")  # schemes that may move scales into th
 
 
 @dataclass(frozen=True, slots=True)
-class FuseOptions:
+class FuseOptions(Merging):
     """What a user may ask of a fusion; see the command line's help for each."""
 
-    method: str = "linear"
-    weights: str | None = None
-    total: bool = False
-    rules: tuple[SiteRule, ...] = ()
-    heads: Given = None
     dtype: str | None = None
     rounding: str = AUTO
     quant: str = SAME
@@ -44,7 +38,6 @@ class FuseOptions:
     max_growth: float = 0.0  # a share of the bytes of the output
     plain: tuple[str, ...] | None = None  # weights that stay in 16 bits; None: see max_growth
     seed: int = 0
-    allow: frozenset[str] = frozenset()
     strict: bool = False
     force: bool = False
     jobs: int | None = None
@@ -53,10 +46,8 @@ class FuseOptions:
 
 def check_options(specs: Sequence[InputSpec], options: FuseOptions) -> None:
     """Raises UsageError for what no base would allow."""
-    if not specs:
-        raise UsageError("no adapter was given: name at least one after the base")
-    if options.total and (options.weights or any(spec.weight is not None for spec in specs)):
-        raise UsageError("--sum means weight 1 for each: leave it out, or the weights")
+    missing = "no adapter was given: name at least one after the base"
+    check_merging(specs, options, ALLOWABLE, missing)
     choices: dict[str, tuple[str | None, Sequence[str]]] = {
         "--rounding": (options.rounding, (AUTO, *ROUNDINGS)),
         "--trained-on": (options.trained_on, TRAINED_ON),
@@ -74,14 +65,11 @@ def check_options(specs: Sequence[InputSpec], options: FuseOptions) -> None:
         raise UsageError(
             f"--scales {ONLY} rounds no codes: leave out --rounding {options.rounding}"
         )
-    unknown = sorted(options.allow - set(ALLOWABLE))
-    if unknown:
-        raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(ALLOWABLE)}")
 
 
 def check_view(view: View, options: FuseOptions) -> None:
     """Raises where the options are not for this base, or it holds no weights."""
-    base = view.base
+    base = view.values
     if view.scheme is None and options.quant in WIDE:
         raise UsageError(f"--quant {options.quant}: the base is not quantised: say --dtype")
     if view.stored_as and options.quant in quantisers():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptmerge import __version__
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Note
@@ -18,22 +18,22 @@ from adaptmerge.bases.open import open_base
 from adaptmerge.commands.fuse.anew import anew
 from adaptmerge.commands.fuse.calibration import Inputs, inputs_of
 from adaptmerge.commands.fuse.kept_wide import can_mix, check_growth, plain, spared
+from adaptmerge.commands.fuse.on_base.bases import Bases
 from adaptmerge.commands.fuse.on_base.moved_scales import with_moved_scales
 from adaptmerge.commands.fuse.on_base.provenance import ORIGINAL, QUANTISED, as_trained, provenance
-from adaptmerge.commands.fuse.on_base.smoothing import Smoothing, smoothing_of
+from adaptmerge.commands.fuse.on_base.smoothing import smoothing_of
 from adaptmerge.commands.fuse.on_base.stored_whole import stored_whole
 from adaptmerge.commands.fuse.options import SAME, SMOOTHED, FuseOptions, check_options, check_view
 from adaptmerge.commands.fuse.pieces.layout import Shard, files_of, shards_of
 from adaptmerge.commands.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.errors import CannotMerge
-from adaptmerge.formats.format import Format, Stores, WriteOptions
-from adaptmerge.formats.inputs import Input, InputSpec, in_natural_order, open_inputs
+from adaptmerge.formats.format import Format, Stores
+from adaptmerge.formats.inputs import Input, InputSpec
 from adaptmerge.merging.align import align
-from adaptmerge.merging.heads.policies import Policies, check_policies, is_vocabulary, policies
+from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Plan, make_plan
-from adaptmerge.merging.request import Request
-from adaptmerge.merging.weights import Weights, base_weights, is_checkpoint_schedule
-from adaptmerge.methods.registry import method_named
+from adaptmerge.merging.prepare import Opened, open_merging
+from adaptmerge.merging.weights import Weights
 from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.error_feedback import ADAPTIVE
 from adaptmerge.rounding.floats import AUTO
@@ -43,7 +43,6 @@ from adaptmerge.schemes.scheme import quantisers
 from adaptmerge.schemes.view import View, running_dtype, view_of
 from adaptmerge.tensors import dtypes
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import forget
 
 EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 
@@ -52,21 +51,27 @@ EVERYTHING = frozenset(dtype.name for dtype in dtypes.BY_NAME.values())
 class FusePlan:
     """The files of the output with every tensor's making, and what goes beside them."""
 
-    base: Base  # the view of it, with its layers copied where the adapters are for copies
+    bases: Bases
     view: View
-    inputs: Sequence[Input]
-    weights: Weights
+    opened: Opened
     shards: Sequence[Shard]
     targets: Targets
-    heads: Policies
     plan: Plan
     options: FuseOptions
     notes: tuple[Note, ...] = ()
     trained_on: str | None = None
     plain: tuple[str, ...] = ()  # weights that are not quantised, though others are
-    original: Base | None = None  # what a smoothed base was quantised from
     moments: Inputs | None = None  # of what flows into layers
-    _hash: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def inputs(self) -> Sequence[Input]:
+        """The opened adapters."""
+        return self.opened.inputs
+
+    @property
+    def weights(self) -> Weights:
+        """What each adapter counts, where."""
+        return self.opened.weights
 
     @property
     def quantised(self) -> bool:
@@ -78,7 +83,7 @@ class FusePlan:
         """What a quantised output computes with its weights in; None for float32."""
         if self.view.scheme is None and not self.quantised:
             return None
-        return running_dtype({**self.view.stored.config, **self.targets.config})
+        return running_dtype({**self.view.on_disk.config, **self.targets.config})
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +95,7 @@ class FusePlan:
 
         digests: the sha256 of every file of each adapter.
         """
-        stats = {path: Path(path).stat() for path in files_of(self.view.stored)}
+        stats = {path: Path(path).stat() for path in files_of(self.view.on_disk)}
         stamps = [(Path(p).name, found.st_size, found.st_mtime_ns) for p, found in stats.items()]
         options = replace(
             self.options,
@@ -102,8 +107,8 @@ class FusePlan:
             executor="local",
         )
         said = (
-            self.view.stored.fingerprint,
-            None if self.original is None else self.original.fingerprint,
+            self.view.on_disk.fingerprint,
+            None if self.bases.original is None else self.bases.original.fingerprint,
             stamps,
             sorted((name, sorted(found.items())) for name, found in digests.items()),
             repr(options),
@@ -120,136 +125,144 @@ def _never(*_: Any) -> Any:
     raise AssertionError("a base is no adapter")
 
 
-TARGET = Format(
-    name="a base checkpoint",
-    title="",
-    url="",
-    detect=lambda _: False,
-    read=_never,
-    stores=lambda _: Stores(
-        kinds=frozenset({"add", "replace", "rows"}),
-        layers=frozenset({"linear", "embedding", "conv", "experts", "parameter", "norm"}),
-        one_family=False,
-        low_rank=False,
-        scale="site",
-        params=None,
-        dtypes=EVERYTHING,
-    ),
+STORES = Stores(
+    kinds=frozenset({"add", "replace", "rows"}),
+    layers=frozenset({"linear", "embedding", "conv", "experts", "parameter", "norm"}),
+    one_family=False,
+    low_rank=False,
+    scale="site",
+    params=None,
+    dtypes=EVERYTHING,
 )
+TARGET = Format("a base checkpoint", "", "", lambda _: False, _never, stores=lambda _: STORES)
 
 
 def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptions) -> FusePlan:
     """The plan of a fusion. Raises every error that headers can tell."""
-    forget()
     check_options(specs, options)
-    if is_checkpoint_schedule(options.weights):
-        specs = in_natural_order(specs)
     view = view_of(open_base(base_source))
     check_view(view, options)
-    inputs = open_inputs(specs, view.base)
-    read = {item.name: item.adapter for item in inputs}
-    stored, adapters = _on_copies(view, read, options.quant)
-    stored, tied = _with_ties(stored, adapters)
-    notes = [*_fingerprints(adapters, view.stored, options), *_trained_on(view, options)]
+    opened = open_merging(specs, options, view.values)
+    values, adapters = _on_copies(view, opened.adapters, options.quant)
+    values, tied = _with_ties(values, adapters)
+    notes = [*_fingerprints(adapters, view.on_disk, options), *_trained_on(view, options)]
     trained_on, said = provenance(adapters, options.trained_on)
-    notes += said
-    base = as_trained(stored, trained_on, _linears(stored) if trained_on else ())
-    weights = _weights(inputs, options)
-    heads = policies(options.heads, list(adapters))
-    check_policies(heads, adapters)
-    plan, smoothing, said = _plan_edits(adapters, base, weights, heads, options)
+    trained = as_trained(values, trained_on, _linears(values) if trained_on else ())
+    planned = _plan_edits(opened, adapters, trained)
+    bases = Bases(view.on_disk, values, trained, planned.original)
+    wishes = _wishes(planned.plan, view, options, tied=tied)
+    landing, moved = _landing(planned.plan, bases, view, options)
+    laid = _laid_out(landing, bases, view, wishes, options)
+    notes += [*said, *planned.notes, *planned.plan.notes, *moved, *laid.notes]
+    notes += [*opened.weight_notes, *opened.input_notes]
+    _refuse_unfusing(opened.weights, planned.plan)
+    return FusePlan(
+        bases,
+        view,
+        opened,
+        laid.shards,
+        laid.targets,
+        planned.plan,
+        options,
+        tuple(notes),
+        trained_on,
+        tuple(laid.plain),
+        laid.moments,
+    )
+
+
+class _Planned(NamedTuple):
+    """What becomes of every site; what a smoothed base was quantised from, and Notes on that."""
+
+    plan: Plan
+    original: Base | None
+    notes: list[Note]
+
+
+def _plan_edits(opened: Opened, adapters: Mapping[str, Adapter], base: Base) -> _Planned:
+    """What becomes of every site, as a merge plans it for a target that is the base itself, and how that is
+    smoothed."""
+    options = opened.merging
+    assert isinstance(options, FuseOptions)
+    groups, notes = align(adapters, base, options.allow, base.expert_layout)
+    smoothing = smoothing_of(base, options.original, [group.site for group in groups])
+    _refuse_activations([edit for group in groups for _, edit in group.members])
+    request = opened.request(adapters, smoothing.undone(base), TARGET, STORES)
+    plan = make_plan(groups, request, list(adapters))
+    _refuse_several(plan)
+    return _Planned(smoothing.redone(plan, base), smoothing.original, [*smoothing.notes, *notes])
+
+
+def _wishes(plan: Plan, view: View, options: FuseOptions, *, tied: bool) -> Wishes:
+    """How weights are to be written, those in 16 bits among them that an adapter stores whole."""
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     quantised = anew(view, options.quant, asked)
     wide = quantised.dtype if quantised else dtypes.SPELLINGS.get(options.quant)
     check_growth(options.max_growth, view, quantised)
-    landing, moved = _landing(plan, stored, view, options)
-    wishes = Wishes(
-        asked, options.keep_tied, tied, view.coded, wide, stored_as=view.stored_as, anew=quantised
+    whole = stored_whole(plan, view.values, view.coded) if wide is None and can_mix(view) else []
+    return Wishes(
+        asked,
+        options.keep_tied,
+        tied,
+        view.coded,
+        wide,
+        view.stored_as,
+        quantised,
+        plain(whole, (), view, None) if whole else None,
     )
-    whole = stored_whole(plan, view.base, view.coded) if wide is None and can_mix(view) else []
-    if whole:
-        wishes = replace(wishes, plain=plain(whole, (), view, None))
-    moments = inputs_of(options.calibration, stored)
-    targets, shards = _laid_out(landing, view, stored, base, wishes, moments)
+
+
+class _Laid(NamedTuple):
+    """What changes, the files that it goes into, and the weights that stay in 16 bits to keep adapters."""
+
+    targets: Targets
+    shards: Sequence[Shard]
+    plain: Sequence[str]
+    moments: Inputs
+
+    @property
+    def notes(self) -> list[Note]:
+        return [*self.targets.notes, *self.moments.notes(self.shards)]
+
+
+def _laid_out(plan: Plan, bases: Bases, view: View, wishes: Wishes, options: FuseOptions) -> _Laid:
+    """The files of the output; laid out again where layers that lose most stay in 16 bits."""
+    moments = inputs_of(options.calibration, bases.values)
+    targets, shards = _files(plan, bases, view, wishes, moments)
     made = [one for tensor in targets.tensors.values() for one in tensor.made]
     check_free([one.weight for one in made if isinstance(one, CodedMatrix)], options.scales)
     sparing = spared(shards, options)
     if sparing:
-        wishes = replace(wishes, plain=plain([*whole, *sparing], shards, view, quantised))
-        targets, shards = _laid_out(landing, view, stored, base, wishes, moments)
-    notes += [*said, *plan.notes, *moved, *targets.notes, *moments.notes(shards)]
-    notes += _default_weights(inputs, options)
-    notes += [replace(n, input=i.name) for i in inputs for n in i.adapter.notes]
-    notes += _unfused(weights, plan)
-    return FusePlan(
-        stored,
-        view,
-        inputs,
-        weights,
-        shards,
-        targets,
-        heads,
-        plan,
-        options,
-        tuple(notes),
-        trained_on,
-        tuple(sparing),
-        smoothing.original,
-        moments,
-    )
+        whole = [] if wishes.plain is None else list(wishes.plain.growth)
+        wide = plain([*whole, *sparing], shards, view, wishes.anew)
+        targets, shards = _files(plan, bases, view, replace(wishes, plain=wide), moments)
+    return _Laid(targets, shards, sparing, moments)
 
 
-def _laid_out(
-    plan: Plan, view: View, stored: Base, trained: Base, wishes: Wishes, moments: Inputs
+def _files(
+    plan: Plan, bases: Bases, view: View, wishes: Wishes, moments: Inputs
 ) -> tuple[Targets, list[Shard]]:
     """What changes, and the files that it goes into."""
-    targets = targets_of(plan, stored, trained, view.stored, wishes)
+    targets = targets_of(plan, bases, wishes)
     own_names = view.stored_as or (view.coded and wishes.wide is None)
-    kept = view.stored if own_names else stored
+    kept = bases.on_disk if own_names else bases.values
     shards = shards_of(kept, targets.tensors, targets.added, wishes.dtype, targets.gone)
     return targets, moments.attached(shards)
 
 
-def _plan_edits(
-    adapters: Mapping[str, Adapter],
-    base: Base,
-    weights: Weights,
-    heads: Policies,
-    options: FuseOptions,
-) -> tuple[Plan, Smoothing, list[Note]]:
-    """What becomes of every site, as a merge plans it for a target that is the base itself; and how that
-    is smoothed."""
-    groups, notes = align(adapters, base, options.allow, base.expert_layout)
-    smoothing = smoothing_of(base, options.original, [group.site for group in groups])
-    _refuse_activations([edit for group in groups for _, edit in group.members])
-    request = Request(
-        method=method_named(options.method),
-        weights=weights,
-        target=TARGET,
-        stores=TARGET.stores(WriteOptions()),  # type: ignore[misc]
-        heads=heads,
-        adapters=adapters,
-        base=smoothing.undone(base),
-        allowed=options.allow,
-    )
-    plan = make_plan(groups, request, list(adapters))
-    _refuse_several(plan)
-    return smoothing.redone(plan, base), smoothing, [*smoothing.notes, *notes]
-
-
-def _landing(plan: Plan, base: Base, view: View, options: FuseOptions) -> tuple[Plan, list[Note]]:
+def _landing(plan: Plan, bases: Bases, view: View, options: FuseOptions) -> tuple[Plan, list[Note]]:
     """The plan as weights take it up: on a quantised base scales go where codes can stay."""
     free = options.rounding in (AUTO, ADAPTIVE) and options.scales == SOLVE
     if options.quant != SAME or not view.coded or not free:
         return plan, []
-    return with_moved_scales(plan, base, view.coded)
+    return with_moved_scales(plan, bases.values, view.coded)
 
 
 def _on_copies(
     view: View, adapters: Mapping[str, Adapter], quant: str
 ) -> tuple[Base, dict[str, Adapter]]:
     """The base with the copies of layers that the adapters are for, where all are for the same."""
-    base = view.base
+    base = view.values
     ranges = {adapter.base.replication for adapter in adapters.values()}
     if len(ranges) != 1 or ranges == {()}:
         return base, dict(adapters)
@@ -305,20 +318,6 @@ def _fingerprints(adapters: Mapping[str, Adapter], base: Base, options: FuseOpti
     return [Note(Kind.ASSUMED, f"{what}, which was allowed")] if other else []
 
 
-def _weights(inputs: Sequence[Input], options: FuseOptions) -> Weights:
-    names = [item.name for item in inputs]
-    given = [item.spec.weight for item in inputs]
-    return Weights(base_weights(names, given, options.weights, options.total), options.rules)
-
-
-def _default_weights(inputs: Sequence[Input], options: FuseOptions) -> list[Note]:
-    given = options.weights or options.total or any(i.spec.weight is not None for i in inputs)
-    if given or len(inputs) < 2:
-        return []
-    what = f"no weights were given: each of {len(inputs)} inputs counts 1/{len(inputs)}"
-    return [Note(Kind.INFO, what)]
-
-
 def _refuse_activations(edits: Sequence[Edit]) -> None:
     """Raises CannotMerge for edits that no weight can hold."""
     kinds = sorted(
@@ -351,8 +350,8 @@ def _linears(base: Base) -> frozenset[str]:
     return frozenset(module for module in found if module is not None)
 
 
-def _unfused(weights: Weights, plan: Plan) -> list[Note]:
-    """A word where adapters are taken out that stored something whole."""
+def _refuse_unfusing(weights: Weights, plan: Plan) -> None:
+    """Raises CannotMerge where adapters are taken out that stored something whole."""
     whole = {
         member.adapter
         for step in plan.steps
@@ -365,4 +364,3 @@ def _unfused(weights: Weights, plan: Plan) -> list[Note]:
             f"{', '.join(sorted(whole))}: stores parameters whole, so what was there before cannot be "
             "computed back: pass --heads drop"
         )
-    return []

@@ -167,6 +167,21 @@ def noise(measured: Sequence[Measured]) -> float:
     return math.sqrt(sum(m.error for m in measured) / weight) if weight else 0.0
 
 
+def percent(share: float | None, unknown: str = "-") -> str:
+    """A share as people read it: in percent with two decimals at most; what is more than 0 is not 0."""
+    if share is None:
+        return unknown
+    digits = f"{100 * share:.{2 if abs(share) < 10 else 0}f}"
+    if not float(digits):
+        return "< 0.01 %" if share > 0 else "0 %"
+    return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits} %"
+
+
+def and_error(sub: float | None) -> str:
+    """What a message says of an error after the share that arrives."""
+    return f", with an error of {percent(sub)} of it in the inputs that it reads" if sub else ""
+
+
 def is_fused(output: Path) -> bool:
     """Whether a folder is a model that adapters were fused into, as its report says."""
     try:

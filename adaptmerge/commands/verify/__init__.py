@@ -35,7 +35,6 @@ from adaptmerge.outputs.report import Report, load_report
 from adaptmerge.runtime.models import device_named
 from adaptmerge.schemes.view import open_values
 from adaptmerge.tensors.dtypes import BY_NAME
-from adaptmerge.tensors.refs import forget
 
 if TYPE_CHECKING:
     from adaptmerge.commands.verify.forward import Bench
@@ -66,7 +65,6 @@ class Questions:
 
 def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     """The verdict on an output with a report. Raises InputError when it cannot be examined at all."""
-    forget()
     if not output.exists():
         raise InputError(
             "does not exist: give the folder or file that was written", where=str(output)
@@ -327,5 +325,5 @@ def _bench(merge: _Merge, base: Base) -> Bench:
     invoking = [token for edit in merge.edits[:1] for token in invoked_by(edit)]
     trained = sorted({token for edit in merge.edits for token in trained_tokens(edit)})
     # weights that stand for quantised ones are streamed: live quantised layers would be another code path
-    layerwise = merge.questions.layerwise or base.stored is not None
+    layerwise = merge.questions.layerwise or base.on_disk is not None
     return forward.Bench.of(base, device, layerwise, invoking + trained)

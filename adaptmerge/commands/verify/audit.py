@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptmerge.algebra.by_rows import Distance, row_ranges
-from adaptmerge.algebra.factors import Factor, as_low_rank
+from adaptmerge.algebra.factors import Factor
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.algebra.linalg import noise_floor, product_norm, thin_spectrum
+from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.commands.extract.tuned import Difference
 from adaptmerge.commands.verify.extracted import is_extraction
 from adaptmerge.commands.verify.promise import Promised

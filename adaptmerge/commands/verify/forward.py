@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from adaptmerge import runtime
@@ -153,13 +154,13 @@ def installed(form: Format) -> bool:
 
 def check_native_output(bench: Bench, result: Input, ours: Forward, dtype: DType) -> Check:
     """The output loaded and run by its format's own library, against the reference."""
-    form, path = result.format, result.path
-    assert form.oracle is not None
-    name = f"forward in {form.oracle.package}"
+    oracle, path = result.format.oracle, result.path
+    assert oracle is not None
+    name = f"forward in {oracle.package}"
     model = bench.model(result.adapter)
 
     def ask() -> Check:
-        y = form.oracle.forward(model, path, bench.inputs)  # type: ignore[union-attr]
+        y = oracle.forward(model, path, bench.inputs)
         return judge(name, compare(y, ours.y_ref, ours.y_base, dtype))
 
     return _guarded(name, ask)
@@ -169,9 +170,10 @@ def check_native_inputs(bench: Bench, inputs: Sequence[Input]) -> list[Check]:
     """Our reading of every input against its own library's deltas, where that is installed."""
     checks = []
     for item in inputs:
-        if installed(item.format):
-            name = f"input {item.name} in {item.format.oracle.package}"  # type: ignore[union-attr]
-            checks.append(_guarded(name, lambda i=item, n=name: _reading(n, bench, i)))  # type: ignore[misc]
+        oracle = item.format.oracle
+        if oracle is not None and installed(item.format):
+            name = f"input {item.name} in {oracle.package}"
+            checks.append(_guarded(name, partial(_reading, name, bench, item)))
     return checks
 
 

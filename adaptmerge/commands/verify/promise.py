@@ -15,7 +15,8 @@ from adaptmerge.adapters.module_paths import other_versions
 from adaptmerge.adapters.stored_edits import owner_of, with_value
 from adaptmerge.adapters.weight_edits import Add, delta_of, delta_on, factor_of, refitted
 from adaptmerge.algebra.by_rows import row_ranges
-from adaptmerge.algebra.factors import Factor, Rows, as_low_rank, mapped, refs_of
+from adaptmerge.algebra.factors import Factor, Rows
+from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.stored import policies_in, promised_edit, promised_labels
 from adaptmerge.errors import InputError, VerificationFailed
@@ -26,8 +27,10 @@ from adaptmerge.merging.weights import SiteRule, Weights
 from adaptmerge.methods.method import EXACT, Meeting, Member
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs.report import Report, SiteLine
+from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import F32
-from adaptmerge.tensors.refs import TensorRef, constant, remembered
+from adaptmerge.tensors.refs import TensorRef, constant
+from adaptmerge.tensors.walk import mapped, refs_of
 
 
 @dataclass(frozen=True, slots=True)

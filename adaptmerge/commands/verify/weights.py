@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from adaptmerge.adapters.graph import Adapter, Edit
 from adaptmerge.adapters.weight_edits import delta_on, factor_of
 from adaptmerge.algebra.by_rows import Distance, distance_in_parallel
-from adaptmerge.algebra.factors import Factor, as_low_rank, refs_of
+from adaptmerge.algebra.factors import Factor
 from adaptmerge.algebra.linalg import noise_floor
+from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.commands.verify.audit import Audit, Loss, auditor, unearned
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check
 from adaptmerge.commands.verify.promise import (
@@ -29,6 +30,7 @@ from adaptmerge.lazy import torch
 from adaptmerge.outputs.report import Report
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.refs import TensorRef
+from adaptmerge.tensors.walk import refs_of
 
 TOLERANCE = 1e-5  # relative; float32 factors and their products stay well below
 UNPROVEN = "sites that outputs do not judge"

@@ -7,7 +7,8 @@ from dataclasses import replace
 from adaptmerge.adapters.activation_edits import Bottleneck, Gated
 from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.adapters.weight_edits import Add, Scale
-from adaptmerge.algebra.factors import Leaf, Product, low_rank
+from adaptmerge.algebra.factors import Leaf, Product
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.formats.adapterhub.config import PLACES, READ, Config
 from adaptmerge.formats.adapterhub.keys import BOTTLENECK_LEAVES, FUSED, SHARED, Keys, Parts
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptmerge.adapters.graph import BaseReference, Edit, Kind, Layer, Note, Site
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.algebra.factors import low_rank
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.bases.llama_cpp import EMBEDDING, Names, rows_problem
 from adaptmerge.bases.stored_as import halved
 from adaptmerge.errors import InputError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adaptmerge.adapters.graph import Adapter, BaseReference, Bundle, Edit
 from adaptmerge.adapters.weight_edits import factor_of
-from adaptmerge.algebra.factors import as_low_rank
+from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.bases.llama_cpp import EMBEDDING, HEAD, Names, library, rows_problem
 from adaptmerge.bases.stored_as import interleaved
 from adaptmerge.errors import CannotStore

@@ -17,7 +17,8 @@ from adaptmerge.adapters.families.training_state import WithState
 from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.adapters.stored_edits import Opaque
 from adaptmerge.adapters.weight_edits import Add, Dora
-from adaptmerge.algebra.factors import Factor, low_rank
+from adaptmerge.algebra.factors import Factor
+from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.formats.peft.config_problems import MOVED_INITS, variants_in
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading
 from adaptmerge.tensors.refs import TensorRef

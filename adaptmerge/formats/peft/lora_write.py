@@ -17,7 +17,8 @@ from adaptmerge.adapters.graph import Adapter, Edit, Site
 from adaptmerge.adapters.module_paths import is_suffix
 from adaptmerge.adapters.stored_edits import ReplaceRows
 from adaptmerge.adapters.weight_edits import Dora, factor_of, family_of
-from adaptmerge.algebra.factors import Factor, Product, as_low_rank
+from adaptmerge.algebra.factors import Factor, Product
+from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.formats.format import WriteOptions
 from adaptmerge.formats.peft import target_parameters
 from adaptmerge.formats.peft.config import exactly

@@ -7,10 +7,10 @@ from functools import partial
 
 from adaptmerge.adapters.graph import Edit, Kind, Note
 from adaptmerge.adapters.stored_edits import role_of
-from adaptmerge.algebra.factors import refs_of
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.saved import saved_edits
 from adaptmerge.formats.peft.tuner import COMMON, Malformed, Parts, Reading, families
+from adaptmerge.tensors.walk import refs_of
 
 LORA = "LORA"
 

@@ -17,7 +17,7 @@ from typing import Any
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
 from adaptmerge.adapters.module_paths import exact_suffixes, is_suffix, suffixes
 from adaptmerge.adapters.weight_edits import Add, factor_of
-from adaptmerge.algebra.factors import LowRank, as_low_rank, low_rank
+from adaptmerge.algebra.low_rank import LowRank, as_low_rank, low_rank
 from adaptmerge.errors import CannotStore
 from adaptmerge.formats.peft.config import PeftConfig
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading

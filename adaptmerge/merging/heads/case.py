@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Edit, Labels, Note, Site
 from adaptmerge.adapters.stored_edits import owner_of, role_of, saved_module, trained_tokens
-from adaptmerge.algebra.factors import refs_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.merging.align import Group
 from adaptmerge.merging.heads.concat import is_earlier, last_layer, value_of
@@ -16,6 +15,7 @@ from adaptmerge.merging.request import Request
 from adaptmerge.merging.resolve import Weighed
 from adaptmerge.methods.method import Member
 from adaptmerge.tensors.compare import same_values
+from adaptmerge.tensors.walk import refs_of
 
 
 def all_same(members: Sequence[Member]) -> bool:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from adaptmerge.adapters.graph import Edit, Kind, Labels, Note
 from adaptmerge.adapters.stored_edits import with_value
-from adaptmerge.algebra.factors import refs_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.merging.heads.case import Case
 from adaptmerge.merging.heads.concat import check_concat, concatenated, value_of
@@ -30,6 +29,7 @@ from adaptmerge.methods.method import EXACT, Meeting, Member, Rule
 from adaptmerge.methods.sums import weighted_values
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.dtypes import widest
+from adaptmerge.tensors.walk import refs_of
 
 OTHERWISE = "or one of average, concat, separate and drop"
 PLURALS = {"bias": "biases", "head": "heads", "unlisted": "parameters"}

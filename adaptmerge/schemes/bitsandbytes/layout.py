@@ -23,18 +23,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from adaptmerge.bases.base import Base
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.bitsandbytes.codes import INT8_STEP
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
-from adaptmerge.schemes.scheme import Scheme, kept_under
+from adaptmerge.schemes.scheme import Scheme, checked, config_of, kept_under
 from adaptmerge.tensors.dtypes import F32
 from adaptmerge.tensors.refs import TensorRef
 
 URL = "https://github.com/bitsandbytes-foundation/bitsandbytes"
 STATE = ".quant_state.bitsandbytes__"
 LOW, HIGH = -128, 127
+NOTHING = "its config says that bitsandbytes quantised it, but no weight is"
 
 
 class State(NamedTuple):
@@ -208,9 +208,8 @@ def _bytes(ref: TensorRef) -> torch.Tensor:
 
 
 def _config(base: Base) -> Mapping[str, Any]:
-    found = base.config.get("quantization_config")
-    known = isinstance(found, Mapping) and found.get("quant_method") in ("bitsandbytes", None)
-    return found if known and isinstance(found, Mapping) else {}
+    found = config_of(base)
+    return found if found.get("quant_method") in ("bitsandbytes", None) else {}
 
 
 def _is_4bit(base: Base) -> bool:
@@ -221,7 +220,7 @@ def _is_8bit(base: Base) -> bool:
     return bool(_config(base).get("load_in_8bit") or _config(base).get("_load_in_8bit"))
 
 
-def _find_4bit(base: Base) -> dict[str, CodedWeight]:
+def _find_4bit(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which a state lies. Raises InputError naming what is missing or misshapen."""
     problems: list[str] = []
     found: dict[str, CodedWeight] = {}
@@ -231,17 +230,7 @@ def _find_4bit(base: Base) -> dict[str, CodedWeight]:
             module = weight.removesuffix(".weight")
             one = _four_bit(base, module, name, problems)
             found.update({} if one is None else {module: one})
-    return _checked(base, found, problems)
-
-
-def _checked(
-    base: Base, found: dict[str, CodedWeight], problems: list[str]
-) -> dict[str, CodedWeight]:
-    if not found and not problems:
-        problems.append("its config says that bitsandbytes quantised it, but no weight is")
-    if problems:
-        raise InputError(problems, where=str(base.path))
-    return found
+    return checked(base, found, problems, NOTHING)
 
 
 def _four_bit(base: Base, module: str, state_name: str, problems: list[str]) -> FourBit | None:
@@ -284,11 +273,11 @@ def _state(ref: TensorRef) -> State | None:
         return None
 
 
-def _find_8bit(base: Base) -> dict[str, CodedWeight]:
+def _find_8bit(base: Base) -> Mapping[str, CodedWeight]:
     """The weights beside which row scales lie. Raises InputError naming what is misshapen."""
     problems: list[str] = []
     found = {one.module: one for one in _eight_bits(base, problems)}
-    return _checked(base, dict(found), problems)
+    return checked(base, found, problems, NOTHING)
 
 
 def _eight_bits(base: Base, problems: list[str]) -> Iterator[EightBit]:

@@ -16,12 +16,11 @@ from adaptmerge.lazy import torch
 from adaptmerge.schemes.bitsandbytes import codes
 from adaptmerge.schemes.bitsandbytes.layout import STATE, EightBit, FourBit, State
 from adaptmerge.schemes.coded import CodedWeight
-from adaptmerge.schemes.computed import Encoder, OfAll, OfRows, named, renamed
+from adaptmerge.schemes.computed import Encoder, OfAll, OfRows, renamed
 from adaptmerge.schemes.scheme import Kept, Quantiser
-from adaptmerge.tensors.dtypes import BY_NAME, F32, DType
-from adaptmerge.tensors.refs import TensorRef, listed
+from adaptmerge.tensors.dtypes import F32, I8, U8, DType
+from adaptmerge.tensors.refs import TensorRef, computed, listed
 
-U8, I8 = BY_NAME["U8"], BY_NAME["I8"]
 LONGEST = 24  # characters of a number
 
 
@@ -98,7 +97,7 @@ def _blocks(weight: str, values: TensorRef, table: codes.Table) -> tuple[TensorR
     of_rows = OfRows(values, how, "codes", sizes[0], U8, values.shape[1] // 2)
     per_row = values.shape[1] // codes.BLOCK
     largest = OfRows(values, how, "absmax", sizes[1], F32, per_row)
-    return named(weight, of_rows), named(f"{weight}.absmax", largest)
+    return computed(of_rows, weight), computed(largest, f"{weight}.absmax")
 
 
 def _part(
@@ -109,7 +108,7 @@ def _part(
     shape: tuple[int, ...],
     dtype: DType,
 ) -> TensorRef:
-    return named(name, OfAll(values, how, part, shape, dtype))
+    return computed(OfAll(values, how, part, shape, dtype), name)
 
 
 def _listed(name: str, value: torch.Tensor) -> TensorRef:
@@ -123,7 +122,7 @@ def _eight_bit(module: str, values: TensorRef, _: DType) -> CodedWeight:
     largest = OfRows(values, how, "absmax", shape[:1], F32)
     order = renamed(listed((0,), (), U8), f"{module}.weight_format")
     weight, scale = f"{module}.weight", f"{module}.SCB"
-    return EightBit(module, shape, named(weight, held), named(scale, largest), (order,))
+    return EightBit(module, shape, computed(held, weight), computed(largest, scale), (order,))
 
 
 def _config(kind: str, kept: Kept, dtype: DType) -> dict[str, Any]:

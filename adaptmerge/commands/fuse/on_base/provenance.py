@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from adaptmerge.adapters.graph import Adapter, Kind, Note, Site
 from adaptmerge.bases.base import Base
 from adaptmerge.lazy import torch
-from adaptmerge.schemes.coded import DequantisedRows
+from adaptmerge.schemes.coded import dequantised
 from adaptmerge.schemes.scheme import quantisers
-from adaptmerge.tensors.dtypes import F32, DType
+from adaptmerge.tensors.dtypes import F32
 from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.row_source import RowSource
 
 ORIGINAL, QUANTISED = "original", "quantised"
 TRAINED_ON = (ORIGINAL, "nf4", "nf4,double", "fp4", "fp4,double", "int8", QUANTISED)
@@ -25,10 +25,9 @@ MARKS = ("bnb", "4bit", "8bit", "nf4", "int8", "int4", "4-bit", "8-bit", "qlora"
 
 
 @dataclass(frozen=True, slots=True)
-class RoundTrip:
+class RoundTrip(RowSource):
     """A weight (out, in) as a quantised layer computes with it, in float32."""
 
-    at_once: ClassVar[bool] = False
     ref: TensorRef
     trained_on: str
 
@@ -36,21 +35,14 @@ class RoundTrip:
     def shape(self) -> tuple[int, ...]:
         return self.ref.shape
 
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
+    def compute(self, start: int, stop: int) -> torch.Tensor:
         from adaptmerge.schemes.bitsandbytes.codes import round_trip
 
-        return round_trip(self.ref.read(), self.trained_on)
-
-    def rows(self, start: int, stop: int) -> RoundTrip | DequantisedRows:
-        """Some rows of it, as a source that reads no others but for their scales."""
-        if self.trained_on == BY_ROWS:
-            return RoundTrip(self.ref.slice(0, start, stop), self.trained_on)
+        if self.trained_on == BY_ROWS or (start, stop) == (0, self.shape[0]):
+            return round_trip(self.ref.slice(0, start, stop).read(), self.trained_on)
+        # the scales of these rows may need others
         coded = quantisers()[self.trained_on].quantise(self.ref.name, self.ref, F32)
-        return DequantisedRows(coded, start, stop)
+        return dequantised(coded, (start, stop))
 
 
 def as_trained(base: Base, trained_on: str | None, linears: Collection[str]) -> Base:

@@ -18,8 +18,10 @@ from typing import NamedTuple
 from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.lazy import torch
 from adaptmerge.schemes.coded import Dequantised
-from adaptmerge.tensors.dtypes import F32, F64, DType
-from adaptmerge.tensors.refs import TensorRef, computed, remembered
+from adaptmerge.tensors.caches import remembered
+from adaptmerge.tensors.dtypes import F64, DType
+from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.row_source import RowSource
 
 TURNS = 3  # of alternating least squares, each of which leaves about 1 / sqrt(n) of the error
 FEW = 2.0  # deviations of noise within which factors are the same
@@ -208,32 +210,21 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
-class Unscaled:
-    """Rows of a stored linear as the original has them, but for rounding: a source of refs, float32."""
+class Unscaled(RowSource):
+    """A stored linear as the original has it, but for rounding, in float32: a source of refs."""
 
     pair: ScaledPair
-    start: int
-    stop: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.stop - self.start, self.pair.stored.shape[1]
+        return self.pair.stored.shape
 
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        rows = slice(self.start, self.stop)
-        value = self.pair.stored.slice(0, self.start, self.stop).read().double()
+    def compute(self, start: int, stop: int) -> torch.Tensor:
+        value = self.pair.stored.slice(0, start, stop).read().double()
         outputs, inputs = (Factors(self.pair, side).read() for side in ("outputs", "inputs"))
-        return (value / outputs[rows, None] / inputs).float()
-
-    def rows(self, start: int, stop: int) -> Unscaled:
-        """Some rows of it, as a source that reads no others."""
-        return Unscaled(self.pair, self.start + start, self.start + stop)
+        return (value / outputs[start:stop, None] / inputs).float()
 
 
 def unscaled(pair: ScaledPair, name: str) -> TensorRef:
     """A linear (out, in) as the original has it, but for rounding."""
-    return computed(Unscaled(pair, 0, pair.stored.shape[0]), name)
+    return computed(Unscaled(pair), name)

@@ -6,13 +6,13 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from adaptmerge.commands.fuse.pieces.journal import to_record
 from adaptmerge.commands.fuse.pieces.layout import Shard
-from adaptmerge.commands.fuse.pieces.write import Progress, Settings, write_shard
+from adaptmerge.commands.fuse.pieces.write import Advance, Settings, write_shard
 from adaptmerge.errors import AdaptmergeError, MissingExtra
 
 Record = dict[str, Any]
@@ -27,10 +27,15 @@ class Job(NamedTuple):
     settings: Settings
 
 
-Executor = Callable[[Sequence[Job], Progress], Iterator[tuple[Job, Record]]]
+class Executor(Protocol):
+    """Where shards are written."""
+
+    def __call__(self, jobs: Sequence[Job], progress: Advance) -> Iterator[tuple[Job, Record]]:
+        """Writes the shards in any order, each with its record as soon as it is finished. Raises what the
+        one that fails raises."""
 
 
-def record_of(job: Job, progress: Progress) -> Record:
+def _written(job: Job, progress: Advance) -> Record:
     """Writes a shard and returns its record."""
     done = write_shard(job.shard, job.path, job.beside, job.settings, progress)
     return to_record(
@@ -38,13 +43,13 @@ def record_of(job: Job, progress: Progress) -> Record:
     )
 
 
-def local(jobs: Sequence[Job], progress: Progress) -> Iterator[tuple[Job, Record]]:
+def local(jobs: Sequence[Job], progress: Advance) -> Iterator[tuple[Job, Record]]:
     """One shard after the other; the work inside each is parallel."""
     for job in jobs:
-        yield job, record_of(job, progress)
+        yield job, _written(job, progress)
 
 
-def on_ray(jobs: Sequence[Job], progress: Progress) -> Iterator[tuple[Job, Record]]:
+def on_ray(jobs: Sequence[Job], progress: Advance) -> Iterator[tuple[Job, Record]]:
     """Shards on the workers of a Ray cluster, as they finish; a worker that dies is replaced and its shard
     written anew."""
     try:
@@ -69,7 +74,7 @@ def on_ray(jobs: Sequence[Job], progress: Progress) -> Iterator[tuple[Job, Recor
 
 def _remote(job: Job) -> Record:
     """A job as a worker runs it, one thread each."""
-    return record_of(job._replace(settings=job.settings._replace(workers=1)), lambda _: None)
+    return _written(job._replace(settings=job.settings._replace(workers=1)), lambda _: None)
 
 
 EXECUTORS: dict[str, Executor] = {"local": local, "ray": on_ray}

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.gguf_model import GgufModel
@@ -177,7 +178,7 @@ def shards_of(
         if not _is_aligned(found):
             found = tuple(sorted(found, key=lambda tensor: -tensor.dtype.bits))
         name = output_name(Path(path).name) if len(files) > 1 or _is_indexed(base) else SINGLE
-        shards.append(Shard(name, _header(base, path, found), found))
+        shards.append(Shard(name, _header(path, found), found))
     return shards
 
 
@@ -229,7 +230,7 @@ def output_dtype(ref: TensorRef, asked: DType | None) -> DType:
     return asked if asked is not None and wide else ref.dtype
 
 
-def _header(base: Base, path: str, tensors: Sequence[Tensor]) -> bytes:
+def _header(path: str, tensors: Sequence[Tensor]) -> bytes:
     """The source file's own first bytes where nothing in them changes."""
     blanks = {t.name: constant(0.0, t.shape, t.dtype) for t in tensors}
     if not path.endswith(".safetensors"):
@@ -251,7 +252,7 @@ def _metadata(first: bytes) -> dict[str, str]:
     return found
 
 
-def index_of(shards: Sequence[Shard], metadata: Mapping[str, object]) -> dict[str, object]:
+def index_of(shards: Sequence[Shard], metadata: Mapping[str, object]) -> dict[str, Any]:
     """The content of an index that says which file has which tensor."""
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     names = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}

@@ -30,7 +30,8 @@ from adaptmerge.rounding.matrix import Matrix, Measured
 from adaptmerge.rounding.scales import SOLVE
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.tensors.dtypes import U8, DType
-from adaptmerge.tensors.refs import Reshape, Slice, Stored, TensorRef, constant, read_span
+from adaptmerge.tensors.refs import Reshape, Slice, Stored, TensorRef, constant
+from adaptmerge.tensors.spans import read_span
 
 SPAN = 8 << 20  # bytes that are copied at once
 
@@ -90,7 +91,7 @@ class Piece(NamedTuple):
     part: Fused | None = None
 
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]  # told how many bytes more are done
 
 
 def survey(shard: Shard, settings: Settings) -> list[Choice]:
@@ -107,7 +108,7 @@ def _choice(made: Fused | CodedMatrix, rounding: str) -> Choice:
 
 
 def write_shard(
-    shard: Shard, path: Path, beside: Path, settings: Settings, progress: Progress
+    shard: Shard, path: Path, beside: Path, settings: Settings, progress: Advance
 ) -> Written:
     """Writes one file, with a temporary one beside it, and says what is in it.
 

@@ -115,25 +115,24 @@ def _files(output: Path, report: FuseReport) -> list[Check]:
 
 
 def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
-    recorded = report.base.get("fingerprint")
-    if recorded != plan.view.stored.fingerprint:
+    given, original = plan.bases.on_disk, plan.bases.original
+    if report.base.get("fingerprint") != given.fingerprint:
+        detail = f"{given.path.name} is not the base that was fused into (its fingerprint differs)"
+        return [Check("base", FAIL, detail)]
+    if original is not None and report.base.get("original") != original.fingerprint:
         detail = (
-            f"{plan.base.path.name} is not the base that was fused into (its fingerprint differs)"
+            f"{original.path.name} is not the original that was given (its fingerprint differs)"
         )
         return [Check("base", FAIL, detail)]
-    original = report.base.get("original")
-    if plan.original is not None and original != plan.original.fingerprint:
-        detail = f"{plan.original.path.name} is not the original that was given (its fingerprint differs)"
-        return [Check("base", FAIL, detail)]
-    return [Check("base", PASS, f"{plan.base.path.name} fits by fingerprint")]
+    return [Check("base", PASS, f"{given.path.name} fits by fingerprint")]
 
 
 def _config(plan: FusePlan, fused: View) -> Check:
     """Whether the config is the base's, but for what follows from the tensors: tied or not, how many
     layers, the vocabulary."""
-    wanted = {**plan.base.config, **plan.targets.config}
+    wanted = {**plan.bases.values.config, **plan.targets.config}
     free = FREE - plan.targets.config.keys()
-    said = fused.stored.config
+    said = fused.on_disk.config
     wrong = [
         f"{key} is {said[key]!r}, expected {wanted[key]!r}"
         for key in sorted(wanted.keys() & said.keys())
@@ -182,12 +181,12 @@ def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwi
     try:
         # quantised weights are run as their values: live quantised layers are another code path
         streamed = layerwise or plan.view.scheme is not None
-        bench = Bench.of(plan.view.base, name, streamed, tokens)
+        bench = Bench.of(plan.view.values, name, streamed, tokens)
         model = bench.model(wanted)
         y_base, y_ref = bench.run(model, against.base), bench.run(model, wanted)
         y_noisy = bench.run(model, _noisy(wanted, found, against.settled))
         del model
-        bench = replace(bench, base=fused.base, layerwise=layerwise or fused.scheme is not None)
+        bench = replace(bench, base=fused.values, layerwise=layerwise or fused.scheme is not None)
         y = bench.run(bench.model())
     except InputError as problem:
         return Check("forward", FAIL, f"cannot be run: {'; '.join(problem.problems[:2])}")

@@ -19,12 +19,12 @@ from adaptmerge.lazy import torch
 from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix, delta_of
 from adaptmerge.schemes.view import View
-from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.row_source import RowSource
 
 
 @dataclass(frozen=True, slots=True)
-class Without:
+class Without(RowSource):
     """A stored matrix (out, in) less all that adapters add to it, in float32."""
 
     stored: TensorRef
@@ -34,14 +34,11 @@ class Without:
     def shape(self) -> tuple[int, ...]:
         return self.matrix.shape
 
-    @property
-    def dtype(self) -> DType:
-        return F32
-
-    def read(self) -> torch.Tensor:
-        value = self.stored.read().double()
+    def compute(self, start: int, stop: int) -> torch.Tensor:
+        rows = start, stop
+        value = self.stored.slice(0, *rows).read().double()
         for part in self.matrix.parts:
-            value -= part.factor.dense().reshape(value.shape).double() * part.weight
+            value -= part.factor.dense(rows).reshape(value.shape).double() * part.weight
         return value.float()
 
 
@@ -75,7 +72,11 @@ def _made(plan: FusePlan) -> Iterator[tuple[str, Fused | CodedMatrix, bool]]:
     for shard in plan.shards:
         for name, one in zip(shard.names, shard.made, strict=True):
             turned = one.transposed if isinstance(one, Fused) else None
-            yield name, one, plan.base.is_transposed(one.matrix.site) if turned is None else turned
+            yield (
+                name,
+                one,
+                plan.bases.values.is_transposed(one.matrix.site) if turned is None else turned,
+            )
 
 
 def _trained(plan: FusePlan) -> Iterator[Replace]:
@@ -90,7 +91,7 @@ def _own(plan: FusePlan, fused: View) -> Iterator[Replace]:
     """The weights of a fused model less the adapters, where all that is added is in their place."""
     for name, one, turned in _made(plan):
         name = f"{one.weight.module}.weight" if isinstance(one, CodedMatrix) else name
-        stored = fused.base.tensors.get(name)
+        stored = fused.values.tensors.get(name)
         if stored is None or one.matrix.tokens:
             continue
         stored = stored.T if turned else stored

@@ -22,7 +22,7 @@ from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.fuse.pieces.layout import Fused, Recoded, Tensor
 from adaptmerge.commands.fuse.plan import FusePlan
-from adaptmerge.commands.fuse.report import FusedSite, FuseReport
+from adaptmerge.commands.fuse.report import FusedSite, FuseReport, and_error, percent
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check
 from adaptmerge.commands.verify.fused.agreement import (
     DOUBLE,
@@ -45,6 +45,7 @@ from adaptmerge.tensors.refs import TensorRef
 AGREES = 1e-3  # by which a gain computed anew may differ from the reported one
 SHOWN = 3
 KEPT, LOST = 0.9, 0.25  # a gain and a sub that models of other tools must reach
+SHARE, ERROR = "the share of {} that arrived", "the error of {} in the inputs that it reads"
 ROUNDED, COMPUTED = 4.0, 0.02  # their error: at most so much of the grid's own, and of the delta
 
 
@@ -68,7 +69,7 @@ class Looked:
 
 def look(plan: FusePlan, view: View) -> Looked:
     """Every tensor of a fused model against what the plan says of it."""
-    fused = view.stored
+    fused = view.on_disk
     found = Looked()
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     with one_thread_each(), ThreadPoolExecutor(workers_default()) as pool:
@@ -92,7 +93,7 @@ def _is_tied(name: str, fused: Base) -> bool:
 
 
 def _look_at(tensor: Tensor, view: View) -> Looked:
-    fused = view.stored
+    fused = view.on_disk
     module, _, param = tensor.name.rpartition(".")
     stored = fused.tensors.get(tensor.name)
     if stored is None:
@@ -219,9 +220,9 @@ def _diagnosis(gains: dict[str, float | None]) -> str | None:
         if gain is None or abs(gain - 1) < 1 - KEPT:
             continue
         if abs(gain) < 1 - KEPT:
-            return f"{name} is not in it (gain {gain:.3f})"
+            return f"{name} is not in it ({percent(gain)} of it arrived)"
         if abs(gain - round(gain)) < 0.1 and round(gain) == 2:
-            return f"{name} is in it twice (gain {gain:.3f})"
+            return f"{name} is in it twice ({percent(gain)} of it arrived)"
         return f"{name} is in it {gain:.3g} times: is its scale (alpha / r) right?"
     return None
 
@@ -232,11 +233,11 @@ def _unlike(finding: Finding, line: FusedSite) -> list[str]:
     problems = []
     for name, gain, sub in zip(names, measured.gains, measured.subs, strict=True):
         before = line.gain.get(name), line.sub.get(name)
-        for what, now, then in (("gain", gain, before[0]), ("sub", sub, before[1])):
+        for what, now, then in ((SHARE, gain, before[0]), (ERROR, sub, before[1])):
             known = now is not None and then is not None
             if (now is None) != (then is None) or (known and abs(now - then) > AGREES):  # type: ignore[operator]
                 problems.append(
-                    f"{line.site}: {what} of {name} is {_shown(now)}, reported was {_shown(then)}"
+                    f"{line.site}: {what.format(name)} is {_shown(now)}, reported was {_shown(then)}"
                 )
     error = math.sqrt(measured.error)
     if abs(error - line.error) > 0.01 * line.error + 1e-9 * line.weight_norm:
@@ -252,8 +253,7 @@ def _too_far(finding: Finding) -> list[str]:
     """A model of another tool may round as it likes, but must hold what the adapters add."""
     measured = finding.measured
     far = [
-        f"{finding.matrix.site}: {name} arrived with gain {_shown(gain)} and an error of {_shown(sub)} in "
-        "its inputs' space"
+        f"{finding.matrix.site}: {percent(gain, 'an unknown part')} of {name} arrived{and_error(sub)}"
         for name, gain, sub in zip(
             _adapters(finding.matrix), measured.gains, measured.subs, strict=True
         )

@@ -13,7 +13,7 @@ from adaptmerge.adapters.graph import Edit, Kind, Note, Site
 from adaptmerge.adapters.weight_edits import Add, factor_of
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
 from adaptmerge.lazy import torch
-from adaptmerge.tensors.dtypes import BY_NAME
+from adaptmerge.tensors.dtypes import I64
 from adaptmerge.tensors.refs import TensorRef, listed
 
 ROWS = Note(
@@ -80,7 +80,7 @@ def _rows(reading: Reading, module: str, ups: Sequence[TensorRef], rank: int) ->
     if ROWS not in reading.notes:
         reading.notes.append(ROWS)
     rows = tuple(row for cluster in found for row in cluster)
-    return listed(rows, (len(rows),), BY_NAME["I64"])
+    return listed(rows, (len(rows),), I64)
 
 
 def _adamss(edit: Edit) -> Adamss:

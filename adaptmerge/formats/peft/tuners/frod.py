@@ -19,7 +19,7 @@ from adaptmerge.adapters.graph import Edit, Site
 from adaptmerge.errors import CannotStore
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.tensors.dtypes import BY_NAME
+from adaptmerge.tensors.dtypes import I64
 from adaptmerge.tensors.refs import TensorRef, listed
 
 LEAVES = ("frod_lambda_l", "frod_lambda_s_values")
@@ -95,7 +95,7 @@ def shared(edits: Sequence[Frod]) -> Spelling:
     refs: dict[str, TensorRef] = {}
     for name, edit in found.items():
         width = edit.basis.shape[0]
-        size = listed((width, width), (2,), BY_NAME["I64"])
+        size = listed((width, width), (2,), I64)
         stored = (replace(edit.basis, shared=False), replace(edit.places, shared=False), size)
         refs |= {f"base_model.{leaf}.{name}": ref for leaf, ref in zip(SHARED, stored, strict=True)}
     fields: dict[str, Any] = {"save_projection": True, "sparse_rate": _rate(list(found.values()))}

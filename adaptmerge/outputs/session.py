@@ -1,0 +1,81 @@
+"""One way to write an output: staged, with a scratch for results, strict where asked, committed whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptmerge import __version__
+from adaptmerge.adapters.graph import Bundle
+from adaptmerge.files.scratch import Scratch
+from adaptmerge.files.staging import Staging
+from adaptmerge.formats.format import Format, Output, WriteOptions
+from adaptmerge.formats.inputs import Input
+from adaptmerge.formats.registry import formats
+from adaptmerge.outputs import companions
+from adaptmerge.outputs.adapters import left_by, write_bundle
+from adaptmerge.outputs.report import FILE, METADATA_KEY, Report, check_strict, report_name
+from adaptmerge.outputs.target import is_file_name
+
+PAGE = 4096  # bytes; headers are reserved in these
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What is written: adapters in a target's format, and the inputs whose files may travel along."""
+
+    bundle: Bundle
+    target: Format
+    how: WriteOptions
+    inputs: Sequence[Input]
+
+
+class Session:
+    """An output while it is being written; see `writing`."""
+
+    def __init__(self, staging: Staging, output: Path, *, strict: bool) -> None:
+        self.staging, self.strict = staging, strict
+        self.single = output.name if is_file_name(output) else None
+        self.main = ""
+
+    @contextmanager
+    def scratch(self, sites: Sequence[str], inputs: int = 0) -> Iterator[Scratch]:
+        """A file for settled tensors, with room for the header of a result with these sites."""
+        entries = sum(2 * (len(site) + 200) for site in sites)
+        room = -(-(entries + PAGE + 512 * inputs) // PAGE) * PAGE
+        with Scratch(self.staging.scratch("settled"), room) as scratch:
+            yield scratch
+
+    def write(
+        self, result: Result, report: Report, short: Mapping[str, object], scratch: Scratch
+    ) -> None:
+        """Stages all files. Raises AdaptmergeError for notes of the report that are fatal; `short` is the
+        report's short form, for the header of the main file."""
+        check_strict(report.notes, self.strict)
+        metadata = {METADATA_KEY: json.dumps({"version": __version__, **short}, sort_keys=True)}
+        output = Output(self.staging.path, self.single, metadata, scratch)
+        self.main = write_bundle(result.bundle, result.target, output, result.how)
+        if self.single is None:
+            companions.write(result.inputs, report, output)
+        name = report_name(self.single) if self.single else FILE
+        output.path(name).write_text(report.as_text(), encoding="utf-8")
+
+
+@contextmanager
+def writing(
+    output: Path, inputs: Sequence[Path], *, force: bool, strict: bool
+) -> Iterator[Session]:
+    """A session whose files appear all together when the block ends, or not at all when it fails.
+
+    Raises OutputError for an output that exists, unless `force`, or that overlaps an input.
+    """
+    obsolete = {name for found in formats().values() for name in found.files}
+    obsolete |= left_by(output, obsolete)
+    single = is_file_name(output)
+    with Staging(output, force=force, inputs=inputs, single=single) as staging:
+        session = Session(staging, output, strict=strict)
+        yield session
+        staging.commit(session.main, obsolete=obsolete)
