@@ -198,9 +198,17 @@ class FactoredOnBase(WeightEdit, Protocol):
         """What it adds to the base weight (out, in)."""
 
 
+@runtime_checkable
+class Additive(Edit, Protocol):
+    """An edit that may know what it adds: of a parameter, or to what flows after some token."""
+
+    def delta(self) -> Factor | None:
+        """What is added whatever the base is; None when it depends on the base."""
+
+
 def delta_of(edit: Edit) -> Factor | None:
-    """What an edit adds whatever the base is; None where that depends on it, or no weight is edited."""
-    return edit.delta() if isinstance(edit, WeightEdit) else None
+    """What an edit adds whatever the base is; None where that depends on it, or nothing is added."""
+    return edit.delta() if isinstance(edit, Additive) else None
 
 
 def delta_on(edits: Sequence[Edit], weight: TensorRef) -> Factor:
