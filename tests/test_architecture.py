@@ -34,7 +34,7 @@ TOP = {"__init__", "__main__", "errors", "lazy", "parallel", "discovery"}
 # also a container, which files/ tells by its first bytes, and of base models
 CONTAINERS = {"files": {"gguf"}, "bases": {"gguf"}, "schemes": {"gguf"}}
 KIND_BLIND = ("merging", "rounding", "outputs", "commands")
-MAX_FUNCTION_LINES, MAX_FILE_LINES = 35, 450
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 40, 400
 
 
 def sources() -> list[Path]:
@@ -280,14 +280,23 @@ def functions() -> Iterator[tuple[str, int]]:
 
 def test_functions_are_short() -> None:
     sizes = dict(functions())
-    long = {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES}
-    assert len(long) <= 0.1 * len(sizes), f"{len(long)} of {len(sizes)} are long: {long}"
+    assert len(sizes) > 2000
+    assert not {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES}
+    middling = [name for name, size in sizes.items() if size > MAX_FUNCTION_LINES / 2]
+    assert len(middling) <= 0.1 * len(sizes), f"{len(middling)} of {len(sizes)} are long"
 
 
 def test_files_are_short() -> None:
     sizes = {where(path, tree(path)): path.read_text("utf-8").count("\n") for path in sources()}
     long = {name: size for name, size in sizes.items() if size > MAX_FILE_LINES}
     assert not long
+
+
+def test_mypy_is_told_to_ignore_little() -> None:
+    marked = [line for path in sources() for line in path.read_text("utf-8").splitlines()]
+    ignored = [line for line in marked if "# type: ignore" in line]
+    assert len(ignored) <= 30
+    assert all(line.count("#") > 1 for line in ignored), "say why mypy cannot see it"
 
 
 def test_no_file_is_a_drawer() -> None:

@@ -239,18 +239,25 @@ def row_factor(matrix: Matrix, delta: Delta, rows: tuple[int, int]) -> torch.Ten
         found = _row_scaling(factor, matrix.weight)
         if found is None:
             return None
-        added = found.ref.read().double().flatten()[slice(*rows)] * scale * factor.scale  # type: ignore[attr-defined]
+        added = found.vector.read().double().flatten()[slice(*rows)] * scale * found.scale
         total = added if total is None else total + added
     return None if total is None else (1 + total)[:, None].to(working_dtype(matrix))
 
 
-def _row_scaling(factor: Factor, weight: TensorRef) -> Diag | None:
-    """The vector of a diag(v) W of the very weight that it is added to."""
+class RowScaling(NamedTuple):
+    """scale * diag(vector) W of the very weight W that it is added to."""
+
+    vector: TensorRef
+    scale: float
+
+
+def _row_scaling(factor: Factor, weight: TensorRef) -> RowScaling | None:
+    """A factor as a scaling of the rows of a weight; None for any other."""
     if not isinstance(factor, Product) or len(factor.parts) != 2:
         return None
     left, right = factor.parts
     own = isinstance(right, Leaf) and right.ref == weight
-    return left if own and isinstance(left, Diag) else None
+    return RowScaling(left.ref, factor.scale) if own and isinstance(left, Diag) else None
 
 
 def own_direction(delta: Delta, rows: tuple[int, int], made: TargetRows) -> torch.Tensor:
@@ -339,8 +346,8 @@ def measure(delta: Delta, rows: tuple[int, int], made: TargetRows, found: Rounde
         total += whole
         added.append(_squared(whole))
         inner.append(float((error * whole).sum(dtype=torch.float64)))
-        thin = full is None and side is not None and inside.shape[1]
-        spans.append(_squared(inside @ side.span) if thin else None)  # type: ignore[union-attr]
+        thin = None if full is not None or not inside.shape[1] else side
+        spans.append(None if thin is None else _squared(inside @ thin.span))
     size = total if total is not None else coordinates
     return Measured(
         _squared(weight),

@@ -168,7 +168,8 @@ def fit_heads(model: Any, adapter: Adapter | None) -> None:
             new = torch.zeros(edit.value.shape, dtype=old.dtype)
             same = tuple(slice(min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
             new[same] = old.detach()[same]
-            module._parameters[edit.site.param] = torch.nn.Parameter(new)  # type: ignore[union-attr]
+            assert module is not None  # it has the parameter
+            module._parameters[edit.site.param] = torch.nn.Parameter(new)
         if module is not None and hasattr(module, "out_features"):
             module.out_features = module.weight.shape[0]
 

@@ -32,7 +32,7 @@ class Scattered:
 
     def read(self) -> torch.Tensor:
         parts = [part.read() for part in self.parts]
-        blocks: torch.Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+        blocks: torch.Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         placed: torch.Tensor = torch.empty_like(blocks).index_copy(0, self.rows.read(), blocks)
         return placed
 

@@ -227,6 +227,13 @@ def _diagnosis(gains: dict[str, float | None]) -> str | None:
     return None
 
 
+def _agree(now: float | None, then: float | None) -> bool:
+    """Whether two measures are alike, or both unknown."""
+    if now is None or then is None:
+        return now is then
+    return abs(now - then) <= AGREES
+
+
 def _unlike(finding: Finding, line: FusedSite) -> list[str]:
     """Where the certificate is not the reported one."""
     measured, names = finding.measured, _adapters(finding.matrix)
@@ -234,8 +241,7 @@ def _unlike(finding: Finding, line: FusedSite) -> list[str]:
     for name, gain, sub in zip(names, measured.gains, measured.subs, strict=True):
         before = line.gain.get(name), line.sub.get(name)
         for what, now, then in ((SHARE, gain, before[0]), (ERROR, sub, before[1])):
-            known = now is not None and then is not None
-            if (now is None) != (then is None) or (known and abs(now - then) > AGREES):  # type: ignore[operator]
+            if not _agree(now, then):
                 problems.append(
                     f"{line.site}: {what.format(name)} is {_shown(now)}, reported was {_shown(then)}"
                 )
