@@ -33,6 +33,7 @@ from adaptmerge.outputs.report import load_report
 RANK = 4
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, torch.Tensor]
+LOGITS = 3e-4  # of 6 in float32: 800 roundings of 2^-24; a vector that is lost moves them by 0.1
 
 
 def low_rank(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -212,7 +213,7 @@ def test_a_lora_is_recovered_and_peft_computes_the_tuned_model(family: str, tmp_
     )
     assert report.totals.truncation == 0.0
     wanted = outputs(tuned)
-    assert float((peft_outputs(base, tmp_path / "out") - wanted).abs().max()) < 1e-4
+    assert float((peft_outputs(base, tmp_path / "out") - wanted).abs().max()) < LOGITS
     verdict = verify(tmp_path / "out", Questions(str(base), {"tuned": str(tuned)}))
     assert verdict.status == "pass", verdict
 
@@ -319,7 +320,7 @@ def test_embeddings_as_asked(embeddings: str, tmp_path: Path) -> None:
     if embeddings == "full":
         assert {kinds[name] for name in names} == {"replace"}
         wanted = outputs(tuned)
-        assert float((peft_outputs(base, tmp_path / "out") - wanted).abs().max()) < 1e-4
+        assert float((peft_outputs(base, tmp_path / "out") - wanted).abs().max()) < LOGITS
     else:
         assert not kinds.keys() & set(names)
         assert any(note.kind == "dropped" for note in report.notes)
@@ -337,7 +338,7 @@ def test_a_tied_base_and_an_untied_tuned_model(tmp_path: Path) -> None:
     found = stored(tmp_path / "out", base)
     assert relative(found["lm_head"], found["transformer.wte"] + 0.1) < 1e-4
     wanted = outputs(tmp_path / "untied")
-    assert float((peft_outputs(base, tmp_path / "out") - wanted).abs().max()) < 1e-4
+    assert float((peft_outputs(base, tmp_path / "out") - wanted).abs().max()) < LOGITS
     back = rank(RANK + 1)
     extract(str(tmp_path / "untied"), str(base), tmp_path / "back", back)
     other = stored(tmp_path / "back", tmp_path / "untied")
@@ -359,7 +360,7 @@ def test_a_resized_vocabulary_is_kept_whole(family: str, tmp_path: Path) -> None
     assert whole == {"lm_head", "model.embed_tokens" if family == "llama" else "transformer.wte"}
     assert any("131 rows and the base 128" in note.what for note in report.notes)
     wanted = outputs(tuned)
-    assert float((peft_outputs(base, tmp_path / "out", 131) - wanted).abs().max()) < 1e-4
+    assert float((peft_outputs(base, tmp_path / "out", 131) - wanted).abs().max()) < LOGITS
     assert verify(tmp_path / "out", Questions(str(base), {"tuned": str(tuned)})).status == "pass"
 
 
@@ -405,7 +406,7 @@ def test_experts_of_a_stacked_checkpoint(layout: str, tmp_path: Path) -> None:
         return
     extract(str(base), str(tuned), tmp_path / "out", rank(RANK))
     wanted = outputs(tuned)
-    assert float((peft_outputs(base, tmp_path / "out") - wanted).abs().max()) < 1e-4
+    assert float((peft_outputs(base, tmp_path / "out") - wanted).abs().max()) < LOGITS
 
 
 def test_a_parameter_of_a_module_with_modules_is_refused(tmp_path: Path) -> None:

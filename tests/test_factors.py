@@ -202,4 +202,5 @@ def test_side_average_is_a_factor_too(seed: int, shape: Shape) -> None:
     assert factor.shape == shape
     assert torch.allclose(factor.dense(), expected, rtol=1e-12)
     assert torch.allclose(dense_of(factor.thin()), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(factor.dense((0, 1)), factor.dense()[0:1])
+    # a product of another shape may round its two terms otherwise, in float64; a wrong row is of size 1
+    assert close(factor.dense((0, 1)), factor.dense()[0:1].numpy())

@@ -49,10 +49,12 @@ def on_convs(name: str, config: str, targets: list[str], **options: Any) -> Fami
     return case(name, config, targets, model="conv", randomise=partial(noise, size=0.3), **options)
 
 
+# PEFT keeps the scale of LoHa in float32, and computes C3A in it, whatever the model is in
+SINGLE = 1e-5
 LOHA = (
-    case("loha", "LoHaConfig", LINEARS, r=3, alpha=7),
-    case("loha_patterns", "LoHaConfig", LINEARS, r=3, alpha=7, **PATTERNS),
-    case("loha_bias", "LoHaConfig", BIASED, r=3, alpha=7, model="qwen2"),
+    case("loha", "LoHaConfig", LINEARS, r=3, alpha=7, tolerance=SINGLE),
+    case("loha_patterns", "LoHaConfig", LINEARS, r=3, alpha=7, tolerance=SINGLE, **PATTERNS),
+    case("loha_bias", "LoHaConfig", BIASED, r=3, alpha=7, model="qwen2", tolerance=SINGLE),
     on_convs("loha_conv", "LoHaConfig", CONVS, r=3, alpha=7),
     on_convs("loha_conv_cores", "LoHaConfig", CONVS, r=3, alpha=7, use_effective_conv2d=True),
 )
@@ -162,7 +164,6 @@ GRALORA = (
     case("gralora_bias", "GraloraConfig", BIASED, r=4, bias="gralora_only", model="qwen2"),
     case("gralora_gpt2", "GraloraConfig", GPT2, r=4, hybrid_r=2, model="gpt2", fan_in_fan_out=True),
 )
-SINGLE = 1e-5  # PEFT computes C3A in float32 whatever the model is in
 C3A = (
     case("c3a", "C3AConfig", LINEARS, block_size=8, tolerance=SINGLE, randomise=loud),
     case(

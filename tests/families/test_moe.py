@@ -375,9 +375,11 @@ def test_fused_adapters_go_back_to_one_module_per_matrix(
     for expert in range(EXPERTS):
         name = f"model.layers.0.{BLOCK[model]}.experts.{expert}"
         both = torch.cat([parts[f"{name}.{gate}"], parts[f"{name}.{up}"]])
-        assert torch.equal(both, fused[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"])
+        one = fused[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"]
+        # the same numbers, but products of other shapes: sums of 3 terms in float64; float32 has 1e-7
+        assert (both - one).norm() < 1e-14 * one.norm()
         one = fused[f"model.layers.0.mlp.experts.down_proj[{expert}]"]
-        assert torch.equal(parts[f"{name}.{down}"], one)
+        assert (parts[f"{name}.{down}"] - one).norm() < 1e-14 * one.norm()
     assert error(case, run(case, read(tmp_path / "v4")), case.truth(path)) < 1e-9
     if model != "qwen2_moe":
         assert error(case, case.truth(tmp_path / "v4"), case.truth(path)) < 1e-9

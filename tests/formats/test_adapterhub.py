@@ -66,8 +66,9 @@ def test_computes_what_the_library_computed(name: str, fixtures: Path) -> None:
     model = load_model(fixtures / "adapterhub" / name.split("/")[0] / "base")
     with attach(model, read(fixtures / "adapterhub" / name)):
         y = outputs_of(model, inputs)
-    assert error(y, recording["y"], recording["y_base"]) < 1e-5
-    assert error(outputs_of(model, inputs), recording["y_base"], recording["y"]) < 1e-5
+    # float32 outputs of two machines: 16 roundings of 2^-24 are 7e-5 of an effect of 1.5 %; bf16 has 2e-3
+    assert error(y, recording["y"], recording["y_base"]) < 1e-4
+    assert error(outputs_of(model, inputs), recording["y_base"], recording["y"]) < 1e-4
 
 
 @pytest.mark.parametrize("name", CASES)

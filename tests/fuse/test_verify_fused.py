@@ -133,7 +133,10 @@ def configure(folder: Path, **values: Any) -> None:
 def test_nearest_is_right_bit_for_bit(plain: Setting, report: bool, tmp_path: Path) -> None:
     verdict = ask(plain, plain.copy(tmp_path), report=report)
     assert verdict.status == PASS, text(verdict)
-    assert re.search(r"1[34] matrices bit for bit(, 1 but for \d near ties)?, 7", text(verdict))
+    (weights,) = (c for c in verdict.checks if c.name == "weights")
+    assert sum(weights.numbers["agreement"].get(how, 0) for how in ("exact", "near ties")) == 14
+    # a float32 sum has 16 bits more than bfloat16: one in 2^16 of 61,440 comes to lie in the middle
+    assert weights.numbers["near_ties"] < 20
     assert "7 tensors are the base's own bits" in text(verdict)
     (forward,) = (c for c in verdict.checks if c.name == "forward")
     assert forward.numbers["effect"] > 0.1

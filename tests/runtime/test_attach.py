@@ -210,7 +210,8 @@ def test_a_bias_that_the_base_lacks() -> None:
     x = torch.randn(2, 3)
     plain = up(x)
     with attach(model, Adapter("a", (bias,))):
-        assert torch.equal(up(x), plain + 0.5)
+        # a kernel may begin with the bias or end with it: one more rounding in float32, not 0.5
+        torch.testing.assert_close(up(x), plain + 0.5)
     assert up._parameters == {"weight": up.weight, "bias": None}
     refused = Replace(Site("norm", "bias"), constant(0.5, (4,), F32), "bias")
     with pytest.raises(InputError, match="RMSNorm has no bias"):  # noqa: SIM117
