@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 QUIET_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(QUIET_ENV) $(SINGLE_THREADED) $(BIN)/python -m pytest
 TINY := fixtures/tinyllama
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oracles lint format bench clean
+.PHONY: help setup demo test test-full test-times test-oracles lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,8 +34,14 @@ demo: $(VENV)/.installed ## combine two adapters and verify the result in a real
 	  --base $(TINY)/base -o build/demo/merged
 	$(QUIET_ENV) $(BIN)/adaptmerge verify build/demo/merged --base $(TINY)/base
 
-test: $(VENV)/.installed ## run the test suite
-	$(QUIET_ENV) $(SINGLE_THREADED) $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+test: $(VENV)/.installed ## run the tests that every change must pass
+	$(PYTEST) -q -n $(JOBS) $(ARGS)
+
+test-full: $(VENV)/.installed ## run them with all variants and examples
+	$(PYTEST) -q -n $(JOBS) -m 'not oracle' --hypothesis-profile=thorough $(ARGS)
+
+test-times: $(VENV)/.installed ## run them and fail where one takes too long
+	CHECK_TIMES=1 $(PYTEST) -q -n $(JOBS) $(ARGS)
 
 test-oracles: $(VENV)/.oracles ## compare with other frameworks' own runtimes
 	$(QUIET_ENV) $(BIN)/python -m pytest -q -m oracle $(ARGS)

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from families.built import BuiltCases
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
-    "reproducible",
+    "thorough",  # 100 examples, as hypothesis has it
     derandomize=True,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("reproducible")
+settings.register_profile("quick", settings.get_profile("thorough"), max_examples=30)
+settings.load_profile("quick")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    beside_each_other(items)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not has_device():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or MPS device"))
+
+
+def beside_each_other(items: list[pytest.Item]) -> None:
+    """Tests of one case of a family follow each other, so that it is built once, by one process."""
+    first: dict[object, int] = {}
+    places: dict[pytest.Item, int] = {}
+    for number, item in enumerate(items):
+        places[item] = number
+        if isinstance(item, pytest.Function) and "built" in item.fixturenames:
+            places[item] = first.setdefault(item.callspec.params["name"], number)
+    items.sort(key=places.__getitem__)
 
 
 def has_device() -> bool:
@@ -41,3 +59,16 @@ def has_device() -> bool:
 def fixtures() -> Path:
     """The folder of checked-in adapters, bases and recordings."""
     return ROOT / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> BuiltCases:
+    """The cases of families by name, each built once where its tests follow each other."""
+    from families.built import Built
+    from families.cases import all_cases
+
+    @lru_cache(maxsize=4)
+    def build(name: str) -> Built:
+        return Built(all_cases()[name], tmp_path_factory.mktemp(name))
+
+    return build

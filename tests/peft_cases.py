@@ -18,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import copies
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -184,19 +186,17 @@ class PeftCase:
         return self.family != "conv"
 
     def make_model(self) -> nn.Module:
-        return MODELS[self.family]()
+        return copies.fresh(MODELS[self.family])
 
     def example_inputs(self) -> dict[str, Tensor]:
         return token_inputs() if self.has_config else pixel_inputs()
 
     def save_base(self, directory: Path) -> Path:
         """Write the base: a `transformers` checkpoint, or model.safetensors alone for ConvNet."""
-        directory.mkdir(parents=True, exist_ok=True)
-        model: Any = self.make_model()
         if self.has_config:
-            model.save_pretrained(directory)
-        else:
-            save_file(model.state_dict(), directory / "model.safetensors")
+            return copies.save(MODELS[self.family], directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(self.make_model().state_dict(), directory / "model.safetensors")
         return directory
 
     def build(self, directory: Path, seed: int, rank: int = 4, **overrides: Any) -> Path:
@@ -212,8 +212,14 @@ class PeftCase:
             randomise(model, seed, self.dtype)
             targets = config.target_modules or ()
             embeddings = not isinstance(targets, str) and "embed_tokens" in targets
-            model.save_pretrained(directory, save_embedding_layers=embeddings)
+            save_adapter(model, directory, save_embedding_layers=embeddings)
         return directory
+
+
+def save_adapter(model: Any, directory: Path, **options: Any) -> None:
+    """As PEFT saves it, but for the model card: to fill in its template takes longest."""
+    with patch("peft.PeftModel.create_or_update_model_card"):
+        model.save_pretrained(directory, **options)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from peft_cases import CASES, PeftCase, logits
 from samples import same_bits, tensors_of
+from tiers import repeats
 from torch import Tensor, nn
 
 from adaptmerge.commands.combine import Options, combine
@@ -27,17 +28,11 @@ SUMMED = [name for name in CASES if name != "dora"]  # a sum of DoRAs is not def
 WHOLE = {"head_llama": "lm_head", "head_bert": "classifier", "tokens": "embed_tokens"}
 
 
-@cache
-def fresh(name: str) -> nn.Module:
-    """The base of a case, to be copied: building it takes longer."""
-    return CASES[name].make_model()
-
-
 def loaded(case: PeftCase, path: Path) -> nn.Module:
     """The base with an adapter as PEFT loads it, computing in float64."""
     from peft import PeftModel
 
-    base = copy.deepcopy(fresh(case.name))
+    base = case.make_model()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: nn.Module = PeftModel.from_pretrained(base, path).double().eval()
@@ -61,7 +56,7 @@ class Setting:
 
     def __init__(self, case: PeftCase, folder: Path) -> None:
         self.case, self.folder = case, folder
-        self.base: State = copy.deepcopy(fresh(case.name)).double().state_dict()
+        self.base: State = case.make_model().double().state_dict()
         self.y_base = self.outputs(self.base)
 
     @cache  # noqa: B019 - as long as the module's tests
@@ -81,7 +76,7 @@ class Setting:
         return {name: after[name] - value for name, value in self.base.items()}
 
     def outputs(self, state: State) -> Tensor:
-        model = copy.deepcopy(fresh(self.case.name)).double()
+        model = self.case.make_model().double()
         model.load_state_dict(state)
         return logits(model, inputs(self.case))
 
@@ -122,8 +117,22 @@ def merge(setting: Setting, weights: list[float], output: Path, **options: Any) 
     return output
 
 
-@pytest.mark.parametrize("weights", [[0.7], [0.6, 0.4], [0.3, 0.25, 0.2, 0.15, 0.1]], ids=len)
-@pytest.mark.parametrize("name", SUMMED)
+FEW, MANY = [0.7], [0.3, 0.25, 0.2, 0.15, 0.1]
+ONE = ("plain", "bias_all", "conv2d")  # of which one alone is scaled
+FIVE = ("patterns", "lora_bias", "head_bert", "tokens")  # of which five are summed
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        *((name, [0.6, 0.4]) for name in SUMMED),
+        *((name, FEW) for name in ONE),
+        *((name, MANY) for name in FIVE),
+        *(repeats(name, FEW) for name in SUMMED if name not in ONE),
+        *(repeats(name, MANY) for name in SUMMED if name not in FIVE),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(len(value)),
+)
 def test_linear_is_the_sum_of_pefts_deltas(
     name: str, weights: list[float], setting: Callable[[str], Setting], tmp_path: Path
 ) -> None:

@@ -15,14 +15,16 @@ from pathlib import Path
 import click
 import pytest
 from console import run
+from fuse.models import llama_base
 from made import make
+from peft_cases import CASES
 
 from adaptmerge.cli import main
 
 HEAVY = ("torch", "numpy", "transformers", "peft", "gguf", "huggingface_hub")
 COMMANDS = sorted(main.commands)
 SAYS_JSON = {
-    "calibrate": ["base", "base/tokenizer.json"],
+    "calibrate": ["base", "text.txt"],
     "combine": ["prose", "code"],
     "convert": ["prose"],
     "diff": ["prose", "code"],
@@ -55,6 +57,7 @@ def here(tmp_path: Path, fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "base").symlink_to(fixtures / "tinyllama" / "base", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("inputs: [prose, code]\noutput: by-recipe\n")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
     return tmp_path
 
 
@@ -67,10 +70,6 @@ def python(code: str, *arguments: str, cwd: Path, **env: str) -> subprocess.Comp
         cwd=cwd,
         env={**os.environ, **env},
     )
-
-
-def cli(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return python("from adaptmerge.cli import main; main()", *arguments, cwd=cwd, **env)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -230,20 +229,43 @@ main()
     assert {path.name for path in here.iterdir()} - before == {"merged"}
 
 
+# Commands after one another in one process, which takes longer to start than to run them.
+IN_TURN = """
+import json, sys
+from adaptmerge.cli import main
+codes = []
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as end:
+        codes.append(end.code or 0)
+print(json.dumps(codes))
+"""
+
+
+def in_turn(
+    commands: Sequence[Sequence[str]], cwd: Path, *, first: str = "", **env: str
+) -> tuple[list[int], str]:
+    """The exit codes of command lines and what they say of errors; `first` is run before."""
+    done = python(first + IN_TURN, json.dumps(commands), cwd=cwd, **env)
+    assert done.returncode == 0, done.stderr
+    codes: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return codes, done.stderr
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs setrlimit")
-@pytest.mark.parametrize("output", ["merged", "one.safetensors"])
-def test_full_disk_leaves_nothing(output: str, here: Path) -> None:
-    code = """
+def test_full_disk_leaves_nothing(here: Path) -> None:
+    limit = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-from adaptmerge.cli import main
-main()
 """
     before = hashes(here)
-    found = python(code, "combine", "prose", "code", "-o", output, cwd=here)
-    assert found.returncode == 1
-    assert "larger than the file system or a limit" in found.stderr
-    assert "Traceback" not in found.stderr
+    outputs = ("merged", "one.safetensors")
+    commands = [["combine", "prose", "code", "-o", output] for output in outputs]
+    codes, said = in_turn(commands, here, first=limit)
+    assert codes == [1, 1]
+    assert said.count("larger than the file system or a limit") == 2
+    assert "Traceback" not in said
     assert hashes(here) == before
 
 
@@ -266,30 +288,34 @@ def test_inputs_are_never_changed(arguments: Sequence[str], here: Path) -> None:
     assert {name: after.get(name) for name in before} == before
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["fixtures/tinyllama/lora-r8-shakespeare", "fixtures/tinyllama/lora-r8-cheaders"],
-        [
-            "fixtures/tinyllama/lora-r8-shakespeare:0.7",
-            "fixtures/tinyllama/lora-r16-rslora-qv-perl:0.3",
+def test_output_is_the_same_bytes(tmp_path: Path, fixtures: Path) -> None:
+    """Stacked, fitted and fused, whatever the workers and the order of sets."""
+    tiny = fixtures / "tinyllama"
+    one, two, three = (
+        str(tiny / f"lora-{name}")
+        for name in ("r8-shakespeare", "r8-cheaders", "r16-rslora-qv-perl")
+    )
+    sharded = llama_base(tmp_path / "base", shard="60KB")
+    its = CASES["plain"].build(tmp_path / "its", 1)
+    commands = {
+        "stacked": ["combine", one, two],
+        "fitted": [
+            *("combine", f"{one}:0.7", f"{three}:0.3"),
             *("--max-error", "0.1", "--ranks", "per-site", "--dtype", "bf16"),
         ],
-    ],
-    ids=["stacked", "fitted"],
-)
-def test_output_is_the_same_bytes(arguments: Sequence[str], tmp_path: Path, fixtures: Path) -> None:
+        "fused": ["fuse", str(sharded), str(its)],
+    }
     found = []
     for seed, jobs in (("1", "1"), ("2", "2")):
         folder = tmp_path / seed
         folder.mkdir()
-        (folder / "fixtures").symlink_to(fixtures, target_is_directory=True)
-        more = ("--jobs", jobs, "-o", "out")
-        made = cli("combine", *arguments, *more, cwd=folder, PYTHONHASHSEED=seed)
-        assert made.returncode == 0, made.stderr
-        found.append(hashes(folder / "out"))
+        asked = [[*words, "--jobs", jobs, "-o", name] for name, words in commands.items()]
+        codes, said = in_turn(asked, folder, PYTHONHASHSEED=seed)
+        assert codes == [0, 0, 0], said
+        found.append({name: hashes(folder / name) for name in commands})
     assert found[0] == found[1]
-    assert len(found[0]) == 4
+    assert [len(found[0][name]) for name in ("stacked", "fitted")] == [4, 4]
+    assert sum(name.endswith(".safetensors") for name in found[0]["fused"]) > 2
 
 
 @pytest.mark.parametrize("more", [["-o", "out/merged"], ["-o", "out/one.safetensors"]], ids=str)

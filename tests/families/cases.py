@@ -5,7 +5,6 @@ A module cases_*.py beside this one lists the CASES of some families; `all_cases
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import pkgutil
@@ -17,8 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import copies
 import torch
-from peft_cases import MODELS, TASKS, logits, pixel_inputs, token_inputs
+from peft_cases import MODELS, TASKS, logits, pixel_inputs, save_adapter, token_inputs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -52,8 +52,13 @@ class FamilyCase:
     randomise: Callable[[nn.Module], None] = noise
     task: str | None = None
 
+    @property
+    def made_by(self) -> Callable[[], nn.Module]:
+        """What makes the model, the same at every call."""
+        return MODELS[self.model]
+
     def base_model(self) -> nn.Module:
-        return copy.deepcopy(_model(self.model))
+        return copies.fresh(self.made_by)
 
     def inputs(self) -> dict[str, Tensor]:
         found = pixel_inputs() if self.model == "conv" else token_inputs()
@@ -61,13 +66,12 @@ class FamilyCase:
 
     def save_base(self, folder: Path) -> Path:
         """The base as a checkpoint folder with a config."""
-        folder.mkdir(parents=True, exist_ok=True)
-        model: Any = self.base_model()
+        model = self.base_model()
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder)
-        else:
-            save_file(model.state_dict(), folder / "model.safetensors")
-            (folder / "config.json").write_text(json.dumps({"model_type": f"tiny-{self.model}"}))
+            return copies.save(self.made_by, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"model_type": f"tiny-{self.model}"}))
         return folder
 
     def build(self, folder: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -81,7 +85,7 @@ class FamilyCase:
                 self.base_model(), getattr(peft, self.config)(**kwargs)
             )
             self.randomise(model)
-            model.save_pretrained(folder)
+            save_adapter(model, folder)
         return folder
 
     def loaded(self, folder: Path) -> Any:
@@ -98,7 +102,10 @@ class FamilyCase:
 
     def plain(self) -> Tensor:
         """The outputs of the base."""
-        return logits(self.base_model().double(), self.inputs())
+        of = type(self), self.made_by
+        if of not in _PLAIN:
+            _PLAIN[of] = logits(self.base_model().double(), self.inputs())
+        return _PLAIN[of]
 
     def merged(self, folder: Path) -> dict[str, Tensor]:
         """The parameters after PEFT's own merge."""
@@ -107,9 +114,13 @@ class FamilyCase:
         return state
 
 
-@cache
-def _model(name: str) -> nn.Module:
-    return MODELS[name]()
+def family(name: str) -> tuple[str, str]:
+    """What the first case stands for all of: PEFT's config and the model."""
+    case = all_cases()[name]
+    return case.config, case.model
+
+
+_PLAIN: dict[tuple[type[FamilyCase], Callable[[], nn.Module]], Tensor] = {}
 
 
 @contextmanager

@@ -47,8 +47,9 @@ class OwnModel(FamilyCase):
 
     make: Callable[[], nn.Module] = t5
 
-    def base_model(self) -> nn.Module:
-        return self.make()
+    @property
+    def made_by(self) -> Callable[[], nn.Module]:
+        return self.make
 
     def inputs(self) -> dict[str, Tensor]:
         found = token_inputs()

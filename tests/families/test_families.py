@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families.cases import FamilyCase, all_cases
+from families.built import Built, BuiltCases
+from families.cases import FamilyCase, all_cases, family
 from peft_cases import logits
 from safetensors.torch import load_file
+from tiers import first_of
 from torch import Tensor
 
 from adaptmerge import runtime
@@ -26,30 +27,33 @@ from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.formats.peft.tuner import tuner_of
 
 pytest.importorskip("peft")
-every_case = pytest.mark.parametrize("name", all_cases())
 
 
-def thrifty(names: Iterable[str]) -> list[Any]:
-    """The first case of each family on each model; `make test-oracles` runs the variants, too."""
-    seen: set[tuple[str, str]] = set()
-    found = []
-    for name in names:
-        case = all_cases()[name]
-        kind = (case.config, case.model)
-        found.append(name if kind not in seen else pytest.param(name, marks=pytest.mark.oracle))
-        seen.add(kind)
-    return found
+# Variants of which the writer has a branch of its own.
+WRITTEN = {
+    *("adalora_empty", "c3a_patterns", "deft_wide", "loha_conv_cores", "lokr_line_cores"),
+    *(
+        "lokr_line_whole",
+        "oft_coft_shared",
+        "psoft_rounds",
+        "psoft_series_bound",
+        "vera_gpt2_drawn",
+    ),
+}
+
+
+def thrifty(names: Iterable[str], also: Collection[str] = ()) -> list[Any]:
+    """The first case of each family on each model; `make test-full` runs the variants, too."""
+    return first_of(names, family, also)
 
 
 class Setting:
-    """A case built once: PEFT's adapter, its base, PEFT's outputs."""
+    """A case that was built: PEFT's adapter, its base, PEFT's outputs."""
 
-    def __init__(self, case: FamilyCase, folder: Path) -> None:
-        self.case = case
-        self.base_folder = case.save_base(folder / "base")
-        self.path = case.build(folder / "adapter")
-        self.base: Base = open_base(str(self.base_folder))
-        self.plain, self.truth = case.plain(), case.truth(self.path)
+    def __init__(self, built: Built) -> None:
+        self.built, self.case = built, built.case
+        self.base_folder, self.path = built.base, built.path
+        self.base: Base = open_base(str(built.base))
 
     def read(self, path: Path) -> Adapter:
         return open_input(InputSpec(str(path)), self.base).adapter
@@ -61,23 +65,19 @@ class Setting:
 
     def error(self, outputs: Tensor) -> float:
         """Relative to the adapter's effect; virtual tokens make PEFT's outputs longer at the front."""
-        plain = self.plain
-        last = self.truth[:, -plain.shape[1] :] if plain.ndim == 3 else self.truth
+        plain, truth = self.case.plain(), self.built.truth
+        last = truth[:, -plain.shape[1] :] if plain.ndim == 3 else truth
         effect = (last - plain).norm()
         assert effect > 1e-3 * plain.norm(), "the adapter does nothing: no proof"
-        return float((outputs - self.truth).norm() / effect)
+        return float((outputs - truth).norm() / effect)
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setting]:
-    @cache
-    def build(name: str) -> Setting:
-        return Setting(all_cases()[name], tmp_path_factory.mktemp(name))
-
-    return build
+@pytest.fixture
+def setting(built: BuiltCases) -> Callable[[str], Setting]:
+    return lambda name: Setting(built(name))
 
 
-@every_case
+@pytest.mark.parametrize("name", all_cases())
 def test_read_and_attached_it_computes_what_peft_computes(
     name: str, setting: Callable[[str], Setting]
 ) -> None:
@@ -86,7 +86,7 @@ def test_read_and_attached_it_computes_what_peft_computes(
     assert found.error(found.run(adapter)) < found.case.tolerance
 
 
-@every_case
+@pytest.mark.parametrize("name", thrifty(all_cases(), WRITTEN))
 def test_written_back_it_is_the_same_file_and_loads_in_peft(
     name: str, setting: Callable[[str], Setting], tmp_path: Path
 ) -> None:
@@ -129,12 +129,14 @@ def test_the_native_format_holds_it(
     assert found.error(found.run(found.read(out))) < found.case.tolerance
 
 
-@pytest.mark.parametrize("name", [n for n, case in all_cases().items() if case.merges])
+@pytest.mark.parametrize(
+    "name", thrifty((n for n, case in all_cases().items() if case.merges), {"lora_embedding"})
+)
 def test_its_delta_is_what_peft_merges(name: str, setting: Callable[[str], Setting]) -> None:
     """Dense, by definition, and in its thin form."""
     found = setting(name)
     before = found.case.base_model().double().state_dict()
-    after = found.case.merged(found.path)
+    after = found.built.merged
     checked = 0
     for site, edits in found.read(found.path).sites().items():
         weight = found.base.weight(site)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import samples
 import torch
+from fuse.fusions import Fusion, Fusions
 from fuse.made_models import quantised_base
 from fuse.models import llama_base
+from fuse.tiny import Tiny
 from peft_cases import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,7 +35,7 @@ BITSANDBYTES = ("nf4", "nf4,double", "fp4", "fp4,double", "int8")
 OTHERS = ("int4-g128", "int8-channel", "fp8-channel", "gptq-int4-g128")
 SITE = "model.layers.0.mlp.up_proj"
 WIDE: dict[str, Any] = {
-    "hidden_size": 1024,
+    "hidden_size": 512,
     "intermediate_size": 128,
     "num_hidden_layers": 1,
     "vocab_size": 64,
@@ -69,6 +72,12 @@ def lora(base: Path, module: str, folder: Path) -> Path:
 
 def quantised(base: Path, adapter: Path, out: Path, quant: str, **options: Any) -> FuseReport:
     return fuse(str(base), [InputSpec(str(adapter), "a")], out, FuseOptions(quant=quant, **options))
+
+
+@pytest.fixture
+def fresh(quant: str, wide: Path, adapter: Path, fusions: Fusions) -> Fusion:
+    """The wide one with its LoRA, quantised, which several tests look at."""
+    return fusions(wide, [InputSpec(str(adapter), "a")], quant=quant)
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -166,13 +175,10 @@ def test_nearest_codes_are_those_of_bitsandbytes_for_the_sum(
 
 
 @pytest.mark.parametrize("quant", BITSANDBYTES)
-def test_transformers_loads_it_with_our_values(
-    quant: str, wide: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_transformers_loads_it_with_our_values(fresh: Fusion) -> None:
     from fuse.test_quantised import values as loaded
 
-    quantised(wide, adapter, tmp_path / "out", quant)
-    ours, theirs = values(tmp_path / "out"), loaded(tmp_path / "out")
+    ours, theirs = values(fresh.folder), loaded(fresh.folder)
     assert ours.keys() == theirs.keys()
     assert len(ours) == 7
     for module, value in theirs.items():
@@ -252,9 +258,9 @@ def test_nearest_of_what_was_trained_on_the_quantised_base(
 
 @pytest.mark.parametrize("quant", [*BITSANDBYTES, *OTHERS])
 def test_verify_proves_it_and_finds_what_is_wrong(
-    quant: str, wide: Path, adapter: Path, tmp_path: Path
+    fresh: Fusion, wide: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    quantised(wide, adapter, tmp_path / "out", quant)
+    shutil.copytree(fresh.folder, tmp_path / "out")
     questions = library.Questions(str(wide), {"a": str(adapter)}, "cpu")
     verdict = library.verify(tmp_path / "out", questions)
     assert verdict.status == library.PASS, verdict.as_json()
@@ -362,9 +368,9 @@ def test_a_quantised_base_whose_layers_lie_the_other_way_round(tmp_path: Path) -
 @pytest.mark.parametrize("trained_on", [None, "nf4"])
 @pytest.mark.parametrize("name", ["ia3-shakespeare", "lora-r4-dora-embed-cheaders"])
 def test_factors_of_rows_arrive(
-    name: str, trained_on: str | None, fixtures: Path, tmp_path: Path
+    name: str, trained_on: str | None, tiny: Tiny, tmp_path: Path
 ) -> None:
-    base, adapter = fixtures / "tinyllama" / "base", fixtures / "tinyllama" / name
+    base, adapter = tiny("base"), tiny(name)
     report = quantised(base, adapter, tmp_path / "out", "nf4", trained_on=trained_on)
     assert report.adapters["a"].gain == pytest.approx(1, abs=0.01)
     assert report.noise < 0.11
@@ -433,15 +439,16 @@ def test_layers_that_are_not_stored_are_left_out(wide: Path, adapter: Path, tmp_
     assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head", lost]
 
 
-def test_every_name_is_of_a_scheme_that_is_found_again(
-    wide: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_every_name_is_known_here() -> None:
     assert set(quantisers()) == {*BITSANDBYTES, *OTHERS}
-    for quant in quantisers():
-        quantised(wide, adapter, tmp_path / quant, quant)
-        scheme = scheme_of(open_base(str(tmp_path / quant)))
-        assert scheme is not None
-        assert len(scheme.find(open_base(str(tmp_path / quant)))) == 7
+
+
+@pytest.mark.parametrize("quant", [*BITSANDBYTES, *OTHERS])
+def test_every_name_is_of_a_scheme_that_is_found_again(fresh: Fusion) -> None:
+    base = open_base(str(fresh.folder))
+    scheme = scheme_of(base)
+    assert scheme is not None
+    assert len(scheme.find(base)) == 7
 
 
 def test_only_schemes_that_can_be_fused_into_are_listed(wide: Path, tmp_path: Path) -> None:
@@ -454,10 +461,10 @@ def test_only_schemes_that_can_be_fused_into_are_listed(wide: Path, tmp_path: Pa
     assert "exl2" not in str(caught.value)
 
 
-def test_a_quantised_base_quantised_the_same_way_anew(fixtures: Path, tmp_path: Path) -> None:
+def test_a_quantised_base_quantised_the_same_way_anew(tiny: Tiny, tmp_path: Path) -> None:
     """Its config says so before and after."""
-    base = quantised_base(fixtures / "tinyllama" / "base", tmp_path / "base", "nf4")
-    quantised(base, fixtures / "tinyllama" / "lora-r8-perl", tmp_path / "out", "nf4")
+    base = quantised_base(tiny("base"), tmp_path / "base", "nf4")
+    quantised(base, tiny("lora-r8-perl"), tmp_path / "out", "nf4")
     before, after = (json.loads((p / "config.json").read_text()) for p in (base, tmp_path / "out"))
     assert after["quantization_config"]["quant_method"] == "bitsandbytes"
     assert after.keys() == before.keys()

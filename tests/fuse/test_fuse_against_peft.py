@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from families.cases import QV, FamilyCase, all_cases
+from families.built import Built, BuiltCases
+from families.cases import QV, FamilyCase, all_cases, family
 from families.cases_moe import BOTH
 from families.cases_prompts import OwnModel, t5
 from fuse.models import changed, error, fuse, load, outputs, save_in_shards
 from peft_cases import CASES, PeftCase, logits, randomise, token_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiers import first_of
 from torch import Tensor, nn
 
 from adaptmerge.commands.combine import Options, combine
@@ -73,51 +75,43 @@ SEQ2SEQ = OwnModel(
 
 
 def foldable() -> list[Any]:
-    """The first case of each family on each model, and all of LoRA; the variants are oracles."""
-    seen: set[tuple[str, str]] = set()
-    found = []
-    for name, case in all_cases().items():
-        if case.config in ACTIVATIONS or name in UNFUSABLE:
-            continue
-        kind = (case.config, case.model)
-        first = kind not in seen or case.config == "LoraConfig"
-        found.append(name if first else pytest.param(name, marks=pytest.mark.oracle))
-        seen.add(kind)
-    return found
+    """The first case of each family on each model; `make test-full` runs the variants, too."""
+    cases = all_cases().items()
+    names = [n for n, c in cases if c.config not in ACTIVATIONS and n not in UNFUSABLE]
+    return first_of(names, family)
 
 
-def check(case: FamilyCase, folder: Path, *, seed: int = 0) -> Path:
+def check(found: Built, folder: Path) -> Path:
     """Fuses a case; its outputs are PEFT's, and its parameters what PEFT merges where that is right."""
-    base, path = save_in_shards(case, folder / "base"), case.build(folder / "adapter", seed)
-    out = folder / "out"
-    fuse(base, [path], out)
+    case = found.case
+    base, out = save_in_shards(case, folder / "base"), folder / "out"
+    fuse(base, [found.path], out)
     model = load(out, case.base_model())
-    truth, plain = case.truth(path), case.plain()
     tolerance = max(TIGHT, case.tolerance)
-    assert error(logits(model, case.inputs()), truth, plain) < tolerance
+    assert error(logits(model, case.inputs()), found.truth, case.plain()) < tolerance
     if case.merges and case.name not in MERGED_INTO_HEAD:
         before = case.base_model().state_dict()
-        assert changed(model.state_dict(), case.merged(path), before) < tolerance
+        assert changed(model.state_dict(), found.merged, before) < tolerance
     return out
 
 
 @pytest.mark.parametrize("name", foldable())
-def test_every_family(name: str, tmp_path: Path) -> None:
-    check(all_cases()[name], tmp_path)
+def test_every_family(name: str, built: BuiltCases, tmp_path: Path) -> None:
+    check(built(name), tmp_path)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_way_to_configure_lora(name: str, tmp_path: Path) -> None:
-    check(of(CASES[name]), tmp_path)
+    check(Built(of(CASES[name]), tmp_path / "built"), tmp_path)
 
 
 @pytest.mark.parametrize("name", TIED)
 def test_tied_and_trained_vocabularies(name: str, tmp_path: Path) -> None:
-    check(TIED[name], tmp_path)
+    check(Built(TIED[name], tmp_path / "built"), tmp_path)
 
 
 def test_an_encoder_and_decoder(tmp_path: Path) -> None:
-    check(SEQ2SEQ, tmp_path)
+    check(Built(SEQ2SEQ, tmp_path / "built"), tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(UNFUSABLE))
@@ -176,8 +170,7 @@ def test_added_and_taken_out_again_it_is_the_base(tmp_path: Path) -> None:
 
 
 def test_copies_of_layers_are_stored_apart(tmp_path: Path) -> None:
-    case = all_cases()["lora_replicated"]
-    out = check(case, tmp_path)
+    out = check(Built(all_cases()["lora_replicated"], tmp_path / "built"), tmp_path)
     config = json.loads((out / "config.json").read_text())
     assert config["num_hidden_layers"] == 4
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]

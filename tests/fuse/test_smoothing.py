@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from fuse.fusions import Fusion, Fusions
 from fuse.models import ia3, llama_base
 from fuse.plain_models import model_of, outputs, values
 from fuse.smoothed import KINDS, factors, smoothed_base, smoothed_experts, times
+from fuse.tiny import LAYERS, Tiny
 from peft_cases import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -41,14 +43,14 @@ Made = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def original(fixtures: Path) -> Path:
-    return fixtures / "tinyllama" / "base"
+def original(tiny: Tiny) -> Path:
+    return tiny("base")
 
 
-@pytest.fixture
-def small(fixtures: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def small(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA whose delta is 8 % of the weights, which the grids of these bases hold."""
-    folder = Path(shutil.copytree(fixtures / "tinyllama" / LORA, tmp_path / "small"))
+    folder = Path(shutil.copytree(tiny(LORA), tmp_path_factory.mktemp("small") / "small"))
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**config, "lora_alpha": 0.2 * config["lora_alpha"]}), "utf-8")
@@ -115,9 +117,9 @@ def test_smoothing_by_hand_changes_nothing_but_rounding(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_adapter_is_that_of_the_original(
-    name: str, made: Made, original: Path, fixtures: Path, tmp_path: Path
+    name: str, made: Made, original: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    adapter = fixtures / "tinyllama" / name
+    adapter = tiny(name)
     fused(made(), adapter, tmp_path / "out", original, quant="fp32")
     assert error(original, made(), adapter, tmp_path / "out") < 0.01
 
@@ -137,9 +139,9 @@ def test_biases_of_scaled_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("smooth", [False, True])
 def test_clipping_is_no_smoothing(
-    smooth: bool, made: Made, original: Path, fixtures: Path, tmp_path: Path
+    smooth: bool, made: Made, original: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    base, adapter = made("clipped awq", smooth=smooth), fixtures / "tinyllama" / LORA
+    base, adapter = made("clipped awq", smooth=smooth), tiny(LORA)
     report = fused(base, adapter, tmp_path / "out", original, quant="fp32")
     assert any("is not smoothed" in note.what for note in report.notes) != smooth
     if smooth:
@@ -199,18 +201,27 @@ def randomised(model: Any) -> Any:
 
 
 def test_without_the_original_it_would_be_another(
-    made: Made, original: Path, fixtures: Path, tmp_path: Path
+    made: Made, original: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    adapter = fixtures / "tinyllama" / LORA
+    adapter = tiny(LORA)
     fused(made(), adapter, tmp_path / "out", None, quant="fp32")
     assert error(original, made(), adapter, tmp_path / "out") > 0.15
 
 
-def test_on_the_grid(made: Made, original: Path, small: Path, tmp_path: Path) -> None:
-    report = fused(made("int8"), small, tmp_path / "out", original)
-    assert error(original, made("int8"), small, tmp_path / "out") < 0.1
+@pytest.fixture
+def on_the_grid(made: Made, original: Path, small: Path, fusions: Fusions) -> Fusion:
+    """The small one as an adapter of the original, in int8."""
+    how = {"trained_on": "original", "original": str(original)}
+    return fusions(made("int8"), [InputSpec(str(small), "a", 1.0)], **how)
+
+
+def test_on_the_grid(
+    made: Made, original: Path, small: Path, on_the_grid: Fusion, tmp_path: Path
+) -> None:
+    report = on_the_grid.report
+    assert error(original, made("int8"), small, on_the_grid.folder) < 0.1
     (found,) = (note for note in report.notes if note.kind == "approximated")
-    assert "scales of 16 layers were estimated" in found.what  # v, o, up and down of 4 layers
+    assert "scales of 8 layers were estimated" in found.what  # v, o, up and down of both layers
     assert str(original) not in report.as_text()
     fused(made("int8"), small, tmp_path / "without", None)
     assert error(original, made("int8"), small, tmp_path / "without") > 0.2
@@ -218,9 +229,9 @@ def test_on_the_grid(made: Made, original: Path, small: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ["awq", "int8"])
 def test_verify_needs_the_original_and_proves_it(
-    kind: str, made: Made, original: Path, fixtures: Path, tmp_path: Path
+    kind: str, made: Made, original: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    adapter = fixtures / "tinyllama" / LORA
+    adapter = tiny(LORA)
     fused(made(kind), adapter, tmp_path / "out", original)
     with pytest.raises(UsageError, match="pass --original"):
         library.verify(tmp_path / "out", library.Questions(str(made(kind)), {"a": str(adapter)}))
@@ -241,10 +252,10 @@ def test_verify_needs_the_original_and_proves_it(
 
 
 def test_a_model_without_report_is_verified_with_the_original(
-    made: Made, original: Path, small: Path, tmp_path: Path
+    made: Made, original: Path, small: Path, on_the_grid: Fusion, tmp_path: Path
 ) -> None:
     """In int8, whose rounding is small enough beside the adapter to decide."""
-    fused(made("int8"), small, tmp_path / "out", original)
+    shutil.copytree(on_the_grid.folder, tmp_path / "out")
     (tmp_path / "out" / "adaptmerge.json").unlink()
     specs = (InputSpec(str(small), "a", 1.0),)
     for how in ({"trained_on": "original", "original": str(original)}, {}):
@@ -255,9 +266,9 @@ def test_a_model_without_report_is_verified_with_the_original(
 
 
 def test_a_base_that_is_not_smoothed_keeps_its_inputs(
-    made: Made, original: Path, fixtures: Path, tmp_path: Path
+    made: Made, original: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    base, adapter = made(smooth=False), fixtures / "tinyllama" / LORA
+    base, adapter = made(smooth=False), tiny("lora-r16-rslora-qv-perl")
     report = fused(base, adapter, tmp_path / "with", original)
     fused(base, adapter, tmp_path / "without", None)
     one, two = (tmp_path / n / "model.safetensors" for n in ("with", "without"))
@@ -266,21 +277,21 @@ def test_a_base_that_is_not_smoothed_keeps_its_inputs(
 
 
 def test_row_and_column_factors_leave_codes_alone(
-    made: Made, original: Path, fixtures: Path, tmp_path: Path
+    made: Made, original: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    report = fused(made(), fixtures / "tinyllama" / "ia3-shakespeare", tmp_path / "out", original)
+    report = fused(made(), tiny("ia3-shakespeare"), tmp_path / "out", original)
     outer = [site for site in report.sites if "k_proj" in site.site]
     assert outer
     assert all(site.moved == 0.0 and site.delta_norm > 0 for site in outer)
 
 
 def test_norms_that_were_smoothed_are_not_replaced(
-    made: Made, original: Path, fixtures: Path, tmp_path: Path
+    made: Made, original: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    adapter = fixtures / "tinyllama" / "lntuning-cheaders"
+    adapter = tiny("lntuning-cheaders")
     with pytest.raises(CannotMerge, match="smoothing changed it") as caught:
         fused(made(), adapter, tmp_path / "out", original)
-    assert len(caught.value.problems) == 8  # two norms in each layer, and not the last one
+    assert len(caught.value.problems) == 2 * LAYERS  # two norms in each layer, and not the last one
 
 
 @pytest.mark.parametrize(
@@ -295,7 +306,7 @@ def test_another_model_is_refused(
     said: str,
     made: Made,
     original: Path,
-    fixtures: Path,
+    tiny: Tiny,
     tmp_path: Path,
 ) -> None:
     other = Path(shutil.copytree(original, tmp_path / "other"))
@@ -304,15 +315,13 @@ def test_another_model_is_refused(
     tensors[name] = changed(tensors[name]).contiguous()
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(CannotMerge, match=said) as caught:
-        fused(made(), fixtures / "tinyllama" / LORA, tmp_path / "out", other)
+        fused(made(), tiny(LORA), tmp_path / "out", other)
     assert len(caught.value.problems) == 1
     assert "layers.1.self_attn.q_proj" in str(caught.value)
 
 
-def test_options_that_do_not_fit(
-    made: Made, original: Path, fixtures: Path, tmp_path: Path
-) -> None:
-    adapter = fixtures / "tinyllama" / LORA
+def test_options_that_do_not_fit(made: Made, original: Path, tiny: Tiny, tmp_path: Path) -> None:
+    adapter = tiny(LORA)
     with pytest.raises(UsageError, match="say --original DIR"):
         fused(made(), adapter, tmp_path / "out", None, trained_on="original")
     with pytest.raises(UsageError, match="is for --trained-on original"):
