@@ -16,6 +16,7 @@ from adaptmerge.algebra.fit import Budget
 from adaptmerge.algebra.linalg import noise_floor, product_norm, thin_spectrum
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.commands.extract.tuned import Difference
+from adaptmerge.commands.verify.checks import within
 from adaptmerge.commands.verify.extracted import is_extraction
 from adaptmerge.commands.verify.promise import Promised
 from adaptmerge.lazy import torch
@@ -84,7 +85,9 @@ class Loss:
     @property
     def excess(self) -> float:
         """The loss that is no rounding."""
-        return self.apart if self.apart > self.room else 0.0
+        if within(self.apart, self.room):
+            return 0.0
+        return self.apart if math.isfinite(self.apart) else math.inf
 
 
 def loss_of(report: Report, item: Promised, stored: Factor | None, apart: Distance) -> Loss:
@@ -173,11 +176,11 @@ def unearned(report: Report, losses: Sequence[Loss]) -> list[str]:
         return problems + [
             f"{loss.line.site}: more is lost than the budget allows"
             for loss in losses
-            if not loss.capped and loss.excess > allowed * loss.size + loss.room
+            if not loss.capped and not within(loss.excess, allowed * loss.size + loss.room)
         ]
     lost = math.sqrt(sum(loss.excess**2 for loss in losses if not loss.capped))
     whole = math.sqrt(sum(loss.size**2 for loss in losses))
-    if lost > allowed * whole + sum(loss.room for loss in losses):
+    if not within(lost, allowed * whole + sum(loss.room for loss in losses)):
         problems.append("more is lost over all sites than the budget allows")
     return problems
 
@@ -201,7 +204,7 @@ def not_optimal(report: Report, item: Promised, whole: Factor, stored: Factor, l
     angle = loss.room + torch.finfo(pair.up.dtype.torch).eps * len(kept) * loss.size
     if is_extraction(report):
         angle += NEAR * loss.apart
-    return beside > 4 * angle or largest > least + angle
+    return not (within(beside, 4 * angle) and within(largest, least + angle))
 
 
 def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[float, float]:

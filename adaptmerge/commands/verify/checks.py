@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
 PASS, FAIL, UNDECIDABLE, SKIPPED = "pass", "fail", "undecidable", "skipped"
+
+
+def within(found: float, allowed: float) -> bool:
+    """Whether a measured error passes: it is at most what is allowed, and both are numbers.
+
+    Every check judges by this: NaN compares as neither larger nor smaller, so that it would slip past a
+    test for errors that are too large.
+    """
+    return math.isfinite(found) and math.isfinite(allowed) and found <= allowed
 
 
 @dataclass(frozen=True, slots=True)

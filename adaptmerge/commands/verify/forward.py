@@ -7,6 +7,7 @@ would look small even for an adapter that was never applied.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from adaptmerge import runtime
 from adaptmerge.adapters.graph import Adapter, Site
 from adaptmerge.adapters.weight_edits import WeightEdit, delta_on
 from adaptmerge.bases.base import Base
-from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check
+from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, within
 from adaptmerge.formats.format import Format
 from adaptmerge.formats.inputs import Input
 from adaptmerge.lazy import torch
@@ -144,7 +145,7 @@ def judge(name: str, found: Comparison) -> Check:
         detail = f"noise of {found.tolerance:.2g} of the effect hides any error"
         return Check(name, UNDECIDABLE, detail, numbers)
     detail = f"error {found.error:.2e} of the effect, tolerance {found.tolerance:.1e}"
-    return Check(name, PASS if found.error <= found.tolerance else FAIL, detail, numbers)
+    return Check(name, PASS if within(found.error, found.tolerance) else FAIL, detail, numbers)
 
 
 def installed(form: Format) -> bool:
@@ -203,8 +204,8 @@ def _reading(name: str, bench: Bench, item: Input) -> Check:
         mine = ours[module].dense()
         delta = theirs[module].to(mine)
         off = float((mine - delta).norm()) / (float(delta.norm()) or 1.0)
-        worst = max(worst, off)
-        if off > FIXED["F32"]:
+        worst = max(worst, off) if math.isfinite(off) else math.inf
+        if not within(off, FIXED["F32"]):
             problems.append(f"{module}: read {off:.2e} away from the library's delta")
     if problems:
         return Check(name, FAIL, "; ".join(problems[:3]), {"worst": worst, "problems": problems})

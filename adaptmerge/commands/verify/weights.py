@@ -14,7 +14,7 @@ from adaptmerge.algebra.factors import Factor
 from adaptmerge.algebra.linalg import noise_floor
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.commands.verify.audit import Audit, Loss, auditor, unearned
-from adaptmerge.commands.verify.checks import FAIL, PASS, Check
+from adaptmerge.commands.verify.checks import FAIL, PASS, Check, within
 from adaptmerge.commands.verify.promise import (
     Key,
     Projected,
@@ -195,9 +195,13 @@ def _error(item: Promised, apart: Distance) -> list[str]:
     if item.line.rank == 0 and apart.right == 0.0 and _is_noise(item, _whole(item)):
         return []
     if item.weight is not None and apart.left <= TOLERANCE * (size := _base_size(item)):
-        return [] if apart.apart <= TOLERANCE * size else [f"{item.line.site}: is not what is left"]
+        return (
+            []
+            if within(apart.apart, TOLERANCE * size)
+            else [f"{item.line.site}: is not what is left"]
+        )
     allowed = max(TOLERANCE, SLACK * item.line.error)
-    if abs(apart.relative - item.line.error) <= allowed:
+    if within(abs(apart.relative - item.line.error), allowed):
         return []
     return [
         f"{item.line.site}: is {apart.relative:.2e} of the delta away from what was promised, "
@@ -251,8 +255,8 @@ def _value(item: Promised, edit: Edit | None) -> SiteFinding:
     size = math.sqrt(sum(_moved(a) for a, _ in pairs)) or 1.0
     room = math.sqrt(sum(_rounding(a, b) for a, b in pairs))
     off = apart / size
-    as_said = abs(off - item.line.error) <= max(TOLERANCE, SLACK * item.line.error)
-    if as_said and apart <= room + TOLERANCE * size:
+    as_said = within(abs(off - item.line.error), max(TOLERANCE, SLACK * item.line.error))
+    if as_said and within(apart, room + TOLERANCE * size):
         return SiteFinding([], item.edit, off=off)
     problem = f"{item.line.site}: value is {off:.2e} away from what was promised"
     return SiteFinding([problem], item.edit, off=off)

@@ -129,7 +129,7 @@ def _near_tie(
     terms = added.abs() + added.square().mean(1, keepdim=True).sqrt()
     blur = RESOLVED * (weight.abs() + terms)
     farther = (stored - (weight + added)).abs() - (nearest - weight - added).abs()
-    return farther <= NEAR * gap + blur
+    return torch.isfinite(stored) & (farther <= NEAR * gap + blur)
 
 
 def _other_rows(matrix: Matrix, rows: tuple[int, int]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from adaptmerge.bases.open import open_base
 from adaptmerge.commands.fuse.options import FuseOptions
 from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
 from adaptmerge.commands.fuse.report import FuseReport
-from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict
+from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict, within
 from adaptmerge.commands.verify.forward import NO_EFFECT, Bench, Comparison, compare
 from adaptmerge.commands.verify.fused.reference import reference
 from adaptmerge.commands.verify.fused.weights import Looked, check_weights, look
@@ -213,15 +213,15 @@ def _judge(found: Comparison, noise: float, arrived: float) -> Check:
     detail = f"error {found.error:.2e} of the effect, {100 * arrived:.3g} % of which is there"
     if noise > found.tolerance:
         detail += f"; rounding the weights explains {noise:.1e}"
-    if found.error > allowed:
+    if not within(found.error, allowed):
         return Check("forward", FAIL, f"{detail}; tolerance {allowed:.1e}", numbers)
     off = abs(arrived - 1)
-    if noise <= 1.0 and off > max(ARRIVED, noise / 2):
+    if noise <= 1.0 and not within(off, max(ARRIVED, noise / 2)):
         return Check("forward", FAIL, detail, numbers)
-    if noise <= 1.0 and off > ARRIVED:
+    if noise <= 1.0 and not within(off, ARRIVED):
         what = f"{detail}, which may and may not be why so little or much of it is there"
         return Check("forward", UNDECIDABLE, what, numbers)
-    if noise > 1.0:
+    if not within(noise, 1.0):
         what = f"rounding the weights moves the outputs by {noise:.2g} of the effect, which hides any error"
         return Check("forward", UNDECIDABLE, what, numbers)
     return Check("forward", PASS, detail, numbers)

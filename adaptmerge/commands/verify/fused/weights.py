@@ -23,7 +23,7 @@ from adaptmerge.bases.base import Base
 from adaptmerge.commands.fuse.pieces.layout import Fused, Recoded, Tensor
 from adaptmerge.commands.fuse.plan import FusePlan
 from adaptmerge.commands.fuse.report import FusedSite, FuseReport, and_error, percent
-from adaptmerge.commands.verify.checks import FAIL, PASS, Check
+from adaptmerge.commands.verify.checks import FAIL, PASS, Check, within
 from adaptmerge.commands.verify.fused.agreement import (
     DOUBLE,
     EXACT,
@@ -219,6 +219,8 @@ def _diagnosis(gains: dict[str, float | None]) -> str | None:
     for name, gain in gains.items():
         if gain is None or abs(gain - 1) < 1 - KEPT:
             continue
+        if not math.isfinite(gain):
+            return f"what is there of {name} is no finite number: are weights NaN or infinite?"
         if abs(gain) < 1 - KEPT:
             return f"{name} is not in it ({percent(gain)} of it arrived)"
         if abs(gain - round(gain)) < 0.1 and round(gain) == 2:
@@ -231,7 +233,7 @@ def _agree(now: float | None, then: float | None) -> bool:
     """Whether two measures are alike, or both unknown."""
     if now is None or then is None:
         return now is then
-    return abs(now - then) <= AGREES
+    return within(abs(now - then), AGREES)
 
 
 def _unlike(finding: Finding, line: FusedSite) -> list[str]:
@@ -246,7 +248,7 @@ def _unlike(finding: Finding, line: FusedSite) -> list[str]:
                     f"{line.site}: {what.format(name)} is {_shown(now)}, reported was {_shown(then)}"
                 )
     error = math.sqrt(measured.error)
-    if abs(error - line.error) > 0.01 * line.error + 1e-9 * line.weight_norm:
+    if not within(abs(error - line.error), 0.01 * line.error + 1e-9 * line.weight_norm):
         problems.append(f"{line.site}: error is {error:.4g}, reported was {line.error:.4g}")
     return problems
 
@@ -263,12 +265,12 @@ def _too_far(finding: Finding) -> list[str]:
         for name, gain, sub in zip(
             _adapters(finding.matrix), measured.gains, measured.subs, strict=True
         )
-        if (gain is not None and gain < KEPT) or (sub is not None and sub > LOST)
+        if not (gain is None or gain >= KEPT) or not (sub is None or within(sub, LOST))
     ]
     if not finding.matrix.parts:
         far = [f"{finding.matrix.site}: {finding.apart} entries differ from what is promised"]
     size, weight, delta = (math.sqrt(x) for x in (measured.error, measured.weight, measured.delta))
-    if not far and size > ROUNDED * finding.grid * weight + COMPUTED * delta:
+    if not far and not within(size, ROUNDED * finding.grid * weight + COMPUTED * delta):
         far = [
             f"{finding.matrix.site}: is further from weight plus delta than rounding explains "
             f"({size / max(weight, 1e-300):.1e} of the weight): was something else fused, too?"
