@@ -223,10 +223,11 @@ def delta_on(edits: Sequence[Edit], weight: TensorRef) -> Factor:
 
 
 def family_of(edit: Edit) -> str:
-    """The family whose own form the edit is in: "lora", "ia3", "loha", ...; "" for a generic one."""
-    own = getattr(edit, "family", "")
+    """The family whose own form the edit is in: "lora", "ia3", "loha", ...; "" for a generic one, and for
+    one that does more with its factor than to add it, such as a gate."""
+    own: str = getattr(edit, "family", "")
     factor = factor_of(edit)
-    if own or factor is None:
+    if own or factor is None or not isinstance(edit, Additive):
         return own
     return getattr(factor, "family", "") or ("lora" if _is_stored(factor) else "")
 

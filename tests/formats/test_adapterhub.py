@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from console import run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -105,6 +106,21 @@ def test_a_gated_lora_is_not_scaled(copy_of: Callable[[str], Path]) -> None:
     change_config(folder, alpha=32)
     scaled = [edit.factor.dense() for edit in read(folder).edits if isinstance(edit, Gated)]
     assert all(torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
+
+
+@pytest.mark.parametrize("target", ["peft", "gguf"])
+def test_a_gate_is_not_lost_in_formats_without_gates(
+    target: str, fixtures: Path, tmp_path: Path
+) -> None:
+    """It is not of the family of what it gates: written as a LoRA it was 1.09 of its effect off."""
+    path = fixtures / "adapterhub" / "llama" / "lora_gating"
+    base = str(path.parent / "base")
+    found = run("convert", str(path), "--to", target, "--base", base, "-o", str(tmp_path / "out"))
+    assert found.code == 1
+    assert f"{target} has no place for gated edits" in found.stderr
+    assert not list(tmp_path.iterdir())
+    native = run("convert", str(path), "--to", "native", "-o", str(tmp_path / "native"))
+    assert native.code == 0, native.shown
 
 
 def ungated(folder: Path) -> None:
