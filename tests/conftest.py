@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from families.built import BuiltCases
+    from fuse.fusions import Fusions
+    from fuse.tiny import Tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -72,3 +75,22 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> BuiltCases:
         return Built(all_cases()[name], tmp_path_factory.mktemp(name))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
+    """Fuses what is asked for once; that nobody has written into it is seen at the end."""
+    from fuse.fusions import Fusions
+
+    found = Fusions(lambda: tmp_path_factory.mktemp("fused"))
+    yield found
+    found.assert_untouched()
+
+
+@pytest.fixture(scope="session")
+def tiny(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The base and the adapters of fixtures/tinyllama by name, of two layers."""
+    from fuse.tiny import cut
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return cache(lambda name: cut(fixtures / "tinyllama" / name, folder / name))

@@ -1,4 +1,4 @@
-"""Models that take long to make, made once: copies of them, and what `transformers` saves of them."""
+"""Models and files that take long to make, made once and copied."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,28 @@ def fresh(make: Make) -> nn.Module:
 
 
 def save(make: Make, folder: Path) -> Path:
-    """What its `save_pretrained` writes."""
+    """What the model's `save_pretrained` writes."""
+
+    def write(place: Path) -> None:
+        model: Any = fresh(make)
+        model.save_pretrained(place)
+
+    return written(("save", make), write, folder)
+
+
+def written(key: Hashable, write: Callable[[Path], object], folder: Path) -> Path:
+    """A folder with the files that `write` puts into one; it is called once for each key."""
+    if key not in _WRITTEN:
+        with tempfile.TemporaryDirectory() as place:
+            write(Path(place))
+            _WRITTEN[key] = {path.name: path.read_bytes() for path in Path(place).iterdir()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in _saved(make).items():
+    for name, content in _WRITTEN[key].items():
         (folder / name).write_bytes(content)
     return folder
+
+
+_WRITTEN: dict[Hashable, dict[str, bytes]] = {}
 
 
 class _Original:
@@ -77,11 +94,3 @@ class _Unpickler(pickle.Unpickler):
 @cache
 def _original(make: Make) -> _Original:
     return _Original(make())
-
-
-@cache
-def _saved(make: Make) -> Mapping[str, bytes]:
-    model: Any = fresh(make)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

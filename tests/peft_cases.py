@@ -200,7 +200,14 @@ class PeftCase:
         return directory
 
     def build(self, directory: Path, seed: int, rank: int = 4, **overrides: Any) -> Path:
-        """Have PEFT save a random adapter; `overrides` go to LoraConfig."""
+        """A random adapter as PEFT saves it; `overrides` go to LoraConfig."""
+        key = f"{self.name} {seed} {rank} {sorted(overrides.items())}"
+        return copies.written(
+            key, lambda folder: self.build_anew(folder, seed, rank, **overrides), directory
+        )
+
+    def build_anew(self, directory: Path, seed: int, rank: int = 4, **overrides: Any) -> Path:
+        """Have PEFT make and save one."""
         from peft import LoraConfig, get_peft_model
 
         options = {"r": rank, "lora_alpha": 2 * rank + 3, **self.options(rank), **overrides}

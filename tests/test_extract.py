@@ -7,9 +7,11 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import copies
 import pytest
 import torch
 from console import run
@@ -67,7 +69,7 @@ def pair(
     folder: Path, family: str = "llama", change: Change = with_lora, dtype: Any = None
 ) -> tuple[Path, Path]:
     """A base and a tuned model saved by transformers."""
-    model: Any = MODELS[family]()
+    model: Any = copies.fresh(MODELS[family])
     model = model if dtype is None else model.to(dtype)
     base, tuned = folder / "base", folder / "tuned"
     model.save_pretrained(base)
@@ -155,11 +157,18 @@ SPECTRA = {
 }
 
 
+@cache
+def spectral(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix of a spectrum, and its singular values."""
+    given = matrix(SPECTRA[name].double())
+    return given, torch.linalg.svdvals(given.double())
+
+
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("k", [1, 8, 40])
 def test_truncation_is_within_one_percent_of_the_best(name: str, k: int) -> None:
-    given = matrix(SPECTRA[name].double())
-    best = float(torch.linalg.svdvals(given.double())[k:].norm())
+    given, sigma = spectral(name)
+    best = float(sigma[k:].norm())
     found = sketch.leading(given, k, seed=3)
     error = sketch.residual(given, *found.balanced(k))
     assert not found.whole
@@ -180,8 +189,8 @@ def test_large_ranks_are_exact() -> None:
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
 def test_budget_keeps_the_fewest_values(name: str, share: float) -> None:
-    given = matrix(SPECTRA[name].double())
-    tails = torch.linalg.svdvals(given.double()).square().flip(0).cumsum(0).flip(0)
+    given, sigma = spectral(name)
+    tails = sigma.square().flip(0).cumsum(0).flip(0)
     fewest = int((tails > share * tails[0]).sum())
     found = sketch.enough(given, share, seed=3)
     assert found.within(share * sketch.squared_norm(given)) - fewest in (0, 1)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import copies
 import pytest
 import torch
-from peft_cases import ATTENTION, GPT2_SIZES, SIZES, llama, logits, randomise, seeded, token_inputs
+from peft_cases import (
+    ATTENTION,
+    GPT2_SIZES,
+    SIZES,
+    llama,
+    logits,
+    randomise,
+    save_adapter,
+    seeded,
+    token_inputs,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -30,38 +42,49 @@ HEAD = "base_model.model.classifier.weight"
 MOOD, TOPIC = ("bad", "fine", "good"), ("sport", "law")
 
 
-def bert(labels: Sequence[str] = MOOD, **config: Any) -> nn.Module:
+def bert(labels: Sequence[str] = MOOD) -> nn.Module:
     """The same body whatever the labels are."""
+    return copies.fresh(_made_by(tuple(labels)))
+
+
+@cache
+def _made_by(labels: tuple[str, ...]) -> Callable[[], nn.Module]:
     from transformers import BertConfig, BertForSequenceClassification
 
     named = {"id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}}
-    model = seeded(lambda: BertForSequenceClassification(BertConfig(**SIZES, **named, **config)))
-    if len(labels) != len(MOOD):
-        body = {k: v for k, v in bert().state_dict().items() if not k.startswith("classifier.")}
-        model.load_state_dict(body, strict=False)
-    return model
+
+    def make() -> nn.Module:
+        model = seeded(lambda: BertForSequenceClassification(BertConfig(**SIZES, **named)))
+        if len(labels) != len(MOOD):
+            body = {k: v for k, v in bert().state_dict().items() if not k.startswith("classifier.")}
+            model.load_state_dict(body, strict=False)
+        return model
+
+    return make
 
 
-def classifier(folder: Path, seed: int, labels: Sequence[str] = MOOD, **options: Any) -> Path:
+def classifier(folder: Path, seed: int, labels: Sequence[str] = MOOD) -> Path:
     """A random LoRA with its head, as PEFT and `transformers` save them."""
+    key = "classifier", seed, tuple(labels)
+    return copies.written(key, lambda place: _classifier(place, seed, labels), folder)
+
+
+def _classifier(folder: Path, seed: int, labels: Sequence[str]) -> None:
     from peft import LoraConfig, get_peft_model
 
-    given = {"r": 3, "lora_alpha": 7, "target_modules": ["query", "value"], **options}
+    given = {"r": 3, "lora_alpha": 7, "target_modules": ["query", "value"]}
     model = bert(labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **given))
         randomise(wrapped, seed, torch.float32)
-        wrapped.save_pretrained(folder)
+        save_adapter(wrapped, folder)
     model.config.save_pretrained(folder)  # type: ignore[operator,union-attr]
-    return folder
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    model: Any = bert()
-    model.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return copies.save(_made_by(MOOD), tmp_path / "base")
 
 
 def merge(
@@ -359,7 +382,7 @@ def test_heads_of_two_layers_compute_what_is_meant(policy: str, tmp_path: Path) 
             lora = LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"])
             wrapped = get_peft_model(model, lora)
             randomise(wrapped, seed, torch.float32)
-            wrapped.save_pretrained(path)
+            save_adapter(wrapped, path)
         if policy == "concat":
             dense = {k: v for k, v in before.items() if k.startswith("classifier.dense")}
             prefixed = {f"base_model.model.{k}": v for k, v in dense.items()}
@@ -420,9 +443,9 @@ def speaker(folder: Path, seed: int, modules: Sequence[str], *, tied: bool = Fal
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(llama(), config)
+        model = get_peft_model(copies.fresh(llama), config)
         randomise(model, seed, torch.float32)
-        model.save_pretrained(folder)
+        save_adapter(model, folder)
     if tied:
         tensors = load_file(folder / WEIGHTS)
         tensors["base_model.model.lm_head.weight"] = tensors[EMBEDDING].clone()
@@ -470,7 +493,7 @@ def test_resized_vocabularies_are_refused_by_name(policy: str | None, tmp_path: 
 
 
 def test_norms_are_summed_as_differences(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    copies.save(llama, tmp_path / "base")
     paths = [speaker(tmp_path / f"a{seed}", seed, ("model.norm",)) for seed in (1, 2)]
     out = merge(paths, [0.5, 0.9], base=str(tmp_path / "base"))
     key = "base_model.model.model.norm.weight"
@@ -492,9 +515,9 @@ def speller(folder: Path, seed: int, ids: Sequence[int], names: Mapping[str, int
     config = LoraConfig(r=3, lora_alpha=7, target_modules=ATTENTION, trainable_token_indices=[*ids])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(llama(), config)
+        model = get_peft_model(copies.fresh(llama), config)
         randomise(model, seed, torch.float32)
-        model.save_pretrained(folder)
+        save_adapter(model, folder)
     (folder / "added_tokens.json").write_text(json.dumps(dict(names)))
     return folder
 
@@ -505,7 +528,7 @@ def rows_of(path: Path) -> dict[int, Tensor]:
 
 
 def test_tokens_of_all_inputs_are_kept(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    copies.save(llama, tmp_path / "base")
     paths = [
         speller(tmp_path / "a", 1, (3, 7), {"<x>": 3, "<y>": 7}),
         speller(tmp_path / "b", 2, (7, 11), {"<y>": 7, "<z>": 11}),

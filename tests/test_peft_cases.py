@@ -28,7 +28,7 @@ def test_effect_is_not_zero(case: PeftCase, tmp_path: Path) -> None:
 
 @every_case
 def test_seed_decides_the_values(case: PeftCase, tmp_path: Path) -> None:
-    folders = [case.build(tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2))]
+    folders = [case.build_anew(tmp_path / str(i), seed) for i, seed in enumerate((1, 1, 2))]
     one, same, other = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert one.keys() == same.keys() == other.keys()
     assert all(torch.equal(one[key], same[key]) for key in one)

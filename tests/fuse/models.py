@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import copies
 import torch
 from families.cases import FamilyCase
 from peft_cases import DECODER_SIZES, MODELS, logits, seeded
@@ -38,12 +39,15 @@ def llama_base(
     **sizes: Any,
 ) -> Path:
     """A random Llama in a dtype as `transformers` saves it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**{**DECODER_SIZES, **sizes})
-    model: Any = seeded(lambda: LlamaForCausalLM(config)).to(dtype)
-    model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-    return folder
+    def write(place: Path) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(**{**DECODER_SIZES, **sizes})
+        model: Any = seeded(lambda: LlamaForCausalLM(config)).to(dtype)
+        model.save_pretrained(place, **({"max_shard_size": shard} if shard else {}))
+
+    return copies.written(f"llama {dtype} {shard} {sorted(sizes.items())}", write, folder)
 
 
 def ia3(base: Path, folder: Path, seed: int, modules: list[str]) -> Path:
@@ -67,7 +71,8 @@ def save_in_shards(case: FamilyCase, folder: Path, size: str = SHARD) -> Path:
     model: Any = case.base_model()
     if not hasattr(model, "save_pretrained"):
         return case.save_base(folder)
-    model.save_pretrained(folder, max_shard_size=size)
+    key = "shards", case.made_by, size
+    copies.written(key, lambda place: model.save_pretrained(place, max_shard_size=size), folder)
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
 
