@@ -4,7 +4,7 @@ float32 that holds the values which the checkpoint stands for.
 GPTQModel, which transformers loads GPTQ and AWQ with, and mlx-lm are in no extra: GPTQModel 7.7 asks for a
 later torch than is pinned, but runs with it (`pip install --no-deps gptqmodel==7.7.0`, then `optimum`,
 `mlx-lm`, `mlx[cpu]` and what an import of gptqmodel misses). Not here: HQQ, of which transformers 5.23
-loads no checkpoint; bitsandbytes, which is in `tests/fuse/test_quantised.py` and `test_fresh.py`.
+loads no checkpoint; bitsandbytes, which is in `tests/fuse/test_quantised.py` and `test_quantised_anew.py`.
 """
 
 from __future__ import annotations
