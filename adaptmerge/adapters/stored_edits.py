@@ -126,5 +126,6 @@ def role_of(edit: Edit) -> str:
 
 
 def why_opaque(edit: Edit) -> str:
-    """Why an edit can only be looked at; "" for edits that can be more."""
-    return edit.why if isinstance(edit, Opaque) else ""
+    """Why an edit can only be looked at, as it says itself; "" for edits that can be more."""
+    found: str = getattr(edit, "why", "")
+    return found
