@@ -27,6 +27,8 @@ class Keys:
     path: str
     refs: dict[str, TensorRef]
     renamed: int
+    doubled: int = 0
+    copies: int = 0
     problems: list[str] = field(default_factory=list)
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
 
@@ -37,11 +39,13 @@ class Keys:
         refs: dict[str, TensorRef] = {}
         problems: list[str] = []
         origins: dict[str, str] = {}
-        renamed = 0
+        renamed = doubled = 0
         for key, ref in file.refs.items():
             plain = unwrapped(key)
             renamed += plain != key
             plain = plain.removeprefix(prefix)
+            doubled += plain.startswith(PREFIX)
+            plain = plain.removeprefix(PREFIX)
             if plain in refs:
                 problems.append(
                     f"{origins[plain]!r} and {key!r} name the same tensor once prefixes are "
@@ -51,8 +55,9 @@ class Keys:
             problems += _empty(key, ref)
         if problems:
             raise InputError(problems, where=file.path)
-        keys = cls(file.path, refs, renamed)
+        keys = cls(file.path, refs, renamed, doubled)
         keys._collect(tuner)
+        keys._drop_copies()
         return keys
 
     def _collect(self, tuner: re.Pattern[str]) -> None:
@@ -80,6 +85,15 @@ class Keys:
                 if module and param:
                     yield module, param, self.refs.pop(key)
 
+    def _drop_copies(self) -> None:
+        """Takes off what PEFT stores of a head beside the head (bias="all"): the one before training, and
+        the trained one again under the name of its wrapper."""
+        for key in list(self.refs):
+            again = key.replace(".modules_to_save.", ".")
+            if ".original_module." in key or (again != key and again in self.refs):
+                del self.refs[key]
+                self.copies += 1
+
     def tokens(self) -> Iterator[tuple[str, TensorRef]]:
         """(embedding module, rows) of trainable tokens."""
         for key in sorted(self.refs):
@@ -88,10 +102,21 @@ class Keys:
                 yield match["module"], self.refs.pop(key)
 
     def notes(self) -> list[Note]:
-        """What was changed in the names."""
-        if not self.renamed:
-            return []
-        return [Note(Kind.INFO, f"wrapper prefixes were removed from {self.renamed} tensor names")]
+        """What was changed in the names, and what was left out."""
+        notes = []
+        if self.renamed:
+            what = f"wrapper prefixes were removed from {self.renamed} tensor names"
+            notes.append(Note(Kind.INFO, what))
+        if self.doubled:
+            what = (
+                f"the prefix {PREFIX} is doubled in {self.doubled} tensor names (PEFT was applied to a "
+                "model that had an adapter), so that PEFT loads none of them: read without the second"
+            )
+            notes.append(Note(Kind.ASSUMED, what))
+        if self.copies:
+            what = f"{self.copies} tensors are left out: copies of heads that PEFT stores and does not load"
+            notes.append(Note(Kind.INFO, what))
+        return notes
 
     def finish(self) -> None:
         """Raises InputError with all problems found and every key that nothing claimed."""

@@ -85,11 +85,23 @@ def _guarded(
     return list(edits)
 
 
+# Fields of releases long gone, and what they mean where they are set.
+FORMER = {
+    "enable_lora": "the adapter is of a merged projection of PEFT before 0.3, some parts of which it "
+    "leaves alone: give each part an adapter of its own",
+}
+
+
 def _judge_fields(reading: Reading) -> None:
     """Unknown fields: said when unset, an error when they are set, for they may change the maths."""
     tuner = reading.tuner
     known = COMMON | tuner.maths.keys() | tuner.training | set(tuner.patterns.values())
-    unknown = {k: v for k, v in reading.config.raw.items() if k not in known}
+    unknown = {k: v for k, v in reading.config.raw.items() if k not in known | FORMER.keys()}
+    reading.keys.problems += [
+        f"config field {name} is {value!r}: {FORMER[name]}"
+        for name, value in reading.config.raw.items()
+        if name in FORMER and value
+    ]
     for kind, empty in ((Kind.INFO, (None, [], {}, "")), (Kind.ASSUMED, (0,))):
         names = sorted(name for name, value in unknown.items() if value in empty)
         if names:

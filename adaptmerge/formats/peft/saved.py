@@ -55,7 +55,7 @@ def _say_listing(edits: Sequence[Edit], config: PeftConfig, notes: list[Note]) -
     owners = dict.fromkeys(edit.owner for edit in heads)
     for owner in owners:
         inside = {path for e in heads if e.owner == owner for path in _above(e.site.module)}
-        listing = [n for n in config.modules_to_save if any(is_suffix(n, path) for path in inside)]
+        listing = [n for n in config.modules_to_save if any(p.endswith(n) for p in inside)]
         if len(listing) > 1:
             what = f"is listed twice in modules_to_save: {', '.join(listing)}"
             notes.append(Note(Kind.INFO, what, site=owner))
@@ -94,10 +94,12 @@ def _replacement(
 
 
 def _owner(module: str, config: PeftConfig) -> str | None:
-    """The module saved whole that `module` is, or is part of; the outermost if several are."""
+    """The module saved whole that `module` is, or is part of; the outermost if several are.
+
+    PEFT compares ends of names, not components: "classifier" saves "pre_classifier", too.
+    """
     names = (*config.modules_to_save, *IMPLIED.get(_task(config), ()))
-    listed = (path for path in _above(module) if any(is_suffix(n, path) for n in names))
-    return next(listed, None)
+    return next((path for path in _above(module) if path.endswith(names)), None)
 
 
 def _above(module: str) -> list[str]:

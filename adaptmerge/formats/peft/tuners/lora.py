@@ -33,6 +33,7 @@ TUNER = Tuner(
     },
     training=frozenset(
         {"lora_dropout", "megatron_config", "megatron_core", "loftq_config", "eva_config"}
+        | {"merge_weights"}  # of PEFT before 0.3: whether weights were merged for evaluation
         | {"corda_config", "lora_ga_config"}
         | {"runtime_config", "ensure_weight_tying"}
     ),
