@@ -10,6 +10,7 @@ from adaptmerge.discovery import collect, constants_in
 from adaptmerge.errors import InputError, UsageError, did_you_mean
 from adaptmerge.files.listing import Listing
 from adaptmerge.formats.format import Format
+from adaptmerge.formats.unread import kind_of
 
 
 @cache
@@ -45,6 +46,9 @@ def detect(listing: Listing) -> Format:
 
 
 def _nothing_found(listing: Listing) -> str:
+    known = kind_of(listing)
+    if known is not None:
+        return known
     if listing.single:
         return "holds no tensors that a known adapter format names: see 'adaptmerge formats'"
     inside = [name for name in listing.folders if not name.startswith((".", "checkpoint-"))]
