@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuse.tiny import Tiny
 from safetensors.torch import load_file, save_file
 
 from adaptmerge.algebra.fit import Budget
@@ -103,10 +104,10 @@ def test_force_leaves_no_file_of_another_format(fixtures: Path, tmp_path: Path) 
     assert open_input(InputSpec(str(out))).format.name == "peft"
 
 
-def test_a_base_gives_its_own_names(fixtures: Path, tmp_path: Path) -> None:
+def test_a_base_gives_its_own_names(tiny: Tiny, tmp_path: Path) -> None:
     """A site under a wrapper that the base does not have is named as the base names it."""
-    source, tiny = tmp_path / "in", fixtures / "tinyllama"
-    shutil.copytree(tiny / "lora-r8-perl", source)
+    source, other, base = tmp_path / "in", str(tiny("lora-r8-cheaders")), str(tiny("base"))
+    shutil.copytree(tiny("lora-r8-perl"), source)
     file = source / "adapter_model.safetensors"
     tensors = load_file(file)
     longer = {
@@ -114,12 +115,13 @@ def test_a_base_gives_its_own_names(fixtures: Path, tmp_path: Path) -> None:
         for k, v in tensors.items()
     }
     save_file(longer, file, metadata={"format": "pt"})
-    specs = [InputSpec(str(source)), InputSpec(str(tiny / "lora-r8-cheaders"))]
-    report = combine(specs, tmp_path / "out", Options(base=str(tiny / "base")))
+    report = combine(
+        [InputSpec(str(source)), InputSpec(other)], tmp_path / "out", Options(base=base)
+    )
     assert {line.module.split(".")[0] for line in report.sites} == {"model"}
     assert any("named as in the base" in note.what for note in report.notes)
-    inputs = {"in": str(source), "lora-r8-cheaders": str(tiny / "lora-r8-cheaders")}
-    verdict = verify.verify(tmp_path / "out", verify.Questions(str(tiny / "base"), inputs, "cpu"))
+    inputs = {"in": str(source), "lora-r8-cheaders": other}
+    verdict = verify.verify(tmp_path / "out", verify.Questions(base, inputs, "cpu"))
     found = {check.name: check.status for check in verdict.checks}
     assert found["weights"] == found["forward"] == found["forward in peft"] == verify.PASS
 
