@@ -14,7 +14,9 @@ from adaptmerge.cli.options import base_option, json_option
 from adaptmerge.cli.terminal import print_json, show_notes, table
 
 if TYPE_CHECKING:
-    from adaptmerge.commands.inspect import Summary
+    from adaptmerge.commands.inspect import Fit, Summary
+
+MISFITS = 3  # shown of those that do not fit; the others are mostly like them
 
 
 @click.command()
@@ -31,7 +33,7 @@ def inspect(inputs: tuple[str, ...], values: bool, base: str | None, as_json: bo
     model = open_values(base) if base else None
     specs = [parse_input(text) for text in inputs]
     with _all_alive():
-        found = [summarise(item, values=values) for item in open_inputs(specs, model)]
+        found = [summarise(item, values=values, base=model) for item in open_inputs(specs, model)]
     if as_json:
         print_json([summary.as_json() for summary in found])
         return
@@ -63,5 +65,15 @@ def _show(summary: Summary) -> None:
     table(headers, summary.rows(), right=(1, 3, 4, 5, 7))
     if summary.heads:
         table(["head", "shapes", "listed", "labels"], summary.head_rows())
+    if summary.fit is not None:
+        _show_fit(summary.fit)
     show_notes(replace(note, input=summary.name) for note in summary.notes)
     click.echo()
+
+
+def _show_fit(fit: Fit) -> None:
+    click.echo(f"{fit.found} of {fit.modules} modules fit the base {fit.base}")
+    for problem in fit.problems[:MISFITS]:
+        click.echo(f"  {problem}")
+    if len(fit.problems) > MISFITS:
+        click.echo(f"  and {len(fit.problems) - MISFITS} more")

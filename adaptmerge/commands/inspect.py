@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from adaptmerge.adapters.graph import Edit, Kind, Labels, Note
-from adaptmerge.adapters.module_paths import layer_index
+from adaptmerge.adapters.module_paths import layer_index, original
 from adaptmerge.adapters.stored_edits import role_of
-from adaptmerge.adapters.weight_edits import factor_of, family_of
+from adaptmerge.adapters.weight_edits import factor_of, family_of, scaled_by
 from adaptmerge.algebra.factors import rank_bound
+from adaptmerge.bases.base import Base
 from adaptmerge.formats.inputs import Input
 from adaptmerge.merging.heads.policies import Head, heads_of, shown
+from adaptmerge.merging.misfits import misfits_of, missing
 from adaptmerge.merging.storable import stored_scale
 from adaptmerge.tensors.refs import TensorRef
 from adaptmerge.tensors.walk import refs_of
@@ -44,6 +46,16 @@ class HeadLine:
 
 
 @dataclass(frozen=True, slots=True)
+class Fit:
+    """How many of the modules that an adapter changes are in a base as it needs them, and what is amiss."""
+
+    base: str
+    found: int
+    modules: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """One adapter at a glance."""
 
@@ -56,6 +68,7 @@ class Summary:
     heads: Sequence[HeadLine]
     notes: Sequence[Note]
     values: bool
+    fit: Fit | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -85,8 +98,8 @@ class Summary:
         return rows
 
 
-def summarise(item: Input, *, values: bool = False) -> Summary:
-    """The summary of an opened input; `values` reads every tensor."""
+def summarise(item: Input, *, values: bool = False, base: Base | None = None) -> Summary:
+    """The summary of an opened input; `values` reads every tensor, and a base says what of it fits."""
     edits = item.adapter.edits
     stored = [tuple(refs_of(edit)) for edit in edits]
     groups: dict[tuple[Any, ...], list[Edit]] = {}
@@ -104,7 +117,25 @@ def summarise(item: Input, *, values: bool = False) -> Summary:
         heads=[_head_line(head) for head in heads_of(item.adapter)],
         notes=notes,
         values=values,
+        fit=None if base is None else _fit(item, base),
     )
+
+
+def _fit(item: Input, base: Base) -> Fit:
+    """What is stored whole, as heads are, needs no module of the base and is not counted."""
+    changes = [
+        e for e in item.adapter.edits if factor_of(e) is not None or scaled_by(e) is not None
+    ]
+    replication = item.adapter.base.replication
+    misfit: dict[str, list[str]] = {}
+    for edit in changes:
+        module = edit.site.module
+        absent = base.locate(original(module, replication)) is None
+        said = misfits_of(edit, base, replication) or [missing(edit.site, base)] * absent
+        misfit.setdefault(module, []).extend(said)
+    problems = [problem for said in misfit.values() for problem in said]
+    found = sum(not said for said in misfit.values())
+    return Fit(base.path.name, found, len(misfit), tuple(problems))
 
 
 def _head_line(head: Head) -> HeadLine:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from adaptmerge.adapters import experts
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
-from adaptmerge.adapters.module_paths import natural_key, original, other_versions, suffixes
-from adaptmerge.adapters.weight_edits import factor_of, scaled_by, side_of
-from adaptmerge.bases.base import CONV1D_MODELS, Base
+from adaptmerge.adapters.module_paths import natural_key, other_versions, suffixes
+from adaptmerge.adapters.weight_edits import factor_of
+from adaptmerge.bases.base import Base
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.strict_json import capped
+from adaptmerge.merging.misfits import misfits
 
 # What models with a head put before the modules of the model without (their base_model_prefix).
 MODEL_PREFIXES = frozenset(
@@ -53,7 +54,7 @@ def align(
         given, adapters = adapters, _on_base(adapters, base)
         notes += _renamed(given, adapters, "sites are named as in the base")
         notes += _drifted(adapters, base)
-        problems += _against_base(adapters, base)
+        problems += [p for name, a in adapters.items() for p in misfits(name, a, base)]
     else:
         problems += _coincidences(adapters) or _strangers(adapters, allowed)
     groups = _grouped(adapters)
@@ -255,55 +256,6 @@ def _replications(adapters: Mapping[str, Adapter]) -> list[str]:
         return []
     listed = ", ".join(f"{name}: {[list(pair) for pair in r]}" for name, r in found.items())
     return [f"the adapters are for different copies of the base's layers ({listed})"]
-
-
-def _against_base(adapters: Mapping[str, Adapter], base: Base) -> list[str]:
-    problems = []
-    for name, adapter in adapters.items():
-        for edit in adapter.edits:
-            problems += _edit_against_base(name, edit, base, adapter.base.replication)
-    return problems
-
-
-def _edit_against_base(
-    name: str, edit: Edit, base: Base, replication: Sequence[tuple[int, int]]
-) -> list[str]:
-    factor, site = factor_of(edit), edit.site
-    site = replace(site, module=original(site.module, replication))
-    is_weight = site.param == "weight" or site.expert is not None
-    if factor is None and site.param == "weight":
-        return _scale_against_base(name, edit, base)
-    if factor is None or not is_weight or not base.tensors:
-        return []
-    weight = base.parameter(site) if site.expert is None else base.weight(site)
-    if weight is None:
-        if site.expert is None and base.locate(site.module) is not None:
-            return []
-        return [f"{name}: {site} is not in the base {base.path.name}: is it for another model?"]
-    rows = weight.shape[0]
-    shape = (rows, weight.count // rows if rows else 0)
-    turned = base.architecture in CONV1D_MODELS
-    if factor.shape == shape or (turned and factor.shape == shape[::-1]):
-        return []
-    return [
-        f"{name}: {edit.site} is for a weight of {list(factor.shape)}, but the base {base.path.name} "
-        f"has {list(shape)}"
-    ]
-
-
-def _scale_against_base(name: str, edit: Edit, base: Base) -> list[str]:
-    """A vector of scales is as long as the side of the weight that it scales."""
-    vector, weight = scaled_by(edit), base.weight(edit.site)
-    if vector is None or weight is None or len(weight.shape) < 2:
-        return []
-    inner = side_of(edit) == "in"
-    fits = weight.shape[1] % vector.count == 0 if inner else weight.shape[0] == vector.count
-    if fits:
-        return []
-    return [
-        f"{name}: {edit.site} scales {vector.count} {'inputs' if inner else 'outputs'}, but the weight "
-        f"of the base {base.path.name} is {list(weight.shape)}"
-    ]
 
 
 def _base_names(
