@@ -20,10 +20,17 @@ import pytest
 TEST = 1.0  # seconds of a test that is not marked slow
 FORMAT, CAPABILITY = 5.0, 20.0  # of a file of tests: one format, scheme or family, and all else
 FORMATS = ("families", "formats", "schemes")
-CONTRACTS = {  # of files that every family goes through
+CONTRACTS = {  # of files that all families or schemes go through
     "tests/families/test_families.py": 50.0,
+    "tests/families/test_merging.py": CAPABILITY,
+    "tests/schemes/test_against_gptq.py": CAPABILITY,
+    "tests/schemes/test_contract.py": CAPABILITY,
     "tests/test_defects_families.py": 25.0,
 }
+DOCUMENTS = {
+    "tests/test_docs.py": 3.0,
+    "tests/test_commands.py": 3.0,
+}  # of a test: all commands of one
 IMPORTED = 10  # modules, from which on a test is not judged
 COUNTING = 0.016  # seconds that counting took on the machine of the budgets
 SPENT = "processor seconds"
@@ -56,6 +63,11 @@ def budget_of(file: str) -> float:
     """Seconds that all tests of a file may take together, but for those that are slow."""
     parts = Path(file).parts
     return CONTRACTS.get(file, FORMAT if set(parts[:-1]) & set(FORMATS) else CAPABILITY)
+
+
+def limit_of(test: str) -> float:
+    """Seconds that a test may take."""
+    return DOCUMENTS.get(test.partition("::")[0], TEST)
 
 
 class Budgets:
@@ -94,7 +106,11 @@ class Budgets:
 
     def beyond(self) -> list[str]:
         """What takes longer than it may, longest first."""
-        tests = [(s, f"a test may take {TEST:g} s", n) for n, s in self.tests.items() if s > TEST]
+        tests = [
+            (seconds, f"this test may take {limit_of(test):g} s", test)
+            for test, seconds in self.tests.items()
+            if seconds > limit_of(test)
+        ]
         files = [
             (seconds, f"this file may take {budget_of(file):g} s", file)
             for file, seconds in self.files.items()

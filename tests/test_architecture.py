@@ -46,6 +46,13 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def parsed() -> None:
+    """All sources once, before the first test."""
+    for path in sources():
+        tree(path)
+
+
 def part_of(path: Path) -> str:
     """The top-level part of the package that a file belongs to: `files`, `fit`, `__init__`, ..."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
