@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from adaptmerge.files.listing import Listing
 from adaptmerge.lazy import torch
 
 CONFIG = "config.json"
+UNLIKELY = 12_289  # labels: no dimension of a model is so by chance
 SHOWN = 5  # names listed in a message
 # The classes that have a head of one kind, by what PEFT calls the task.
 TASKS = {
@@ -120,6 +122,24 @@ def class_with_heads(config: Any, adapter: Adapter | None) -> Any:
         if found is not None and _has(found, config, heads):
             return _told_of_padding(found, config)
     return own
+
+
+def labels_of_heads(config: Any, adapter: Adapter) -> int | None:
+    """How many labels the adapter's heads are for, by the rows of those parameters that have a row for each
+    label in the class with these heads; None where no parameter has, or they disagree."""
+    probe = copy.deepcopy(config)
+    probe.num_labels = UNLIKELY
+    with torch.device("meta"), quietly():
+        model = class_with_heads(probe, adapter)(probe)
+    following = {name for name, value in model.named_parameters() if UNLIKELY in value.shape[:1]}
+    names = {name.removeprefix(f"{model.base_model_prefix}.") for name in following} | following
+    rows = {
+        edit.value.shape[0]
+        for edits in _heads(adapter).values()
+        for edit in edits
+        if f"{edit.site.module}.{edit.site.param}" in names
+    }
+    return rows.pop() if len(rows) == 1 else None
 
 
 def _told_of_padding(kind: Any, config: Any) -> Any:

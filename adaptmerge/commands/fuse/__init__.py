@@ -243,7 +243,8 @@ def _report(
     adapters = losses(lines, plan.running)
     licences, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
-    notes += _backward(plan, lines)
+    config = folder.changed_config(plan)
+    notes += [*_backward(plan, lines), *folder.unnamed_labels(plan, config)]
     return FuseReport(
         options=_said(plan),
         inputs=[described_input(item, digests[item.name]) for item in plan.inputs],
@@ -254,7 +255,7 @@ def _report(
         sites=[site_of(line) for line in lines],
         files=dict(files),
         changed=sorted(plan.targets.tensors),
-        config=folder.changed_config(plan),
+        config=config,
         notes=sorted(set(notes)),
         method=plan.options.method,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.graph import Kind, Labels, Note
-from adaptmerge.adapters.stored_edits import owner_of, saved_module
+from adaptmerge.adapters.stored_edits import saved_module
 from adaptmerge.bases.gguf_model import LIBRARY, GgufModel
 from adaptmerge.commands.fuse.options import SAME, WIDE
 from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
@@ -195,17 +195,33 @@ def changed_config(plan: FusePlan) -> dict[str, Any]:
 def _head(plan: FusePlan) -> dict[str, Any]:
     """Labels of a head, and the class that has it where the base's own has not."""
     found: dict[str, Any] = {}
-    labels = [(owner_of(s.edit), s.labels) for s in plan.plan.steps if s.labels is not None]
+    labels = [step.labels for step in plan.plan.steps if step.labels is not None]
+    heads = [step for step in plan.plan.steps if saved_module(step.edit)]
     if labels:
-        found |= _label_map(labels[-1][1])
-    added = [s for s in plan.plan.steps if saved_module(s.edit) and _is_new(plan, s)]
-    if added:
-        from adaptmerge.runtime.models import class_with_heads, model_config
+        found |= _label_map(labels[-1])
+    if not heads:
+        return found
+    from adaptmerge.runtime.models import class_with_heads, labels_of_heads, model_config
 
-        adapter = plan.inputs[0].adapter.with_edits([step.edit for step in added])
-        name = class_with_heads(model_config(plan.bases.values.path), adapter).__name__
-        found |= {"architectures": [name]}
+    config = model_config(plan.bases.values.path)
+    stored = plan.inputs[0].adapter.with_edits([step.edit for step in heads])
+    count = None if labels else labels_of_heads(config, stored)
+    if count is not None and count != config.num_labels:
+        found |= _label_map(Labels(tuple(f"LABEL_{row}" for row in range(count))))
+    added = [step.edit for step in heads if _is_new(plan, step)]
+    if added:
+        found |= {"architectures": [class_with_heads(config, stored.with_edits(added)).__name__]}
     return found
+
+
+def unnamed_labels(plan: FusePlan, config: Mapping[str, Any]) -> list[Note]:
+    """A word where labels are only counted, since nothing beside the adapter names them."""
+    if "id2label" not in config or any(step.labels is not None for step in plan.plan.steps):
+        return []
+    first, *others = config["id2label"].values()
+    called = f"{first} to {others[-1]}" if others else first
+    what = f"the head has {1 + len(others)} rows and no names for them: config.json says {called}"
+    return [Note(Kind.INFO, what)]
 
 
 def _is_new(plan: FusePlan, step: Step) -> bool:

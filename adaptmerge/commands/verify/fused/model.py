@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.graph import Adapter, Site
-from adaptmerge.adapters.stored_edits import trained_tokens
+from adaptmerge.adapters.stored_edits import saved_module, trained_tokens
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.algebra.factors import Rows, Term, whole_term
+from adaptmerge.bases.base import GGUF
 from adaptmerge.bases.open import open_base
 from adaptmerge.commands.fuse.options import FuseOptions
 from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
@@ -31,7 +32,7 @@ from adaptmerge.files.listing import sha256_of
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
 from adaptmerge.merging.weights import SiteRule
-from adaptmerge.runtime.models import device_named
+from adaptmerge.runtime.models import device_named, labels_of_heads, model_config
 from adaptmerge.schemes.view import View, view_of
 from adaptmerge.tensors.dtypes import F32
 
@@ -138,9 +139,22 @@ def _config(plan: FusePlan, fused: View) -> Check:
         for key in sorted(wanted.keys() & said.keys())
         if said[key] != wanted[key] and key not in free and not key.endswith("_token_id")
     ]
+    wrong += _labels(plan, fused)
     if wrong:
         return Check("config", FAIL, "; ".join(wrong))
     return Check("config", PASS, "fits the tensors")
+
+
+def _labels(plan: FusePlan, fused: View) -> list[str]:
+    """What is amiss with the labels that the config counts: a head has a row for each."""
+    heads = [step.edit for step in plan.plan.steps if saved_module(step.edit)]
+    if not heads or fused.on_disk.path.suffix == GGUF:
+        return []
+    config = model_config(fused.on_disk.path)
+    count = labels_of_heads(config, plan.inputs[0].adapter.with_edits(heads))
+    if count in (None, config.num_labels):
+        return []
+    return [f"config.json counts {config.num_labels} labels, but the head has {count} rows"]
 
 
 @dataclass(frozen=True, slots=True)
