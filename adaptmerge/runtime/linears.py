@@ -61,7 +61,9 @@ def ties_head(base_dir: Path) -> bool | None:
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     if inner is None or outer is None:
         return False
-    return inner.weight is outer.weight or bool(model.config.get_text_config().tie_word_embeddings)
+    said = (model.config, model.config.get_text_config())  # a part of a composite model may lack it
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in said)
+    return inner.weight is outer.weight or tied
 
 
 def _kept(model: torch.nn.Module) -> list[str]:
