@@ -9,6 +9,7 @@ from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
 from adaptmerge.tensors.caches import forget
 
+MODEL_CONFIG = "config.json"
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -34,11 +35,11 @@ def open_base(source: str) -> Base:
     if weights:
         path = path.parent
         listing = Listing.of(path, source)
-    if not listing.has("config.json"):
+    if not listing.has(MODEL_CONFIG):
         raise InputError(
             "is not a model: expected a folder with config.json and weights in it, or a GGUF file",
             where=source,
         )
     weights = weights or next((name for name in WEIGHT_FILES if listing.has(name)), None)
     tensors = listing.tensors(weights).refs if weights else {}
-    return Base(path, listing.json("config.json"), tensors)
+    return Base(path, listing.json(MODEL_CONFIG), tensors)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from adaptmerge import __version__
 from adaptmerge.adapters.graph import Bundle
+from adaptmerge.bases.open import MODEL_CONFIG, WEIGHT_FILES
+from adaptmerge.errors import OutputError
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
 from adaptmerge.formats.format import Format, Output, WriteOptions
@@ -64,14 +66,25 @@ class Session:
         output.path(name).write_text(report.as_text(), encoding="utf-8")
 
 
+def _refuse_models(output: Path) -> None:
+    """transformers loads an adapter that lies beside a model with it: nobody asks for that by --force."""
+    found = [name for name in WEIGHT_FILES if (output / name).is_file()]
+    if found and (output / MODEL_CONFIG).is_file():
+        raise OutputError(
+            f"{output} holds a whole model ({found[0]}), which an adapter beside it would change: choose "
+            "another -o"
+        )
+
+
 @contextmanager
 def writing(
     output: Path, inputs: Sequence[Path], *, force: bool, strict: bool
 ) -> Iterator[Session]:
     """A session whose files appear all together when the block ends, or not at all when it fails.
 
-    Raises OutputError for an output that exists, unless `force`, or that overlaps an input.
+    Raises OutputError for an output that exists, unless `force`, is a whole model, or overlaps an input.
     """
+    _refuse_models(output)
     obsolete = {name for found in formats().values() for name in found.files}
     obsolete |= left_by(output, obsolete)
     single = is_file_name(output)

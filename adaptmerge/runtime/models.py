@@ -15,7 +15,7 @@ from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import Listing
 from adaptmerge.lazy import torch
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 UNLIKELY = 12_289  # labels: no dimension of a model is so by chance
 SHOWN = 5  # names listed in a message
 # The classes that have a head of one kind, by what PEFT calls the task.
@@ -37,6 +37,12 @@ def load_model(
     """
     where = str(base_dir)
     config = model_config(base_dir)
+    if (base_dir / ADAPTER).is_file():
+        raise InputError(
+            f"holds an adapter beside the model ({ADAPTER}), which transformers loads with it: move the "
+            "files of the adapter to a folder of their own",
+            where=where,
+        )
     with quietly(), in_one_sentence(where):
         model, report = class_with_heads(config, adapter).from_pretrained(
             base_dir,

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from samples import tree
 
 from adaptmerge.commands import fuse as library
+from adaptmerge.commands.combine import Options, combine
 from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError, OutputError, UsageError
+from adaptmerge.formats.inputs import InputSpec
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT advises the person who trains
@@ -451,3 +453,21 @@ def test_shards_that_nothing_touches_are_copies(tmp_path: Path) -> None:
     assert touched < set(weights.values())
     for name in set(weights.values()) - touched:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_an_adapter_in_the_folder_of_the_base_stays_there(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """transformers would load it with the fused model."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, base / name)
+    report = fuse(base, [adapter], tmp_path / "out")
+    assert not [path.name for path in (tmp_path / "out").iterdir() if "adapter_" in path.name]
+    assert "adapter_model.safetensors" in notes_of(report)
+
+
+def test_no_adapter_is_written_into_the_folder_of_a_model(base: Path, adapter: Path) -> None:
+    before = tree(base)
+    with pytest.raises(OutputError, match="holds a whole model"):
+        combine([InputSpec(str(adapter))], base, Options(force=True))
+    assert tree(base) == before

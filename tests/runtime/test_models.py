@@ -203,3 +203,10 @@ def test_streamed_weights_are_released_after_an_exception(fixtures: Path) -> Non
     with pytest.raises(RuntimeError):
         streamed.get_submodule("lm_head")(torch.zeros(1, 3))
     assert_released(streamed)
+
+
+def test_a_model_with_an_adapter_beside_it_is_not_run(base_dir: Path) -> None:
+    """What it computed would be the model with the adapter."""
+    (base_dir / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match="holds an adapter beside the model"):
+        load_model(base_dir)

@@ -27,6 +27,7 @@ from adaptmerge.tensors.dtypes import SPELLINGS
 
 CARD = "README.md"
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # beside a model: transformers would load that adapter, too
 WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -109,7 +110,9 @@ def carried(plan: FusePlan) -> dict[str, Path]:
     """The files that go along: all of the base but weights, and tokenizers of adapters that change it."""
     root = plan.bases.values.path
     found = {
-        name: path for name, path in _files(root) if name not in (CONFIG, CARD, FILE, *INDEXES)
+        name: path
+        for name, path in _files(root)
+        if name not in (CONFIG, CARD, FILE, ADAPTER, *INDEXES)
     }
     if plan.options.quant != SAME:
         found = {name: path for name, path in found.items() if name not in QUANTISERS}
