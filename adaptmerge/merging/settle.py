@@ -142,7 +142,10 @@ def _compute(plan: Plan, step: Step, allotted: int | None) -> tuple[Computed, li
         if problems or step.action == "pass":
             return Computed(step.edit, stats), problems
         done, stats = _settled(plan, step, stats, allotted)
-        return Computed(done, _measured(step, done, stats)), []
+        judged = "nonfinite" not in plan.allowed and not math.isfinite(stats.rounding)
+        problems = _overflown(step, done) if judged else []
+        stats = stats if problems else _measured(step, done, stats)
+        return Computed(done, stats), problems
 
 
 def _settled(
@@ -211,6 +214,16 @@ def _nonfinite(step: Step, stats: SiteStats) -> list[str]:
         for member in step.members
         for ref in _unseen(member.edit, clean)
         if ref.dtype.is_float and ref.dtype.bits >= 16 and not _finite(ref.read())
+    ]
+
+
+def _overflown(step: Step, done: Edit) -> list[str]:
+    """What rounding to a narrow dtype made infinite: inputs are finite, as was asked before."""
+    stored = (ref for ref in refs_of(done) if isinstance(ref.source, Held))
+    found = {ref.dtype for ref in stored if ref.dtype.is_float and not _finite(ref.read())}
+    return [
+        f"{step.site}: values beyond the range of {dtype} would be infinite: use bf16 or f32"
+        for dtype in sorted(found, key=str)
     ]
 
 

@@ -246,6 +246,23 @@ def test_nonfinite_values_can_be_allowed(tmp_path: Path) -> None:
     assert bool(torch.isfinite(deltas(output)[MODULES[0]]).all())
 
 
+@every_method
+@pytest.mark.parametrize("budget", [Budget(), Budget(rank=2)], ids=["exact", "rank"])
+def test_rounding_makes_no_infinity_without_a_word(
+    method: Method, budget: Budget, tmp_path: Path
+) -> None:
+    """float16 ends at 65504; the sum of these two is far beyond it, in float32 well within."""
+    sides = [
+        {m: (1e7 * up, 1e7 * down) for m, (up, down) in random_sides(s).items()} for s in (1, 2)
+    ]
+    paths = [write(tmp_path / f"a{seed}", found) for seed, found in enumerate(sides)]
+    with pytest.raises(InputError) as caught:
+        merged(paths, method, budget=budget, dtype="fp16")
+    assert f"{MODULES[0]}: values beyond the range of f16 would be infinite" in str(caught.value)
+    output, _ = merged(paths, method, budget=budget, dtype="bf16")
+    assert all(bool(delta.isfinite().all()) for delta in deltas(output).values())
+
+
 def test_nan_in_a_tensor_that_passes_through(tmp_path: Path) -> None:
     """A DoRA magnitude is no part of the delta, and is checked all the same."""
     key = f"base_model.model.{MODULES[0]}.lora_magnitude_vector"
