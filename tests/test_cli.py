@@ -18,8 +18,9 @@ from console import run
 from fuse.models import llama_base
 from made import make
 from peft_cases import CASES
+from safetensors.torch import load_file
 
-from adaptmerge.cli import main
+from adaptmerge.cli import NEAR, main
 
 HEAVY = ("torch", "numpy", "transformers", "peft", "gguf", "huggingface_hub")
 COMMANDS = sorted(main.commands)
@@ -86,7 +87,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_light_commands_import_nothing_heavy(arguments: Sequence[str], here: Path) -> None:
     code = f"""
 import sys
-from adaptmerge.cli import main
+from adaptmerge.cli import NEAR, main
 try:
     main(prog_name="adaptmerge")
 finally:
@@ -196,6 +197,19 @@ def test_a_long_path_is_not_broken(here: Path) -> None:
     assert output in found.stdout
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes_are_known_as_torch_calls_them(dtype: str, here: Path) -> None:
+    assert run("combine", "prose", "--dtype", dtype, "-o", "out").code == 0
+    stored = load_file("out/adapter_model.safetensors").values()
+    assert {str(value.dtype) for value in stored} == {f"torch.{dtype}"}
+
+
+def test_what_others_call_a_command_leads_to_ours() -> None:
+    for word, advice in NEAR.items():
+        assert advice in run(word).stderr
+        assert any(f"{name!r}" in advice for name in main.commands)
+
+
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
 def test_interrupt_leaves_nothing(
     as_json: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
@@ -206,7 +220,7 @@ def test_interrupt_leaves_nothing(
     before = hashes(here)
     monkeypatch.setattr("adaptmerge.outputs.session.write_bundle", interrupted)
     found = run("combine", "prose", "code", *as_json)
-    assert (found.code, hashes(here)) == (1, before)
+    assert (found.code, hashes(here)) == (130, before)
     assert found.stderr.splitlines()[-1] == "error: interrupted: nothing was written"
     assert bool(found.stdout) == bool(as_json)
 
@@ -216,7 +230,7 @@ def test_killed_run_is_cleaned_up_by_the_next(here: Path) -> None:
     code = """
 import os, signal
 from adaptmerge.outputs import session
-from adaptmerge.cli import main
+from adaptmerge.cli import NEAR, main
 session.write_bundle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
@@ -232,7 +246,7 @@ main()
 # Commands after one another in one process, which takes longer to start than to run them.
 IN_TURN = """
 import json, sys
-from adaptmerge.cli import main
+from adaptmerge.cli import NEAR, main
 codes = []
 for words in json.loads(sys.argv[1]):
     try:

@@ -1,6 +1,7 @@
 """The command line: the only place that prints or exits.
 
-Exit codes: 0 done, 1 an error, 2 wrong usage, 3 a verification or comparison that did not pass.
+Exit codes: 0 done, 1 an error, 2 wrong usage, 3 a verification or comparison that did not pass,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,6 +39,16 @@ Shell completion: eval "$(_ADAPTMERGE_COMPLETE=bash_source adaptmerge)"
 """
 
 
+INTERRUPTED = 130  # what shells say of a program that SIGINT ended
+INTO_ONE = "did you mean 'combine' (adapters into one) or 'fuse' (adapters into their base)?"
+NEAR = {  # what other tools call it
+    **dict.fromkeys(("merge", "join", "mix", "merge-and-unload", "merge_and_unload"), INTO_ONE),
+    **dict.fromkeys(("bake", "fold", "apply"), "did you mean 'fuse'?"),
+    **dict.fromkeys(("show", "info", "list", "ls", "describe"), "did you mean 'inspect'?"),
+    **dict.fromkeys(("check", "test", "validate"), "did you mean 'verify'?"),
+    **dict.fromkeys(("compare", "cmp"), "did you mean 'diff'?"),
+    **dict.fromkeys(("export", "transform"), "did you mean 'convert'?"),
+}
 AS_JSON = "adaptmerge.as_json"  # key in click's context
 
 
@@ -52,7 +63,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            hint = did_you_mean(args[0], list(self.commands))
+            hint = NEAR.get(args[0]) or did_you_mean(args[0], list(self.commands))
             raise click.UsageError(f"No such command {args[0]!r}: {hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -69,7 +80,7 @@ class Commands(click.Group):
             raise
         except KeyboardInterrupt:
             report_error(AdaptmergeError("interrupted: nothing was written"), as_json=as_json)
-            ctx.exit(1)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
