@@ -2,7 +2,7 @@
 
 A test's own time is that of the process it runs in; a file's time has what it starts, too. Seconds are
 those of the machine that the budgets were set on: how much slower another one is, counting tells. A test
-in which many modules were imported is not judged: whichever is the first to need them pays for all.
+in which many modules were imported counts nowhere: whichever is the first to need them pays for all.
 """
 
 from __future__ import annotations
@@ -100,8 +100,10 @@ class Budgets:
         if spent is None or "slow" in report.keywords:
             return
         own, whole, imported = spent
+        if imported >= IMPORTED:
+            return
         self.files[report.nodeid.partition("::")[0]] += whole
-        if report.when == "call" and imported < IMPORTED:
+        if report.when == "call":
             self.tests[report.nodeid] = own
 
     def beyond(self) -> list[str]:
