@@ -64,7 +64,7 @@ BY_NAME = {dtype.name: dtype for dtype in _ALL}
 BF16, F16, F32, F64 = (BY_NAME[name] for name in ("BF16", "F16", "F32", "F64"))
 U8, I8, I32, I64 = (BY_NAME[name] for name in ("U8", "I8", "I32", "I64"))
 SPELLINGS = {"bf16": BF16, "fp16": F16, "f16": F16, "fp32": F32, "f32": F32}
-SPELLINGS |= {dtype.torch_name: dtype for dtype in (BF16, F16, F32)}
+SPELLINGS |= {"bfloat16": BF16, "float16": F16, "float32": F32}
 
 
 def of_torch(dtype: torch.dtype) -> DType:
