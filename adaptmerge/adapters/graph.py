@@ -83,6 +83,18 @@ class Edit(Protocol):
         """Edits are data."""
 
 
+def fits(edit: Edit, protocol: Any) -> bool:
+    """Whether an edit has what a protocol asks for: its class decides, so each class is asked once, since
+    asking takes longer than much of what depends on the answer."""
+    asked = type(edit), protocol
+    if asked not in _FITS:
+        _FITS[asked] = isinstance(edit, protocol)
+    return _FITS[asked]
+
+
+_FITS: dict[tuple[type, Any], bool] = {}
+
+
 def fields_of(edit: Edit) -> dict[str, Any]:
     """What an edit holds, by field."""
     return {part.name: getattr(edit, part.name) for part in fields(edit)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, TypeGuard, runtime_checkable
 
-from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.graph import Edit, Site, fits
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef
@@ -83,7 +83,7 @@ class StoresValue(Edit, Protocol):
 
 def stores_value(edit: Edit) -> TypeGuard[StoresValue]:
     """Whether an edit stores a parameter as it will be."""
-    return isinstance(edit, StoresValue)
+    return fits(edit, StoresValue)
 
 
 def stored_value(edit: Edit) -> TensorRef:

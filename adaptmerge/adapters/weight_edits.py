@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
-from adaptmerge.adapters.graph import Edit, Site
+from adaptmerge.adapters.graph import Edit, Site, fits
 from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Rows, Sum, Term, whole_term
 from adaptmerge.algebra.linalg import moved_norms
 from adaptmerge.algebra.low_rank import as_low_rank
@@ -206,9 +206,14 @@ class Additive(Edit, Protocol):
         """What is added whatever the base is; None when it depends on the base."""
 
 
+def is_additive(edit: Edit) -> TypeGuard[Additive]:
+    """Whether an edit may know what it adds."""
+    return fits(edit, Additive)
+
+
 def delta_of(edit: Edit) -> Factor | None:
     """What an edit adds whatever the base is; None where that depends on it, or nothing is added."""
-    return edit.delta() if isinstance(edit, Additive) else None
+    return edit.delta() if is_additive(edit) else None
 
 
 def delta_on(edits: Sequence[Edit], weight: TensorRef) -> Factor:
@@ -227,7 +232,7 @@ def family_of(edit: Edit) -> str:
     one that does more with its factor than to add it, such as a gate."""
     own: str = getattr(edit, "family", "")
     factor = factor_of(edit)
-    if own or factor is None or not isinstance(edit, Additive):
+    if own or factor is None or not is_additive(edit):
         return own
     return getattr(factor, "family", "") or ("lora" if _is_stored(factor) else "")
 
