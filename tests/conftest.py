@@ -52,8 +52,8 @@ def beside_each_other(items: list[pytest.Item]) -> None:
     places: dict[pytest.Item, int] = {}
     for number, item in enumerate(items):
         places[item] = number
-        if isinstance(item, pytest.Function) and "built" in item.fixturenames:
-            places[item] = first.setdefault(item.callspec.params["name"], number)
+        if "built" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec"):
+            places[item] = first.setdefault(item.callspec.params.get("name"), number)
     items.sort(key=places.__getitem__)
 
 

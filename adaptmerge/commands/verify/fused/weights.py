@@ -222,7 +222,7 @@ def _diagnosis(gains: dict[str, float | None]) -> str | None:
         if not math.isfinite(gain):
             return f"what is there of {name} is no finite number: are weights NaN or infinite?"
         if abs(gain) < 1 - KEPT:
-            return f"{name} is not in it ({percent(gain)} of it arrived)"
+            return f"{name} is not in it ({percent(round(gain, 4))} of it arrived)"
         if abs(gain - round(gain)) < 0.1 and round(gain) == 2:
             return f"{name} is in it twice ({percent(gain)} of it arrived)"
         return f"{name} is in it {gain:.3g} times: is its scale (alpha / r) right?"
