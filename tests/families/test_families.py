@@ -39,6 +39,7 @@ WRITTEN = {
         "psoft_series_bound",
         "vera_gpt2_drawn",
     ),
+    *("lora_bd", "lora_kasa"),
 }
 
 
