@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adaptmerge.runtime.attach import as_built, attach
-from adaptmerge.runtime.models import example_inputs, load_model, outputs_of, twin
+from adaptmerge.runtime.models import example_inputs, load_model, outputs_of, twin, watched
 from adaptmerge.runtime.replicate import replicate_layers, replicated
 from adaptmerge.runtime.stream import stream_model
 from adaptmerge.runtime.together import outputs_of_each
@@ -19,4 +19,5 @@ __all__ = [
     "replicated",
     "stream_model",
     "twin",
+    "watched",
 ]

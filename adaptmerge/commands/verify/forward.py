@@ -16,6 +16,7 @@ from adaptmerge.adapters.weight_edits import delta_of, norms_rows
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, within
 from adaptmerge.lazy import torch
+from adaptmerge.parallel import Tell, untold
 from adaptmerge.tensors.dtypes import DType
 
 FIXED = {"F64": 1e-5, "F32": 1e-5, "F16": 2e-3, "BF16": 2e-2}
@@ -54,14 +55,22 @@ class Bench:
     device: str
     layerwise: bool
     inputs: Mapping[str, Any]
+    tell: Tell = untold
     loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, base: Base, device: str, layerwise: bool, tokens: Sequence[int] = ()) -> Bench:
+    def of(
+        cls,
+        base: Base,
+        device: str,
+        layerwise: bool,
+        tokens: Sequence[int] = (),
+        tell: Tell = untold,
+    ) -> Bench:
         """`tokens` are some that the inputs should have: those that were trained."""
         inputs = runtime.example_inputs(base.config, first=tokens)
         placed = {name: value.to(device) for name, value in inputs.items()}
-        return cls(base, device, layerwise, placed)
+        return cls(base, device, layerwise, placed, tell)
 
     def model(self, adapter: Adapter | None = None) -> Any:
         """The base in float32 with places for an adapter's heads: modules of its own, around weights that
@@ -75,9 +84,15 @@ class Bench:
 
     def fresh_model(self, adapter: Adapter | None = None) -> Any:
         """The base in float32, whole or streamed layer by layer, with weights of its own."""
+        self.tell(f"loading {self.base.path.name}", 0, 0)
         if self.layerwise:
             return runtime.stream_model(self.base, device=self.device)
         return runtime.load_model(self.base.path, self.device, adapter=adapter)
+
+    def run_each(self, model: Any, adapters: Sequence[Adapter | None]) -> list[torch.Tensor]:
+        """Outputs of the model with each adapter (None: none)."""
+        with runtime.watched(model, self.tell):
+            return runtime.outputs_of_each(model, self.inputs, adapters)
 
     def run(self, model: Any, adapter: Adapter | None = None) -> torch.Tensor:
         """Outputs of the model, with the adapter attached if one is given."""
@@ -103,7 +118,7 @@ class Forward(NamedTuple):
 def check_forward(bench: Bench, expected: Adapter, output: Adapter, dtype: DType) -> Forward:
     """The check of the output read by adaptmerge."""
     model = bench.model(expected)
-    y_base, y_ref, y = runtime.outputs_of_each(model, bench.inputs, (None, expected, output))
+    y_base, y_ref, y = bench.run_each(model, (None, expected, output))
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
     if y.shape != y_ref.shape:
         detail = f"outputs are of shape {list(y.shape)}, promised were {list(y_ref.shape)}"

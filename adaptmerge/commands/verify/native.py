@@ -14,7 +14,7 @@ from adaptmerge.algebra.forms import Form, form_of
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, Check, within
 from adaptmerge.commands.verify.forward import Bench, Forward, compare, judge
-from adaptmerge.formats.format import Format, Oracle
+from adaptmerge.formats.format import Answer, Format, Oracle
 from adaptmerge.formats.inputs import Input
 from adaptmerge.lazy import torch
 from adaptmerge.merging.resolve import WHOLE
@@ -24,7 +24,7 @@ from adaptmerge.tensors.refs import TensorRef
 ALIKE = 1e-5  # relative to the library's own delta
 PROBES = 8  # random inputs that each layer is asked for
 ROWS = 512  # of a weight, looked at in float64 at once
-Answers = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+Answers = Mapping[str, Answer]
 
 
 def installed(form: Format) -> bool:
@@ -40,6 +40,7 @@ def check_native_output(bench: Bench, result: Input, ours: Forward, dtype: DType
     model = bench.model(result.adapter)
 
     def ask() -> Check:
+        bench.tell(f"outputs in {oracle.package}", 0, 0)
         y = oracle.forward(model, path, bench.inputs)
         return judge(name, compare(y, ours.y_ref, ours.y_base, dtype))
 
@@ -70,11 +71,13 @@ def _reading(name: str, bench: Bench, item: Input, oracle: Oracle) -> Check:
     if item.spec.alpha is not None:
         return Check(name, SKIPPED, "the library has no deltas to compare with")
     model = bench.model(item.adapter)
+    bench.tell(f"reading {item.name} with {oracle.package}", 0, 0)
     adapter = runtime.as_built(model, item.adapter)
     ours = dict(_edited(adapter, bench.base))
     answers = oracle.answers(model, item.path, PROBES) if oracle.answers else None
     if answers:
-        found = _judged(name, set(ours), set(answers), partial(_off_answers, ours, answers))
+        off = partial(_off_answers, ours, answers)
+        found = _judged(name, set(ours), set(answers), off)
         if found.status == PASS:
             return found
     theirs = oracle.deltas(bench.fresh_model(item.adapter), item.path)
@@ -119,8 +122,9 @@ def _off_deltas(ours: Mapping[str, Edited], theirs: Mapping[str, torch.Tensor], 
 
 
 def _off_answers(ours: Mapping[str, Edited], theirs: Answers, site: str) -> float:
-    given, answer = theirs[site]
-    return _relative(_answer(*ours[site], given.double()), answer.double())
+    asked = theirs[site]
+    off = _relative(_answer(*ours[site], asked.given.double()), asked.added.double())
+    return 0.0 if within(off, asked.noise) else off
 
 
 def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
