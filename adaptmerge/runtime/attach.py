@@ -108,20 +108,24 @@ def _swaps(model: torch.nn.Module, adapter: Adapter, paths: Mapping[str, str]) -
 
 
 def _tie_rows(model: torch.nn.Module, swaps: dict[str, Swap]) -> None:
-    """Rows of an input embedding that the head shares are replaced in the head, too, as PEFT does."""
-    inner, outer = (
-        getattr(model, name, lambda: None)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-    )
-    if inner is None or outer is None or inner.weight is not outer.weight:
+    """Rows of an input embedding are replaced in all modules that share its matrix, too, as PEFT does."""
+    trained = next((swap for swap in swaps.values() if _is_entry(model, swap.module)), None)
+    rows = [] if trained is None else _rows(trained)
+    if trained is None or not rows:
         return
-    found = [_rows(swap) for swap in swaps.values() if swap.module is inner]
-    if any(found):
-        modules = model.named_modules(remove_duplicate=False)
-        path = next(name for name, module in modules if module is outer)
-        head = swaps.setdefault(path, Swap(outer, outer))
-        if not _rows(head):
-            head.edits["weight"] = [*found[0], *head.edits.get("weight", ())]
+    for path, module in model.named_modules(remove_duplicate=False):
+        shares = module._parameters.get("weight") is trained.module.weight
+        if shares and module is not trained.module:
+            swap = swaps.setdefault(path, Swap(module, module))
+            if not _rows(swap):
+                swap.edits["weight"] = [*rows, *swap.edits.get("weight", ())]
+
+
+def _is_entry(model: torch.nn.Module, module: torch.nn.Module) -> bool:
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)() is module
+    except NotImplementedError:
+        return False
 
 
 def _rows(swap: Swap) -> list[WeightEdit]:

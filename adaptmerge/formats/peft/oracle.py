@@ -73,11 +73,14 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _untie(model: Any) -> None:
-    """Gives a head that shares its embedding's weight one of its own: PEFT would merge both into it."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
+    """Gives modules that share a matrix one of their own each: PEFT would merge into that of all."""
+    seen: set[int] = set()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in seen:
+            module.weight = torch.nn.Parameter(weight.detach().clone())
+            model.config.tie_word_embeddings = False
+        seen.add(id(weight))
 
 
 def _config(folder: Path) -> dict[str, Any]:
