@@ -17,7 +17,9 @@ from adaptmerge.bases.ties import resized, ties_of, untying
 
 SHARES = 12  # tests that all classes are shared out to
 MADE = 16  # classes of each share at least, of 30, of which there is a small model
-IN_PARTS = {"Molmo2ForConditionalGeneration"}  # stores its embedding in two tensors, which no base reads
+IN_PARTS = {
+    "Molmo2ForConditionalGeneration"
+}  # stores its embedding in two tensors, which no base reads
 FEW = {
     "whisper": "WhisperForConditionalGeneration",
     "mamba": "MambaForCausalLM",

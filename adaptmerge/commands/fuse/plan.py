@@ -30,6 +30,7 @@ from adaptmerge.errors import CannotMerge
 from adaptmerge.formats.format import Format, Stores
 from adaptmerge.formats.inputs import Input, InputSpec
 from adaptmerge.merging.align import align
+from adaptmerge.merging.base_names import on_another_base
 from adaptmerge.merging.plan import Plan, make_plan
 from adaptmerge.merging.prepare import Opened, open_merging
 from adaptmerge.merging.weights import Weights
@@ -144,6 +145,7 @@ def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptio
     opened = open_merging(specs, options, view.values)
     values, adapters = _on_copies(view, opened.adapters, options.quant)
     notes = [*_fingerprints(adapters, view.on_disk, options), *_trained_on(view, options)]
+    notes += on_another_base(adapters, view.on_disk, options.allow)
     trained_on, said = provenance(adapters, options.trained_on)
     trained = as_trained(values, trained_on, _linears(values) if trained_on else ())
     planned = _plan_edits(opened, adapters, trained)
