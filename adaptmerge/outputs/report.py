@@ -189,7 +189,7 @@ def sanity_notes(found: Totals) -> list[Note]:
 
 
 def _root_sum(values: Any) -> float:
-    return math.sqrt(sum(value**2 for value in values))
+    return math.hypot(*values)
 
 
 def _share(part: float, whole: float) -> float:
