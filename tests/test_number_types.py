@@ -1,4 +1,4 @@
-"""Tensors that hold no real numbers are refused by name, and values count however small or large they are."""
+"""Tensors that hold no real numbers are refused by name; values count however small or large they are."""
 
 from __future__ import annotations
 
