@@ -100,6 +100,9 @@ def test_a_merge_of_two(name: str, tmp_path: Path) -> None:
         model.trained(tmp_path / side, target_modules=[getattr(model, side)])
     specs = [InputSpec(str(tmp_path / side), weight=0.5) for side in SIDES]
     combine(specs, tmp_path / "merged", Options(base=str(base)))
+    if model is not TIED["whisper"]:  # whose inputs are no tokens
+        found = verify(tmp_path / "merged", Questions(str(base)))
+        assert found.status == "pass", found
     fuse(base, {tmp_path / "embedding": 0.5, tmp_path / "head": 0.5}, tmp_path / "at once")
     fuse(base, [tmp_path / "merged"], tmp_path / "out")
     once = model.computed(tmp_path / "at once")

@@ -46,9 +46,8 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
     """
     from peft import PeftModel
 
-    _untie(model)
-    before = {name: value.double() for name, value in model.state_dict().items()}
-    with _quietly(), _as_folder(path) as folder:
+    with _quietly(), _untied(model), _as_folder(path) as folder:
+        before = {name: value.double() for name, value in model.state_dict().items()}
         if _config(folder).get("layer_replication"):
             return {}  # PEFT merges all copies of a layer into one
         wrapped = PeftModel.from_pretrained(model, str(folder)).double()
@@ -72,15 +71,76 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
     return {name: delta for name, delta in found.items() if bool(delta.any())}
 
 
-def _untie(model: Any) -> None:
-    """Gives modules that share a matrix one of their own each: PEFT would merge into that of all."""
+def answers(
+    model: Any, path: Path, count: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
+    """What PEFT's own layers add for `count` random inputs each: (inputs, outputs) in float64, by site.
+
+    None where an adapted module is no linear, or computes otherwise than on its input alone. The base's
+    weights are as before afterwards.
+    """
+    from peft import PeftModel
+
+    with _quietly(), _untied(model), _as_folder(path) as folder:
+        if _config(folder).get("layer_replication"):
+            return None
+        wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
+    adapted = {} if wrapped.active_peft_config.is_prompt_learning else _adapted(wrapped)
+    if not adapted or _stacks(wrapped):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name in adapted:
+        layer = wrapped.base_model.model.get_submodule(name)
+        try:
+            pair = _asked(layer, count, generator)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+            return None
+        if pair is None:
+            return None
+        found[name] = pair
+    return {name: (given, added) for name, (given, added) in found.items() if bool(added.any())}
+
+
+def _asked(
+    layer: Any, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Random inputs of a linear and what is added for them; nothing is said of other modules."""
+    base = layer.get_base_layer()
+    kind = type(base).__name__
+    if kind not in ("Linear", "Conv1D"):
+        return None
+    width = base.weight.shape[0 if kind == "Conv1D" else 1]
+    given = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    with torch.no_grad(), _quietly():
+        plain = torch.func.functional_call(base, _wide(base), (given,))
+        moved = torch.func.functional_call(layer, _wide(layer), (given,))
+    return given, moved - plain
+
+
+def _wide(module: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a module, those of floats in float64."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {n: value.double() if value.is_floating_point() else value for n, value in tensors}
+
+
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """Gives modules that share a matrix one of their own each: PEFT would merge into that of all. The
+    config says so meanwhile; forwards may read it, and so it is put back."""
     seen: set[int] = set()
+    said = getattr(model.config, "tie_word_embeddings", None)
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and id(weight) in seen:
             module.weight = torch.nn.Parameter(weight.detach().clone())
             model.config.tie_word_embeddings = False
         seen.add(id(weight))
+    try:
+        yield
+    finally:
+        if said is not None:
+            model.config.tie_word_embeddings = said
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -125,4 +185,4 @@ def forward(model: Any, path: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
     return outputs
 
 
-ORACLE = Oracle("peft", deltas, forward)
+ORACLE = Oracle("peft", deltas, forward, answers)
