@@ -4,6 +4,8 @@ and merges compute what PEFT computes with base and adapter side by side."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,20 @@ def test_extraction_changes_all_that_is_tied(name: str, tmp_path: Path) -> None:
     assert not [note for note in report.notes if note.kind == "assumed"]
     fuse(base, [tmp_path / "a"], tmp_path / "out")
     assert error(model.computed(tmp_path / "out"), model.computed(tuned), model.plain()) < 1e-4
+
+
+def test_inspecting_on_a_base_builds_no_class_and_needs_no_torch(tmp_path: Path) -> None:
+    model = TIED["whisper"]
+    base = model.base(tmp_path / "base")
+    model.trained(tmp_path / "a", target_modules=["embed_tokens", "proj_out"])
+    code = (
+        "import sys; from adaptmerge.cli import main; "
+        "main([*sys.argv[1:]], standalone_mode=False); "
+        "print(sorted({'torch', 'transformers'} & {*sys.modules}))"
+    )
+    words = ["inspect", str(tmp_path / "a"), "--base", str(base)]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    assert "2 of 2 modules" in found.stdout
+    assert found.stdout.splitlines()[-1] == "[]"
