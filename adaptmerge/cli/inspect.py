@@ -30,7 +30,7 @@ def inspect(inputs: tuple[str, ...], values: bool, base: str | None, as_json: bo
     from adaptmerge.formats.inputs import open_inputs, parse_input
     from adaptmerge.schemes.view import open_values
 
-    model = open_values(base) if base else None
+    model = replace(open_values(base), asks_class=values) if base else None
     specs = [parse_input(text) for text in inputs]
     with _all_alive():
         found = [summarise(item, values=values, base=model) for item in open_inputs(specs, model)]

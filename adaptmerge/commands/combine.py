@@ -17,6 +17,7 @@ from adaptmerge.errors import UsageError
 from adaptmerge.formats.format import Format, WriteOptions
 from adaptmerge.formats.inputs import Input, InputSpec
 from adaptmerge.merging.align import align
+from adaptmerge.merging.base_names import on_another_base
 from adaptmerge.merging.plan import Plan, make_plan
 from adaptmerge.merging.prepare import Merging, Opened, check_merging, open_merging
 from adaptmerge.merging.request import Request
@@ -94,6 +95,7 @@ def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepa
     target = target_of(output, options.target, options.version, lambda: like_input(output, own))
     plan = make_plan(groups, _request(opened, options, target, base), list(opened.adapters))
     check_several(plan, target, single=is_file_name(output))
+    notes += on_another_base(opened.adapters, base, options.allow)
     said = [*opened.weight_notes, *notes, *plan.notes, *label_notes(plan, target)]
     said += [Note(Kind.INFO, caution) for caution in [plan.method.caution] if caution]
     said += opened.input_notes

@@ -17,11 +17,13 @@ from typing import Any
 
 from adaptmerge.adapters.graph import Adapter, Bundle
 from adaptmerge.adapters.module_paths import natural_key
+from adaptmerge.adapters.number_types import type_problems
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import AdaptmergeError, InputError, UsageError, did_you_mean
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.paths import exists
+from adaptmerge.files.strict_json import capped
 from adaptmerge.formats.format import Format, ReadOptions
 from adaptmerge.formats.registry import detect
 from adaptmerge.tensors.caches import forget
@@ -162,6 +164,9 @@ def open_input(spec: InputSpec, base: Base | None = None) -> Input:
     adapter = replace(_one_of(bundle, spec), name=name)
     if not adapter.edits:
         raise InputError("holds no edit at all", where=spec.source)
+    problems = type_problems(adapter.edits)
+    if problems:
+        raise InputError(capped(problems), where=spec.source)
     return Input(name, spec, listing, found, adapter, revision)
 
 

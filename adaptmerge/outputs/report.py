@@ -119,30 +119,46 @@ def totals(settled: Sequence[Settled], inputs: Sequence[str]) -> Totals:
     stored whole only where there is nothing else."""
     deltas = [item.stats for item in settled if item.step.edit.kind not in WHOLE]
     stats = deltas or [item.stats for item in settled]
-    gram = _summed_gram(stats, inputs, weighted=False)
-    norms = {name: math.sqrt(max(gram[name, name], 0.0)) for name in inputs}
+    tops = _largest_scales(stats, inputs)
+    gram = _summed_gram(stats, tops, weighted=False)
+    sizes = {name: math.sqrt(max(gram[name, name], 0.0)) for name in inputs}
+    norms = {name: tops[name] * size for name, size in sizes.items()}
     norm = _root_sum(s.norm for s in stats)
-    apart = math.sqrt(sum(_summed_gram(stats, inputs, weighted=True)[n, n] for n in inputs))
+    top = max(tops.values(), default=1.0)
+    counted = _summed_gram(stats, tops, weighted=True)
+    apart = top * math.sqrt(sum(counted[n, n] * (tops[n] / top) ** 2 for n in inputs))
     return Totals(
         norm=norm,
         truncation=_share(_root_sum(s.truncation for s in stats), norm),
         rounding=_share(_root_sum(s.rounding for s in stats), norm),
         error=_share(_root_sum(s.error for s in stats), norm),
         input_norms=norms,
-        cosines=_cosines(gram, norms, inputs),
+        cosines=_cosines(gram, sizes, inputs),
         kept=_share(norm, apart) if len(inputs) > 1 else 1.0,
     )
 
 
-def _summed_gram(
-    stats: Sequence[SiteStats], inputs: Sequence[str], *, weighted: bool
-) -> dict[tuple[str, str], float]:
-    total = {(a, b): 0.0 for a in inputs for b in inputs}
+def _largest_scales(stats: Sequence[SiteStats], inputs: Sequence[str]) -> dict[str, float]:
+    """The largest scale of each input over all sites."""
+    found: dict[str, float] = {}
     for s in stats:
+        for name, scale in zip(s.names, s.scales, strict=False):
+            found[name] = max(found.get(name, 0.0), scale)
+    return {name: found.get(name) or 1.0 for name in inputs}
+
+
+def _summed_gram(
+    stats: Sequence[SiteStats], tops: Mapping[str, float], *, weighted: bool
+) -> dict[tuple[str, str], float]:
+    """Inner products over all sites, of deltas that are divided by the input's largest scale."""
+    total = {(a, b): 0.0 for a in tops for b in tops}
+    for s in stats:
+        shares = [scale / tops[name] for name, scale in zip(s.names, s.scales, strict=False)]
+        if weighted:
+            shares = [share * w for share, w in zip(shares, s.weights, strict=False)]
         for i, row in enumerate(s.gram):
             for j, value in enumerate(row):
-                factor = s.weights[i] * s.weights[j] if weighted else 1.0
-                total[s.names[i], s.names[j]] += factor * value
+                total[s.names[i], s.names[j]] += shares[i] * shares[j] * value
     return total
 
 
@@ -150,7 +166,8 @@ def _cosines(
     gram: Mapping[tuple[str, str], float], norms: Mapping[str, float], inputs: Sequence[str]
 ) -> dict[str, float]:
     pairs = [(a, b) for i, a in enumerate(inputs) for b in inputs[i + 1 :]]
-    return {f"{a} {b}": _share(gram[a, b], norms[a] * norms[b]) for a, b in pairs}
+    found = {f"{a} {b}": _share(gram[a, b], norms[a] * norms[b]) for a, b in pairs}
+    return {pair: min(1.0, max(-1.0, value)) for pair, value in found.items()}
 
 
 def sanity_notes(found: Totals) -> list[Note]:
@@ -172,7 +189,7 @@ def sanity_notes(found: Totals) -> list[Note]:
 
 
 def _root_sum(values: Any) -> float:
-    return math.sqrt(sum(value**2 for value in values))
+    return math.hypot(*values)
 
 
 def _share(part: float, whole: float) -> float:

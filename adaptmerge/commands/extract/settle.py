@@ -182,7 +182,8 @@ def _stats(step: Step, norm: float, pair: Fitted | None) -> SiteStats:
         norm=norm,
         truncation=0.0 if pair is None else pair.truncation,
         rounding=0.0 if pair is None else pair.rounding,
-        gram=() if pair is None else ((norm**2,),),
+        gram=() if pair is None else ((1.0,),),
+        scales=() if pair is None else (norm,),
     )
 
 

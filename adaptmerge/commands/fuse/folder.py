@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptmerge.adapters.graph import Kind, Labels, Note
 from adaptmerge.adapters.stored_edits import saved_module
+from adaptmerge.bases.base import Base
 from adaptmerge.bases.gguf_model import LIBRARY, GgufModel
 from adaptmerge.commands.fuse.options import SAME, WIDE
 from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
@@ -137,11 +138,10 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
 
 def _tokenizer(plan: FusePlan) -> dict[str, Path]:
     """The tokenizer of the adapter that changes the vocabulary, where it brings one."""
-    if "vocab_size" not in plan.targets.config and not any(
-        step.edit.kind == "rows" for step in plan.plan.steps
-    ):
+    if not plan.targets.resized and not any(step.edit.kind == "rows" for step in plan.plan.steps):
         return {}
-    owners = {m.adapter for step in plan.plan.steps if _is_vocabulary(step) for m in step.members}
+    steps = [step for step in plan.plan.steps if _is_vocabulary(step, plan.bases.values)]
+    owners = {member.adapter for step in steps for member in step.members}
     found: dict[str, Path] = {}
     for item in plan.inputs:
         if item.name in owners and item.listing.single is None:
@@ -149,8 +149,8 @@ def _tokenizer(plan: FusePlan) -> dict[str, Path]:
     return found
 
 
-def _is_vocabulary(step: Step) -> bool:
-    return step.edit.kind in ("rows", "replace") and is_vocabulary(step.site.module)
+def _is_vocabulary(step: Step, base: Base) -> bool:
+    return step.edit.kind in ("rows", "replace") and is_vocabulary(step.site.module, base)
 
 
 def left_out(plan: FusePlan) -> list[Note]:

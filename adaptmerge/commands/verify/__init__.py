@@ -22,6 +22,7 @@ from adaptmerge.adapters.stored_edits import owner_of, trained_tokens
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.fuse import FuseOptions, FuseReport, is_fused, load_fuse_report
 from adaptmerge.commands.verify.audit import malformed
+from adaptmerge.commands.verify.base_names import with_doubts
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
 from adaptmerge.commands.verify.promise import Promised, promises
@@ -294,7 +295,8 @@ def _base_checks(report: Report, output: Adapter, base: Base | None) -> list[Che
     except CannotMerge as problem:
         return [Check("base", FAIL, problem.problems[0], {"problems": list(problem.problems)})]
     how = "fingerprint, modules and shapes" if recorded else "modules and shapes"
-    return [Check("base", PASS, f"{base.path.name} fits by {how}")]
+    fits = Check("base", PASS, f"{base.path.name} fits by {how}")
+    return [with_doubts(fits, {"the output": output}, base)]
 
 
 def _model_checks(

@@ -49,9 +49,8 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
     """
     from peft import PeftModel
 
-    _untie(model)
-    before = {name: value.double() for name, value in model.state_dict().items()}
-    with _quietly(), _as_folder(path) as folder:
+    with _quietly(), _untied(model), _as_folder(path) as folder:
+        before = {name: value.double() for name, value in model.state_dict().items()}
         if _config(folder).get("layer_replication"):
             return {}  # PEFT merges all copies of a layer into one
         wrapped = PeftModel.from_pretrained(model, str(folder)).double()
@@ -83,8 +82,7 @@ def answers(model: Any, path: Path, count: int) -> dict[str, Answer] | None:
     """
     from peft import PeftModel
 
-    _untie(model)
-    with _quietly(), _as_folder(path) as folder:
+    with _quietly(), _untied(model), _as_folder(path) as folder:
         if _config(folder).get("layer_replication"):
             return None
         # what PEFT would initialise, at some cost, is in the file
@@ -139,12 +137,23 @@ def _wide(module: Any) -> dict[str, torch.Tensor]:
     return {n: value.double() if value.is_floating_point() else value for n, value in tensors}
 
 
-def _untie(model: Any) -> None:
-    """Gives a head that shares its embedding's weight one of its own: PEFT would merge both into it."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """Gives modules that share a matrix one of their own each: PEFT would merge into that of all. The
+    config says so meanwhile; forwards may read it, and so it is put back."""
+    seen: set[int] = set()
+    said = getattr(model.config, "tie_word_embeddings", None)
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in seen:
+            module.weight = torch.nn.Parameter(weight.detach().clone())
+            model.config.tie_word_embeddings = False
+        seen.add(id(weight))
+    try:
+        yield
+    finally:
+        if said is not None:
+            model.config.tie_word_embeddings = said
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from adaptmerge.bases.open import open_base
 from adaptmerge.commands.fuse.options import FuseOptions
 from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
 from adaptmerge.commands.fuse.report import FuseReport
+from adaptmerge.commands.verify.base_names import names_alone, with_doubts
 from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict, within
 from adaptmerge.commands.verify.forward import NO_EFFECT, Bench, Comparison, compare
 from adaptmerge.commands.verify.fused.reference import reference
@@ -66,7 +67,10 @@ def verify_fused(
         raise UsageError("a fused model is compared with its base: pass --base DIR")
     plan = plan_fusion(base, specs, options)
     fused = view_of(open_base(str(output)))
-    checks = [] if report is None else [*_files(output, report), *_base(plan, report)]
+    adapters = {item.name: item.adapter for item in plan.inputs}
+    checks = names_alone(adapters, plan.bases.on_disk)
+    if report is not None:
+        checks = [*_files(output, report), *_base(plan, report)]
     if any(check.status == FAIL and check.name == "base" for check in checks):
         return Verdict(output.name, checks, TRUSTED)
     found = look(plan, fused, tell)
@@ -127,7 +131,8 @@ def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
             f"{original.path.name} is not the original that was given (its fingerprint differs)"
         )
         return [Check("base", FAIL, detail)]
-    return [Check("base", PASS, f"{given.path.name} fits by fingerprint")]
+    fits = Check("base", PASS, f"{given.path.name} fits by fingerprint")
+    return [with_doubts(fits, {item.name: item.adapter for item in plan.inputs}, given)]
 
 
 def _config(plan: FusePlan, fused: View) -> Check:
