@@ -76,6 +76,14 @@ class Staging:
         """Where to write a file that is needed only until the commit."""
         return self._temporary("scratch", name)
 
+    def staged(self) -> dict[str, Path]:
+        """The files that a commit would move now, by name."""
+        out = self._root / "out" if self._root else None
+        if out is None or not out.is_dir():
+            return {}
+        found = [path for path in sorted(out.rglob("*")) if not path.is_dir()]
+        return {path.relative_to(out).as_posix(): path for path in found}
+
     def commit(self, main: str, obsolete: Collection[str] = ()) -> None:
         """Move all staged files to the target, `main` last; of an output that is replaced, files
         called `obsolete` that are not among them are removed.
@@ -84,7 +92,7 @@ class Staging:
         """
         # somebody else may have written it meanwhile
         self._check_free(self.target)
-        files = self._staged()
+        files = list(self.staged())
         if main not in files:
             raise ValueError(f"{main!r} was not staged")
         files.sort(key=lambda name: (name == main, name))
@@ -217,12 +225,6 @@ class Staging:
             path = self._root / part / name
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    def _staged(self) -> list[str]:
-        out = self._root / "out" if self._root else None
-        if out is None or not out.is_dir():
-            return []
-        return [p.relative_to(out).as_posix() for p in sorted(out.rglob("*")) if not p.is_dir()]
 
     def _install(self, files: list[str], obsolete: list[str]) -> None:
         assert self._root is not None

@@ -34,6 +34,8 @@ from adaptmerge.commands.fuse.report import (
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
 from adaptmerge.files.staging import Staging, refuse_existing
 from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.outputs.checksums import checksums
+from adaptmerge.outputs.companions import CARD
 from adaptmerge.outputs.described import described_input
 from adaptmerge.outputs.report import FILE, check_strict
 from adaptmerge.parallel import Progress, silent
@@ -123,7 +125,9 @@ def _fuse(
             staging.discard()
             raise
         folder.write_folder(plan, staging)
-        staging.path(folder.CARD).write_text(folder.card(plan, report), encoding="utf-8")
+        staging.path(CARD).write_text(folder.card(plan, report), encoding="utf-8")
+        written = {staging.path(name): digest for name, digest in files.items()}
+        report = replace(report, files=checksums(staging, written, FILE))
         staging.path(FILE).write_text(report.as_text(), encoding="utf-8")
         staging.commit(folder.main_file(plan), obsolete=_obsolete(output, plan))
     return report

@@ -24,6 +24,7 @@ from adaptmerge.commands.fuse import FuseOptions, FuseReport, is_fused, load_fus
 from adaptmerge.commands.verify.audit import malformed
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
+from adaptmerge.commands.verify.files import check_files
 from adaptmerge.commands.verify.promise import Promised, promises
 from adaptmerge.commands.verify.stored import check_labels
 from adaptmerge.commands.verify.weights import UNPROVEN as UNJUDGED
@@ -79,6 +80,7 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
     base = open_values(questions.base) if questions.base else None
     find = _tuned if is_extraction(report) else _inputs
     inputs, checks = find(output, report, questions, base)
+    checks.append(check_files(output, report.files))
     results = _results(output, report, base)
     for name, result in results.items():
         found = [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]

@@ -6,6 +6,7 @@ Without this a report could excuse any damage by calling it truncation.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,11 @@ def malformed(report: Report) -> list[str]:
         for name in INPUT_FIELDS
         if not isinstance(item, Mapping) or name not in item
     ]
+    problems += [
+        f"files has {digest!r} for {name}"
+        for name, digest in (report.files or {}).items()
+        if not _is_digest(digest)
+    ]
     if problems:
         return problems
     known = set(report.options["weights"])
@@ -65,6 +71,10 @@ def _malformed_line(line: SiteLine) -> list[str]:
     if not (isinstance(line.weights, Mapping) and all(map(_is_number, line.weights.values()))):
         wrong.append("weights")
     return [f"{line.site}: {name} is {getattr(line, name)!r}" for name in wrong]
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_number(value: Any) -> bool:

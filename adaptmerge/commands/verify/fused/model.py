@@ -24,11 +24,11 @@ from adaptmerge.commands.fuse.options import FuseOptions
 from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
 from adaptmerge.commands.fuse.report import FuseReport
 from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict, within
+from adaptmerge.commands.verify.files import check_files
 from adaptmerge.commands.verify.forward import NO_EFFECT, Bench, Comparison, compare
 from adaptmerge.commands.verify.fused.reference import reference
 from adaptmerge.commands.verify.fused.weights import Looked, check_weights, look
 from adaptmerge.errors import InputError, UsageError
-from adaptmerge.files.listing import sha256_of
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
 from adaptmerge.merging.weights import SiteRule
@@ -64,7 +64,7 @@ def verify_fused(
         raise UsageError("a fused model is compared with its base: pass --base DIR")
     plan = plan_fusion(base, specs, options)
     fused = view_of(open_base(str(output)))
-    checks = [] if report is None else [*_files(output, report), *_base(plan, report)]
+    checks = [] if report is None else [check_files(output, report.files), *_base(plan, report)]
     if any(check.status == FAIL and check.name == "base" for check in checks):
         return Verdict(output.name, checks, TRUSTED)
     found = look(plan, fused)
@@ -95,24 +95,6 @@ def options_in(report: FuseReport, original: str | None = None) -> FuseOptions:
 def _with_tuples(rule: dict[str, Any]) -> dict[str, Any]:
     weights = {n: tuple(w) if isinstance(w, list) else w for n, w in rule["weights"].items()}
     return {**rule, "weights": weights}
-
-
-def _files(output: Path, report: FuseReport) -> list[Check]:
-    """Whether the files of tensors are those that were written."""
-    problems = []
-    for name, digest in report.files.items():
-        path = output / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif sha256_of(path) != digest:
-            problems.append(f"{name} is not the file that was written (its sha256 differs)")
-    if problems:
-        return [Check("files", FAIL, "; ".join(problems[:3]), {"problems": problems})]
-    count = len(report.files)
-    said = (
-        "the file of tensors is what was" if count == 1 else f"{count} files of tensors are those"
-    )
-    return [Check("files", PASS, f"{said} written" if count == 1 else f"{said} that were written")]
 
 
 def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
