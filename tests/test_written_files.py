@@ -13,7 +13,7 @@ from fuse.tiny import Tiny
 from adaptmerge.commands.combine import Options, combine
 from adaptmerge.commands.verify import FAIL, PASS, SKIPPED, Check, Questions, verify
 from adaptmerge.commands.verify.files import check_files
-from adaptmerge.errors import InputError
+from adaptmerge.errors import InputError, OutputError
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.outputs.report import report_path
 
@@ -138,3 +138,16 @@ def test_names_outside_the_output_are_never_read(tiny: Tiny, tmp_path: Path) -> 
     digest = hashlib.sha256(b"").hexdigest()
     change_report(output, lambda report: report["files"].update({"../secret": digest}))  # type: ignore[attr-defined]
     assert "../secret is missing" in files_check(tiny, output).detail
+
+
+def test_a_report_without_its_file_is_replaced(tiny: Tiny, tmp_path: Path) -> None:
+    """A run that was killed between the two leaves one; a file of somebody else of that name stays."""
+    output = merged(tiny, tmp_path / "out.safetensors")
+    before = report_path(output).read_bytes()
+    output.unlink()
+    merged(tiny, output)
+    assert report_path(output).read_bytes() == before
+    output.unlink()
+    report_path(output).write_text('{"command": "mine"}')
+    with pytest.raises(OutputError, match=r"out.adaptmerge.json exists"):
+        merged(tiny, output)

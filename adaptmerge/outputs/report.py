@@ -194,6 +194,15 @@ def report_name(file: str) -> str:
     return f"{file.rpartition('.')[0] or file}.{FILE}"
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is a report."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"report", "command", "sites"} <= found.keys()
+
+
 def load_report(output: Path) -> Report:
     """The report of an output. Raises InputError when there is none or it is of another version."""
     path = report_path(output)

@@ -20,7 +20,14 @@ from adaptmerge.formats.registry import formats
 from adaptmerge.outputs import companions
 from adaptmerge.outputs.adapters import left_by, write_bundle
 from adaptmerge.outputs.checksums import checksums
-from adaptmerge.outputs.report import FILE, METADATA_KEY, Report, check_strict, report_name
+from adaptmerge.outputs.report import (
+    FILE,
+    METADATA_KEY,
+    Report,
+    check_strict,
+    is_report,
+    report_name,
+)
 from adaptmerge.outputs.target import is_file_name
 
 PAGE = 4096  # bytes; headers are reserved in these
@@ -92,7 +99,7 @@ def writing(
     obsolete = {name for found in formats().values() for name in found.files}
     obsolete |= left_by(output, obsolete)
     single = is_file_name(output)
-    with Staging(output, force=force, inputs=inputs, single=single) as staging:
+    with Staging(output, force=force, inputs=inputs, single=single, is_orphan=is_report) as staging:
         session = Session(staging, output, strict=strict)
         yield session
         staging.commit(session.main, obsolete=obsolete)
