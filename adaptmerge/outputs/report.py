@@ -231,10 +231,16 @@ def _parsed(raw: dict[str, Any]) -> Report:
         raise ValueError(f"found version {version}, expected {VERSION}")
     if version == VERSION and not isinstance(raw["files"], dict):
         raise ValueError("files holds no table")
-    raw["totals"] = Totals(**raw["totals"])
+    raw["totals"] = Totals(**{name: _or_nan(value) for name, value in raw["totals"].items()})
     raw["sites"] = [SiteLine(**_with_nan(line)) for line in raw["sites"]]
     raw["notes"] = [Note(**note) for note in raw["notes"]]
     return Report(**raw)
+
+
+def _or_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _or_nan(inner) for key, inner in value.items()}
+    return math.nan if value is None else value
 
 
 def _with_nan(line: dict[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ __all__ = [
     "load_fuse_report",
     "plan_fusion",
     "predict",
+    "report_of",
 ]
 
 DEFAULTS = FuseOptions()
@@ -116,7 +117,7 @@ def _fuse(
             _check_disk(plan, staging)
             _check_prediction(plan)
             found, files = _write_shards(plan, staging, options, progress)
-            report = _report(plan, found, files, digests)
+            report = report_of(plan, found, files, digests)
             _check_loss(report.adapters, options)
             check_strict(report.notes, options.strict)
         except OutputError:
@@ -238,12 +239,13 @@ def _obsolete(output: Path, plan: FusePlan) -> list[str]:
     ]
 
 
-def _report(
+def report_of(
     plan: FusePlan,
     lines: Sequence[Line],
     files: Mapping[str, str],
     digests: Mapping[str, Mapping[str, str]],
 ) -> FuseReport:
+    """The report of a fusion. files: the sha256 of what was written; digests: of what each input is of."""
     adapters = losses(lines, plan.running)
     licences, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]

@@ -24,6 +24,7 @@ from adaptmerge.commands.fuse import FuseOptions, FuseReport, is_fused, load_fus
 from adaptmerge.commands.verify.audit import malformed
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
+from adaptmerge.commands.verify.figures import Stated, check_figures
 from adaptmerge.commands.verify.files import check_files
 from adaptmerge.commands.verify.promise import Promised, promises
 from adaptmerge.commands.verify.stored import check_labels
@@ -87,7 +88,7 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
         checks += _of_adapter(name, found)
     if inputs is None:
         return Verdict(output.name, checks, TRUSTED)
-    merge = _Merge(report, questions, base, inputs, results)
+    merge = _Merge(output, report, questions, base, inputs, results)
     more, trusted = _against_promises(merge, fits=not _failed(checks, "base"))
     return Verdict(output.name, [*checks, *more], trusted)
 
@@ -96,6 +97,7 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
 class _Merge:
     """A merge to verify: what its report says, its inputs and the adapters that came out, by name."""
 
+    output: Path
     report: Report
     questions: Questions
     base: Base | None
@@ -114,7 +116,7 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
         promised = _promises(merge)
     except VerificationFailed as problem:
         return [Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
-    checks: list[Check] = []
+    checks = [check_figures(_stated(merge, promised))]
     references = {}
     for name, result in merge.results.items():
         own = [item for item in promised if item.line.adapter in ("", name)]
@@ -130,6 +132,14 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
     more, trusted = _model_checks(merge, merge.base, references)
     blind = sum(check.numbers.get(UNJUDGED, 0) for check in checks)
     return [*checks, *(_with_doubt(check, blind) for check in more)], trusted
+
+
+def _stated(merge: _Merge, promised: Sequence[Promised]) -> Stated:
+    """The report with what it is about."""
+    base = merge.questions.base
+    return Stated(
+        merge.report, merge.output, promised, merge.inputs, merge.results, merge.base, base
+    )
 
 
 def _promises(merge: _Merge) -> list[Promised]:

@@ -27,6 +27,7 @@ from adaptmerge.tensors.dtypes import BY_NAME
 
 TOLERANCE = 1e-5  # of the delta, as for the deltas themselves
 PROBES = 8  # random vectors that look for what a truncation should have kept
+MEASURED = 1e-4  # relative: norms, which a merge has from float32 products
 NEAR = 0.02  # share of a loss that directions found at random may be off by
 NUMBERS = ("norm", "truncation", "rounding", "error")
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -113,6 +114,16 @@ def loss_of(report: Report, item: Promised, stored: Factor | None, apart: Distan
         room += _eps(report) * float(item.weight.read().double().norm())
     capped = cap is not None and rank >= cap
     return Loss(item.line, apart.apart, apart.left, room, capped)
+
+
+def misstated(loss: Loss) -> list[str]:
+    """What the line of a site says of its norm and its rounding that was measured otherwise."""
+    line, problems = loss.line, list[str]()
+    if not within(abs(line.norm - loss.size), MEASURED * loss.size + loss.room):
+        problems.append(f"{line.site}: the norm is {loss.size:.6g}, reported was {line.norm:.6g}")
+    if not within(line.rounding, loss.room):
+        problems.append(f"{line.site}: rounding explains {loss.room:.3g}, not {line.rounding:.3g}")
+    return problems
 
 
 def _size(factor: Factor) -> float:
@@ -254,8 +265,9 @@ def auditor(report: Report, losses: list[Loss]) -> Audit:
         loss = loss_of(report, item, stored, apart)
         losses.append(loss)
         cut = stored is None and loss.excess and not _budget(report).spectral
+        problems = misstated(loss)
         if cut or (stored is not None and not_optimal(report, item, whole, stored, loss)):
-            return [f"{item.line.site}: what was cut off is not what matters least"]
-        return []
+            problems.append(f"{item.line.site}: what was cut off is not what matters least")
+        return problems
 
     return audit
