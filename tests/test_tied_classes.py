@@ -19,8 +19,6 @@ SHARES = 12  # tests that all classes are shared out to
 MADE = 16  # classes of each share at least, of 30, of which there is a small model
 # Stores its embedding in two tensors, which no base reads: what changes it is refused.
 IN_PARTS = {"Molmo2ForConditionalGeneration": "model.language_model.embed_tokens.weight"}
-    "Molmo2ForConditionalGeneration"
-}  # stores its embedding in two tensors, which no base reads
 FEW = {
     "whisper": "WhisperForConditionalGeneration",
     "mamba": "MambaForCausalLM",

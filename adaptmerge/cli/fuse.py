@@ -168,7 +168,7 @@ def _show(output: str, report: FuseReport) -> None:
     rounded = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     click.echo(
         filled(
-            f"wrote {output}: {len(report.changed)} tensors changed in {_files(len(report.files))}; "
+            f"wrote {output}: {len(report.changed)} tensors changed in {_files(len(report.shards))}; "
             f"rounding {rounded or 'none'}, |error|/|W| {report.noise:.2e}"
         )
     )

@@ -156,8 +156,7 @@ def combine(
         report = _report(prepared, settled, [digest.result() for digest in digests], command)
         inputs = [{key: item[key] for key in ("name", "sha256")} for item in report.inputs]
         short = {"method": report.method, "inputs": inputs}
-        session.write(_written(prepared, settled), report, short, scratch)
-    return report
+        return session.write(_written(prepared, settled), report, short, scratch)
 
 
 def _digests(item: Input) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.adapters.module_paths import layer_index
@@ -40,6 +41,12 @@ class SiteRule:
         if self.match.startswith("re:"):
             return re.search(self.match[3:], path) is not None
         return fnmatchcase(path, self.match) or fnmatchcase(path, f"*.{self.match}")
+
+
+def rule_of(raw: Mapping[str, Any]) -> SiteRule:
+    """A rule as a report has it."""
+    weights = {n: tuple(w) if isinstance(w, list) else w for n, w in raw["weights"].items()}
+    return SiteRule(raw["match"], weights, raw["kind"])
 
 
 @dataclass(frozen=True, slots=True)

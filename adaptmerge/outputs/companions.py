@@ -16,6 +16,7 @@ from adaptmerge.formats.inputs import Input
 from adaptmerge.formats.registry import format_named
 from adaptmerge.outputs.report import Report
 
+CARD = "README.md"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -64,7 +65,7 @@ def write(inputs: Sequence[Input], report: Report, output: Output) -> None:
         elif holders and name in LICENCES:
             for items in holders.values():
                 _copy(items[0], name, output, f"{name}.{items[0].name}")
-    output.path("README.md").write_text(card(inputs, report), encoding="utf-8")
+    output.path(CARD).write_text(card(inputs, report), encoding="utf-8")
 
 
 def _copy(item: Input, name: str, output: Output, as_name: str) -> None:

@@ -17,7 +17,8 @@ from adaptmerge.files.strict_json import dump
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.merging.settle import Settled, SiteStats
 
-VERSION = 1
+VERSION = 2
+UNSEALED = 1  # the version without the sha256 of what was written
 FILE = "adaptmerge.json"
 METADATA_KEY = "adaptmerge"
 LOST = 0.10  # share of the norm lost to opposing inputs that is worth a word
@@ -65,7 +66,10 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything a reader of the output may ask; `as_json` is the file's content."""
+    """Everything a reader of the output may ask; `as_json` is the file's content.
+
+    files: the sha256 of every other file that was written, by name; None in reports of earlier versions.
+    """
 
     command: str
     method: str
@@ -78,6 +82,7 @@ class Report:
     sites: Sequence[SiteLine]
     notes: Sequence[Note]
     output: Mapping[str, Any]
+    files: Mapping[str, str] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, without times and absolute paths, so that equal runs give equal bytes."""
@@ -206,6 +211,15 @@ def report_name(file: str) -> str:
     return f"{file.rpartition('.')[0] or file}.{FILE}"
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is a report."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"report", "command", "sites"} <= found.keys()
+
+
 def load_report(output: Path) -> Report:
     """The report of an output. Raises InputError when there is none or it is of another version."""
     path = report_path(output)
@@ -230,12 +244,20 @@ def load_report(output: Path) -> Report:
 
 def _parsed(raw: dict[str, Any]) -> Report:
     version = raw.pop("report")
-    if version != VERSION:
+    if version not in (UNSEALED, VERSION):
         raise ValueError(f"found version {version}, expected {VERSION}")
-    raw["totals"] = Totals(**raw["totals"])
+    if version == VERSION and not isinstance(raw["files"], dict):
+        raise ValueError("files holds no table")
+    raw["totals"] = Totals(**{name: _or_nan(value) for name, value in raw["totals"].items()})
     raw["sites"] = [SiteLine(**_with_nan(line)) for line in raw["sites"]]
     raw["notes"] = [Note(**note) for note in raw["notes"]]
     return Report(**raw)
+
+
+def _or_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _or_nan(inner) for key, inner in value.items()}
+    return math.nan if value is None else value
 
 
 def _with_nan(line: dict[str, Any]) -> dict[str, Any]:

@@ -201,8 +201,7 @@ def extract(
             report = _report(prepared, outcome)
             inputs = [{key: item[key] for key in ("name", "fingerprint")} for item in report.inputs]
             short = {"method": COMMAND, "inputs": inputs}
-            session.write(_written(prepared, outcome), report, short, scratch)
-    return report
+            return session.write(_written(prepared, outcome), report, short, scratch)
 
 
 def _written(prepared: Prepared, outcome: Outcome) -> Result:

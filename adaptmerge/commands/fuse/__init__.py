@@ -34,6 +34,8 @@ from adaptmerge.commands.fuse.report import (
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
 from adaptmerge.files.staging import Staging, refuse_existing
 from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.outputs.checksums import checksums
+from adaptmerge.outputs.companions import CARD
 from adaptmerge.outputs.described import described_input
 from adaptmerge.outputs.report import FILE, check_strict
 from adaptmerge.parallel import Progress, silent
@@ -48,6 +50,7 @@ __all__ = [
     "load_fuse_report",
     "plan_fusion",
     "predict",
+    "report_of",
 ]
 
 DEFAULTS = FuseOptions()
@@ -114,7 +117,7 @@ def _fuse(
             _check_disk(plan, staging)
             _check_prediction(plan)
             found, files = _write_shards(plan, staging, options, progress)
-            report = _report(plan, found, files, digests)
+            report = report_of(plan, found, files, digests)
             _check_loss(report.adapters, options)
             check_strict(report.notes, options.strict)
         except OutputError:
@@ -123,7 +126,9 @@ def _fuse(
             staging.discard()
             raise
         folder.write_folder(plan, staging)
-        staging.path(folder.CARD).write_text(folder.card(plan, report), encoding="utf-8")
+        staging.path(CARD).write_text(folder.card(plan, report), encoding="utf-8")
+        written = {staging.path(name): digest for name, digest in files.items()}
+        report = replace(report, files=checksums(staging, written, FILE))
         staging.path(FILE).write_text(report.as_text(), encoding="utf-8")
         staging.commit(folder.main_file(plan), obsolete=_obsolete(output, plan))
     return report
@@ -234,12 +239,13 @@ def _obsolete(output: Path, plan: FusePlan) -> list[str]:
     ]
 
 
-def _report(
+def report_of(
     plan: FusePlan,
     lines: Sequence[Line],
     files: Mapping[str, str],
     digests: Mapping[str, Mapping[str, str]],
 ) -> FuseReport:
+    """The report of a fusion. files: the sha256 of what was written; digests: of what each input is of."""
     adapters = losses(lines, plan.running)
     licences, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]

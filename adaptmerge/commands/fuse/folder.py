@@ -20,13 +20,12 @@ from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.staging import Staging
 from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Step
-from adaptmerge.outputs.companions import LICENCES, TOKENIZER
+from adaptmerge.outputs.companions import CARD, LICENCES, TOKENIZER
 from adaptmerge.outputs.report import FILE
 from adaptmerge.schemes.scheme import QUANT_CONFIG as ENTRY
 from adaptmerge.schemes.view import QUANT_ENTRIES
 from adaptmerge.tensors.dtypes import SPELLINGS
 
-CARD = "README.md"
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # beside a model: transformers would load that adapter, too
 WEIGHTS = (

@@ -11,18 +11,22 @@ from typing import Any
 
 from adaptmerge.adapters.graph import Note
 from adaptmerge.algebra.factors import rank_bound
+from adaptmerge.bases.base import GGUF
 from adaptmerge.commands.fuse.pieces.write import Line
 from adaptmerge.errors import InputError
 from adaptmerge.files.strict_json import dump
+from adaptmerge.outputs.companions import CARD
 from adaptmerge.outputs.report import FILE
 from adaptmerge.rounding.codes import coded_error
 from adaptmerge.rounding.floats import GRID_ERROR, grid_error
 from adaptmerge.rounding.matrix import Measured
 from adaptmerge.tensors.dtypes import DType
 
-VERSION = 1
+VERSION = 2
+UNSEALED = 1  # the version with the sha256 of tensor files alone
 KEPT = 0.9  # of an adapter's delta must arrive
 COMMAND = "fuse"
+SAFETENSORS = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,11 @@ class AdapterLoss:
 
 @dataclass(frozen=True, slots=True)
 class FuseReport:
-    """Everything a reader of a fused model may ask; `as_json` is the file's content."""
+    """Everything a reader of a fused model may ask; `as_json` is the file's content.
+
+    files: the sha256 of every other file that was written, by name; in reports of earlier versions of those
+    with tensors only.
+    """
 
     options: Mapping[str, Any]
     inputs: Sequence[Mapping[str, Any]]
@@ -81,6 +89,11 @@ class FuseReport:
     notes: Sequence[Note]
     command: str = COMMAND
     method: str = "linear"
+
+    @property
+    def shards(self) -> list[str]:
+        """The files that hold tensors."""
+        return [name for name in self.files if name.endswith((SAFETENSORS, GGUF))]
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, without times and absolute paths, so that equal runs give equal bytes."""
@@ -196,8 +209,11 @@ def load_fuse_report(output: Path) -> FuseReport:
     path = output / FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.pop("report") != VERSION:
+        version = raw.pop("report")
+        if version not in (UNSEALED, VERSION):
             raise ValueError(f"expected version {VERSION}")
+        if version == VERSION and CARD not in raw["files"]:
+            raise ValueError(f"files has no {CARD}")
         raw["adapters"] = {n: AdapterLoss(**found) for n, found in raw["adapters"].items()}
         raw["sites"] = [
             FusedSite(**{**site, "shape": tuple(site["shape"])}) for site in raw["sites"]

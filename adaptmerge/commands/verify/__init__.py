@@ -25,6 +25,8 @@ from adaptmerge.commands.verify.audit import malformed
 from adaptmerge.commands.verify.base_names import with_doubts
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
+from adaptmerge.commands.verify.figures import Stated, check_figures
+from adaptmerge.commands.verify.files import check_files
 from adaptmerge.commands.verify.promise import Promised, promises
 from adaptmerge.commands.verify.stored import check_labels
 from adaptmerge.commands.verify.weights import UNPROVEN as UNJUDGED
@@ -84,13 +86,14 @@ def verify(output: Path, questions: Questions = Questions(), tell: Tell = untold
     base = open_values(questions.base) if questions.base else None
     find = _tuned if is_extraction(report) else _inputs
     inputs, checks = find(output, report, questions, base)
+    checks.append(check_files(output, report.files))
     results = _results(output, report, base)
     for name, result in results.items():
         found = [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]
         checks += _of_adapter(name, found)
     if inputs is None:
         return Verdict(output.name, checks, TRUSTED)
-    merge = _Merge(report, questions, base, inputs, results, tell)
+    merge = _Merge(output, report, questions, base, inputs, results, tell)
     more, trusted = _against_promises(merge, fits=not _failed(checks, "base"))
     return Verdict(output.name, [*checks, *more], trusted)
 
@@ -99,6 +102,7 @@ def verify(output: Path, questions: Questions = Questions(), tell: Tell = untold
 class _Merge:
     """A merge to verify: what its report says, its inputs and the adapters that came out, by name."""
 
+    output: Path
     report: Report
     questions: Questions
     base: Base | None
@@ -118,7 +122,7 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
         promised = _promises(merge)
     except VerificationFailed as problem:
         return [Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
-    checks: list[Check] = []
+    checks = [check_figures(_stated(merge, promised))]
     references = {}
     for name, result in merge.results.items():
         own = [item for item in promised if item.line.adapter in ("", name)]
@@ -134,6 +138,14 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
     more, trusted = _model_checks(merge, merge.base, references)
     blind = sum(check.numbers.get(UNJUDGED, 0) for check in checks)
     return [*checks, *(_with_doubt(check, blind) for check in more)], trusted
+
+
+def _stated(merge: _Merge, promised: Sequence[Promised]) -> Stated:
+    """The report with what it is about."""
+    base = merge.questions.base
+    return Stated(
+        merge.report, merge.output, promised, merge.inputs, merge.results, merge.base, base
+    )
 
 
 def _promises(merge: _Merge) -> list[Promised]:

@@ -6,6 +6,7 @@ Without this a report could excuse any damage by calling it truncation.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from adaptmerge.tensors.dtypes import BY_NAME
 
 TOLERANCE = 1e-5  # of the delta, as for the deltas themselves
 PROBES = 8  # random vectors that look for what a truncation should have kept
+MEASURED = 1e-4  # relative: norms, which a merge has from float32 products
 NEAR = 0.02  # share of a loss that directions found at random may be off by
 NUMBERS = ("norm", "truncation", "rounding", "error")
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -51,6 +53,11 @@ def malformed(report: Report) -> list[str]:
         for name in INPUT_FIELDS
         if not isinstance(item, Mapping) or name not in item
     ]
+    problems += [
+        f"files has {digest!r} for {name}"
+        for name, digest in (report.files or {}).items()
+        if not _is_digest(digest)
+    ]
     if problems:
         return problems
     known = set(report.options["weights"])
@@ -66,6 +73,10 @@ def _malformed_line(line: SiteLine) -> list[str]:
     if not (isinstance(line.weights, Mapping) and all(map(_is_number, line.weights.values()))):
         wrong.append("weights")
     return [f"{line.site}: {name} is {getattr(line, name)!r}" for name in wrong]
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_number(value: Any) -> bool:
@@ -104,6 +115,16 @@ def loss_of(report: Report, item: Promised, stored: Factor | None, found: Measur
         room += _eps(report) * found.base
     capped = cap is not None and rank >= cap
     return Loss(item.line, apart.apart, apart.left, room, capped)
+
+
+def misstated(loss: Loss) -> list[str]:
+    """What the line of a site says of its norm and its rounding that was measured otherwise."""
+    line, problems = loss.line, list[str]()
+    if not within(abs(line.norm - loss.size), MEASURED * loss.size + loss.room):
+        problems.append(f"{line.site}: the norm is {loss.size:.6g}, reported was {line.norm:.6g}")
+    if not within(line.rounding, loss.room):
+        problems.append(f"{line.site}: rounding explains {loss.room:.3g}, not {line.rounding:.3g}")
+    return problems
 
 
 def _cap(report: Report, item: Promised) -> int | None:
@@ -239,8 +260,9 @@ def auditor(report: Report) -> Audit:
     ) -> tuple[list[str], Loss]:
         loss = loss_of(report, item, stored, found)
         cut = stored is None and loss.excess and not _budget(report).spectral
+        problems = misstated(loss)
         if cut or (stored is not None and not_optimal(report, item, whole, stored, loss)):
-            return [f"{item.line.site}: what was cut off is not what matters least"], loss
-        return [], loss
+            problems.append(f"{item.line.site}: what was cut off is not what matters least")
+        return problems, loss
 
     return audit

@@ -32,7 +32,7 @@ from adaptmerge.errors import InputError, VerificationFailed
 from adaptmerge.lazy import torch
 from adaptmerge.merging.align import layer_count
 from adaptmerge.merging.resolve import WHOLE
-from adaptmerge.merging.weights import SiteRule, Weights
+from adaptmerge.merging.weights import Weights, rule_of
 from adaptmerge.methods.method import EXACT, Meeting, Member
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs.report import Report, SiteLine
@@ -165,15 +165,10 @@ def promises(report: Report, inputs: Mapping[str, Adapter], base: Base | None) -
 
 def _weighing(report: Report, inputs: Mapping[str, Adapter]) -> Weigh:
     """The weight that the options of a report give an input at a site."""
-    rules = tuple(_rule(raw) for raw in report.options["rules"])
+    rules = tuple(map(rule_of, report.options["rules"]))
     weights = Weights(report.options["weights"], rules)
     layers = layer_count(edit.site for adapter in inputs.values() for edit in adapter.edits)
     return lambda name, site, kind: weights.at(name, site, kind, layers)
-
-
-def _rule(raw: Mapping[str, Any]) -> SiteRule:
-    weights = {n: tuple(w) if isinstance(w, list) else w for n, w in raw["weights"].items()}
-    return SiteRule(raw["match"], weights, raw["kind"])
 
 
 def _by_key(adapter: Adapter) -> dict[Key, list[Edit]]:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from adaptmerge.adapters.graph import Adapter, Site
 from adaptmerge.adapters.stored_edits import saved_module, trained_tokens
@@ -25,14 +24,15 @@ from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
 from adaptmerge.commands.fuse.report import FuseReport
 from adaptmerge.commands.verify.base_names import names_alone, with_doubts
 from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict, within
+from adaptmerge.commands.verify.files import check_files
 from adaptmerge.commands.verify.forward import NO_EFFECT, Bench, Comparison, compare
+from adaptmerge.commands.verify.fused.figures import check_figures
 from adaptmerge.commands.verify.fused.reference import reference
 from adaptmerge.commands.verify.fused.weights import Looked, check_weights, look
 from adaptmerge.errors import InputError, UsageError
-from adaptmerge.files.listing import sha256_of
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
-from adaptmerge.merging.weights import SiteRule
+from adaptmerge.merging.weights import rule_of
 from adaptmerge.parallel import Tell, untold
 from adaptmerge.runtime.models import device_named, labels_of_heads, model_config
 from adaptmerge.schemes.view import View, view_of
@@ -70,11 +70,12 @@ def verify_fused(
     adapters = {item.name: item.adapter for item in plan.inputs}
     checks = names_alone(adapters, plan.bases.on_disk)
     if report is not None:
-        checks = [*_files(output, report), *_base(plan, report)]
+        checks = [check_files(output, report.files), *_base(plan, report)]
     if any(check.status == FAIL and check.name == "base" for check in checks):
         return Verdict(output.name, checks, TRUSTED)
     found = look(plan, fused, tell)
     checks += [_config(plan, fused), check_weights(found, report)]
+    checks += [] if report is None else [check_figures(plan, found, report)]
     checks.append(_forward(plan, fused, found, device, layerwise=layerwise, tell=tell))
     return Verdict(output.name, checks, TRUSTED)
 
@@ -89,36 +90,13 @@ def options_in(report: FuseReport, original: str | None = None) -> FuseOptions:
             "was fused with the original beside its base: pass --original DIR, what that was quantised from"
         )
     said = dict(report.options)
-    rules = tuple(SiteRule(**_with_tuples(rule)) for rule in said.pop("rules"))
+    rules = tuple(map(rule_of, said.pop("rules")))
     said.pop("weights")
     said["plain"] = None if said.get("plain") is None else tuple(said["plain"])
     said["allow"] = frozenset(said["allow"]) | {"base", "loss"}
     return FuseOptions(
         **said, rules=rules, original=original if report.base.get("original") else None
     )
-
-
-def _with_tuples(rule: dict[str, Any]) -> dict[str, Any]:
-    weights = {n: tuple(w) if isinstance(w, list) else w for n, w in rule["weights"].items()}
-    return {**rule, "weights": weights}
-
-
-def _files(output: Path, report: FuseReport) -> list[Check]:
-    """Whether the files of tensors are those that were written."""
-    problems = []
-    for name, digest in report.files.items():
-        path = output / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif sha256_of(path) != digest:
-            problems.append(f"{name} is not the file that was written (its sha256 differs)")
-    if problems:
-        return [Check("files", FAIL, "; ".join(problems[:3]), {"problems": problems})]
-    count = len(report.files)
-    said = (
-        "the file of tensors is what was" if count == 1 else f"{count} files of tensors are those"
-    )
-    return [Check("files", PASS, f"{said} written" if count == 1 else f"{said} that were written")]
 
 
 def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
