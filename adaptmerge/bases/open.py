@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from adaptmerge.bases.base import GGUF, Base
 from adaptmerge.bases.gguf_model import model_in, open_model
 from adaptmerge.errors import InputError
@@ -18,12 +20,13 @@ WEIGHT_FILES = (
 )
 
 
-def open_base(source: str) -> Base:
+def open_base(place: str | Path) -> Base:
     """The base model at a folder or hub id, in one file of weights beside its config, or in GGUF files.
 
     Raises InputError when it is not a model checkpoint.
     """
     forget()
+    source = str(place)
     path, _ = hub.resolve(source)
     listing = Listing.of(path, source)
     weights = listing.single

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from adaptmerge.files import header
 from adaptmerge.files.disk import Flusher, tensor_bytes, writing
@@ -13,6 +14,13 @@ from adaptmerge.tensors import dtypes, refs
 from adaptmerge.tensors.refs import Reshape, Stored, TensorRef
 
 _ALIGNMENT = 8
+
+
+class Keeps(Protocol):
+    """Where results of a run wait until they are written."""
+
+    def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
+        """A ref to the tensor, kept from now on."""
 
 
 class Scratch:

@@ -20,7 +20,7 @@ from adaptmerge.algebra.fit import Budget, Fitted, allot, spectrum, stack, trunc
 from adaptmerge.algebra.linalg import gram, one_thread_each, side_by_side
 from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.errors import InputError
-from adaptmerge.files.scratch import Scratch
+from adaptmerge.files.scratch import Keeps
 from adaptmerge.lazy import torch
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.merging.resolve import WHOLE
@@ -89,7 +89,7 @@ class Held:
         return self.value
 
 
-def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[Settled]:
+def run(plan: Plan, scratch: Keeps, workers: int, progress: Progress) -> list[Settled]:
     """Every step settled, in plan order. Raises InputError naming all tensors that are not finite."""
     problems: list[str] = []
     settled: list[Settled] = []
@@ -309,7 +309,7 @@ def _gram(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> torch.
     return gram(up, down, owners)
 
 
-def _store(edit: Edit, scratch: Scratch) -> Edit:
+def _store(edit: Edit, scratch: Keeps) -> Edit:
     """The edit with refs to the scratch where its tensors are in memory."""
 
     def put(ref: TensorRef) -> TensorRef:

@@ -63,7 +63,7 @@ class Session:
         if self.single is None:
             companions.write(result.inputs, report, output)
         name = report_name(self.single) if self.single else FILE
-        output.path(name).write_text(report.as_text(), encoding="utf-8")
+        output.text(name, report.as_text())
 
 
 def _refuse_models(output: Path) -> None:

@@ -177,9 +177,9 @@ def _base_name(base: Base, source: str) -> str:
 
 
 def extract(
-    base: str,
-    tuned: str,
-    output: Path,
+    base: str | Path,
+    tuned: str | Path,
+    output: str | Path,
     options: Extraction = Extraction(),
     progress: Progress = silent,
 ) -> Report:
@@ -187,6 +187,7 @@ def extract(
 
     Raises AdaptmergeError; then nothing was written. Notes are fatal under `options.strict`.
     """
+    base, tuned, output = str(base), str(tuned), Path(output)
     _check(options)
     if options.budget.unlimited:
         raise UsageError("how much is to be kept? pass --rank, --energy or --max-error")

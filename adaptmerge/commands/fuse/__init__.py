@@ -33,7 +33,7 @@ from adaptmerge.commands.fuse.report import (
 )
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
 from adaptmerge.files.staging import Staging, refuse_existing
-from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.formats.inputs import InputSpec, Source, as_specs, paths_of
 from adaptmerge.outputs.described import described_input
 from adaptmerge.outputs.report import FILE, check_strict
 from adaptmerge.parallel import Progress, silent
@@ -70,9 +70,9 @@ def predict(plan: FusePlan) -> list[Line]:
 
 
 def fuse(
-    base: str,
-    specs: Sequence[InputSpec],
-    output: Path,
+    base: str | Path,
+    sources: Source | Sequence[Source],
+    output: str | Path,
     options: FuseOptions = DEFAULTS,
     progress: Progress = silent,
 ) -> FuseReport:
@@ -81,6 +81,7 @@ def fuse(
     Raises AdaptmergeError; then there is no output. Interrupted work is taken up by the next run with the
     same inputs and options.
     """
+    base, output, specs = str(base), Path(output), as_specs(sources)
     if output.suffix == GGUF:
         raise UsageError(
             f"-o {output}: the output is a folder with the model in it, under the name of the base's file"
@@ -107,7 +108,7 @@ def _fuse(
     check_strict(plan.notes, options.strict)
     digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
     key = plan.key(digests)[:16]
-    paths = [*(item.path for item in plan.inputs), plan.bases.values.path]
+    paths = [*paths_of(plan.inputs), plan.bases.values.path]
     staging = Staging(output, force=options.force, inputs=paths, key=key)
     with staging:
         try:

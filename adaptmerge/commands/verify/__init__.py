@@ -29,6 +29,7 @@ from adaptmerge.commands.verify.stored import check_labels
 from adaptmerge.commands.verify.weights import UNPROVEN as UNJUDGED
 from adaptmerge.commands.verify.weights import check_weights
 from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed, did_you_mean
+from adaptmerge.formats.in_memory import ORIGIN
 from adaptmerge.formats.inputs import Input, InputSpec, open_input
 from adaptmerge.merging.align import align, in_one_layout
 from adaptmerge.outputs.report import Report, load_report
@@ -55,16 +56,17 @@ class Questions:
     written in and what the base was trained as (`fuse`, which also says where the base's original lies).
     """
 
-    base: str | None = None
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    base: str | Path | None = None
+    inputs: Mapping[str, str | Path | InputSpec] = field(default_factory=dict)
     device: str = "auto"
     layerwise: bool = False
     adapters: tuple[InputSpec, ...] = ()
     fuse: FuseOptions = FuseOptions()
 
 
-def verify(output: Path, questions: Questions = Questions()) -> Verdict:
+def verify(output: str | Path, questions: Questions = Questions()) -> Verdict:
     """The verdict on an output with a report. Raises InputError when it cannot be examined at all."""
+    output = Path(output)
     if not output.exists():
         raise InputError(
             "does not exist: give the folder or file that was written", where=str(output)
@@ -213,15 +215,12 @@ def _inputs(
     """The report's inputs, found and unchanged; None with a failed check when they are not."""
     opened, problems = [], []
     for described in report.inputs:
-        path = _find(output, described, questions)
-        if path is None:
-            problems.append(
-                f"input {described['name']} is not at {described['source']}: "
-                f"say --input {described['name']}=PATH"
-            )
+        found = _find(output, described, questions)
+        if found is None:
+            problems.append(_not_found(described))
             continue
         options: Any = {key: described.get(key) for key in ("alpha", "task", "init", "adapter")}
-        item = open_input(InputSpec(path, described["name"], **options), base)
+        item = open_input(replace(found, name=described["name"], **options), base)
         opened.append(item)
         problems += _changed(item, described["sha256"])
     if problems:
@@ -235,18 +234,34 @@ def _tuned(
 ) -> tuple[list[Input] | None, list[Check]]:
     """The tuned model of an extraction; None with a failed check when it is not there."""
     (described,) = report.inputs
-    path = _find(output, described, questions)
-    if path is None:
+    found = _find(output, described, questions)
+    if found is None:
         detail = f"the tuned model is not at {described['source']}: say --input tuned=PATH"
         return None, [Check("inputs", FAIL, detail)]
-    item, checks = tuned_input(output, report, path, base)
+    item, checks = tuned_input(output, report, found.source, base)
     return None if item is None else [item], checks
 
 
-def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> str | None:
-    """The input's path: as told, as written relative to here, beside the output, or its hub id."""
-    if described["name"] in questions.inputs:
-        return questions.inputs[described["name"]]
+def _not_found(described: Mapping[str, Any]) -> str:
+    name, source = described["name"], str(described["source"])
+    if source.startswith(ORIGIN):
+        return f"input {name} was in memory when it was merged: give it again, in Questions(inputs=...)"
+    return f"input {name} is not at {source}: say --input {name}=PATH"
+
+
+def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> InputSpec | None:
+    """The input: as told, as written relative to here, beside the output, or by its hub id."""
+    told = questions.inputs.get(described["name"])
+    if told is not None:
+        return told if isinstance(told, InputSpec) else InputSpec(str(told))
+    if str(described["source"]).startswith(ORIGIN):
+        return None
+    found = _written_place(output, described)
+    return None if found is None else InputSpec(found)
+
+
+def _written_place(output: Path, described: Mapping[str, Any]) -> str | None:
+    """Where the report says that an input lies, if it does."""
     source = str(described["source"])
     beside = output.resolve().parent
     places = [Path(source), beside / source, beside / Path(source).name]

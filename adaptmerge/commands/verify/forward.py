@@ -157,6 +157,7 @@ def check_native_output(bench: Bench, result: Input, ours: Forward, dtype: DType
     """The output loaded and run by its format's own library, against the reference."""
     oracle, path = result.format.oracle, result.path
     assert oracle is not None
+    assert path is not None
     name = f"forward in {oracle.package}"
     model = bench.model(result.adapter)
 
@@ -188,6 +189,8 @@ def _guarded(name: str, ask: Callable[[], Check]) -> Check:
 
 def _reading(name: str, bench: Bench, item: Input) -> Check:
     assert item.format.oracle is not None
+    if item.path is None:
+        return Check(name, SKIPPED, "it lies in no file that the library could load")
     model = bench.model(item.adapter)
     adapter = runtime.as_built(model, item.adapter)
     theirs = item.format.oracle.deltas(model, item.path)
