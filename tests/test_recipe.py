@@ -310,3 +310,15 @@ def test_locked_inputs(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="has no file 'weights.bin' that is read"):
         locked(tmp_path, **good, weights__bin="0" * 64)
+
+
+def test_addresses_of_the_hub_are_sources(tmp_path: Path) -> None:
+    text = """
+inputs:
+  - hf://org/name@v1/sub
+  - source: https://huggingface.co/org/other
+    weight: 0.5
+  - https://example.org/x.safetensors
+"""
+    sources = [spec.source for spec in recipe(tmp_path, text).specs()]
+    assert sources == ["org/name@v1//sub", "org/other", "https://example.org/x.safetensors"]

@@ -19,7 +19,7 @@ from adaptmerge.cli.options import (
 
 EPILOG = f"""\b
 An input is [NAME=]SOURCE[:WEIGHT][?alpha=32]; SOURCE is a folder, a .safetensors or
-.bin file, or a hub id org/name[@revision][//subfolder].
+.bin file, or on the Hub org/name[@revision][//subfolder] or the address of its page.
 
 {SITE}
 

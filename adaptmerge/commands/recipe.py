@@ -262,7 +262,10 @@ def _spec(item: InputTable | str, folder: Path) -> InputSpec:
 
 def _from_here(source: str, folder: Path) -> str:
     """The source with the recipe's folder in front, unless it is a hub id."""
+    source = hub.as_id(source)
     path = folder / source
+    if hub.is_address(source):
+        return source
     if exists(path) or exists(source) or not hub.is_id(source):
         return str(path)
     return source

@@ -1,9 +1,9 @@
 """The one grammar of inputs, [NAME=]SOURCE[:WEIGHT][?alpha=32&task=1&init=DIR&adapter=NAME], and opening
 what it names.
 
-SOURCE is a directory, a .safetensors or .bin file, or a hub id org/name[@revision][//subfolder]. What
-exists on disk as written wins over any reading as name, weight or query, so paths with '=' or ':' and
-Windows drive letters work.
+SOURCE is a directory, a .safetensors or .bin file, a hub id org/name[@revision][//subfolder] or the address
+of its page (hf://, https://huggingface.co/). A weight may also stand last. What exists on disk as written
+wins over any reading as name, weight or query, so paths with '=' or ':' and Windows drive letters work.
 """
 
 from __future__ import annotations
@@ -104,10 +104,12 @@ def parse_input(text: str, folder: Path = Path()) -> InputSpec:
     """
     if exists(folder / text):
         return InputSpec(text)
-    rest, options = _query(text)
+    rest, last, options = _query(text, folder)
     name, rest = _split_name(rest, folder)
     rest, weight = _split_weight(rest, folder)
-    return InputSpec(rest, name, weight, **options)
+    if weight is not None and last is not None:
+        raise UsageError(f"input {text!r}: has two weights, {weight:g} and {last:g}: leave one out")
+    return InputSpec(hub.as_id(rest), name, last if weight is None else weight, **options)
 
 
 def _split_name(text: str, folder: Path) -> tuple[str | None, str]:
@@ -130,17 +132,21 @@ def _is_drive(text: str) -> bool:
     return len(text) == 1 and text.isalpha()
 
 
-def _query(text: str) -> tuple[str, dict[str, Any]]:
+def _query(text: str, folder: Path) -> tuple[str, float | None, dict[str, Any]]:
+    """What stands before the options, a weight behind them, and the options."""
     rest, mark, query = text.rpartition("?")
     if not mark:
-        return text, {}
+        return text, None, {}
+    query, weight = _split_weight(query, folder)
     options: dict[str, Any] = {}
     for pair in query.split("&"):
         key, equals, value = pair.partition("=")
+        if key == "download" and "://" in rest:  # of a link that was copied
+            continue
         if key not in OPTIONS or not equals:
             raise UsageError(f"input {text!r}: option {key!r}: {did_you_mean(key, OPTIONS)}")
         options[key] = _option(key, value, text)
-    return rest, options
+    return rest, weight, options
 
 
 def _option(key: str, value: str, text: str) -> str | float | int:

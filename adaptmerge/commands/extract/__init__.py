@@ -187,7 +187,7 @@ def extract(
 
     Raises AdaptmergeError; then nothing was written. Notes are fatal under `options.strict`.
     """
-    base, tuned, output = str(base), str(tuned), Path(output)
+    base, tuned, output = hub.as_id(str(base)), hub.as_id(str(tuned)), Path(output)
     _check(options)
     if options.budget.unlimited:
         raise UsageError("how much is to be kept? pass --rank, --energy or --max-error")

@@ -11,7 +11,6 @@ from typing import Any
 
 from adaptmerge import __version__
 from adaptmerge.adapters.graph import Kind, Note
-from adaptmerge.bases.base import GGUF
 from adaptmerge.commands.fuse import folder
 from adaptmerge.commands.fuse.calibration import is_text, moments_of_text
 from adaptmerge.commands.fuse.options import FuseOptions
@@ -33,7 +32,7 @@ from adaptmerge.commands.fuse.report import (
 )
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
 from adaptmerge.files.staging import Staging, refuse_existing
-from adaptmerge.formats.inputs import InputSpec, Source, as_specs, paths_of
+from adaptmerge.formats.inputs import SUFFIXES, InputSpec, Source, as_specs, paths_of
 from adaptmerge.outputs.described import described_input
 from adaptmerge.outputs.report import FILE, check_strict
 from adaptmerge.parallel import Progress, silent
@@ -82,9 +81,9 @@ def fuse(
     same inputs and options.
     """
     base, output, specs = str(base), Path(output), as_specs(sources)
-    if output.suffix == GGUF:
+    if output.suffix in SUFFIXES:
         raise UsageError(
-            f"-o {output}: the output is a folder with the model in it, under the name of the base's file"
+            f"-o {output}: the output is a folder with the model in it, under the names of the base's files"
         )
     if not is_text(options.calibration):
         return _fuse(base, specs, output, options, progress)
