@@ -24,6 +24,7 @@ from adaptmerge.cli import (
     tables,
     verify,
 )
+from adaptmerge.cli.completion import with_completion
 from adaptmerge.cli.terminal import print_problems, report_error
 from adaptmerge.errors import AdaptmergeError, did_you_mean
 
@@ -103,4 +104,4 @@ for command in (
     tables.formats,
     tables.methods,
 ):
-    main.add_command(command)
+    main.add_command(with_completion(command))

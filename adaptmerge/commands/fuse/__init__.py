@@ -13,7 +13,7 @@ from adaptmerge import __version__
 from adaptmerge.adapters.graph import Kind, Note
 from adaptmerge.commands.fuse import folder
 from adaptmerge.commands.fuse.calibration import is_text, moments_of_text
-from adaptmerge.commands.fuse.options import FuseOptions
+from adaptmerge.commands.fuse.options import ALLOWABLE, FuseOptions
 from adaptmerge.commands.fuse.pieces.executors import EXECUTORS, Job
 from adaptmerge.commands.fuse.pieces.journal import Journal, from_record
 from adaptmerge.commands.fuse.pieces.write import Line, lines_of, settings_of, survey
@@ -39,6 +39,7 @@ from adaptmerge.parallel import Progress, silent
 from adaptmerge.rounding.error_feedback import NEAREST
 
 __all__ = [
+    "ALLOWABLE",
     "FuseOptions",
     "FusePlan",
     "FuseReport",
