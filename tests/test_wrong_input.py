@@ -154,7 +154,8 @@ def test_no_config_and_no_weights(good: Path, tmp_path: Path) -> None:
 def test_a_training_folder_points_to_its_checkpoints(good: Path, tmp_path: Path) -> None:
     adapter(tmp_path / "run" / "checkpoint-30", 2)
     problem = refused_alone(tmp_path, tmp_path / "run", good)
-    assert "it has training checkpoints: name one, e.g. checkpoint-30" in problem
+    assert "is the folder of a training run" in problem
+    assert "the adapter is in checkpoint-30: give ./run/checkpoint-30" in problem
 
 
 # Tensors

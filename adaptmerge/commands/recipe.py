@@ -15,6 +15,7 @@ from adaptmerge.files.paths import exists, missing
 from adaptmerge.files.strict_json import capped
 from adaptmerge.formats.inputs import Input, InputSpec, named, parse_input
 from adaptmerge.formats.registry import format_named
+from adaptmerge.formats.unread import MERGEKIT
 from adaptmerge.merging.heads.policies import WORDS
 from adaptmerge.merging.weights import SiteRule, Value, base_weights, check_pattern
 from adaptmerge.methods.registry import method_named
@@ -201,6 +202,8 @@ def _validated(values: Mapping[str, Any], lines: _Lines) -> RecipeTable:
 
     from adaptmerge.commands.recipe_schema import RecipeTable
 
+    if "merge_method" in values:
+        raise InputError(MERGEKIT, where=str(lines.path))
     try:
         return RecipeTable.model_validate(values)
     except ValidationError as failed:
