@@ -27,6 +27,7 @@ from adaptmerge.cli import (
 from adaptmerge.cli.completion import with_completion
 from adaptmerge.cli.terminal import print_problems, report_error
 from adaptmerge.errors import AdaptmergeError, did_you_mean
+from adaptmerge.lazy import without_logs
 
 EPILOG = """\b
 Examples:
@@ -71,7 +72,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         as_json: bool = ctx.meta[AS_JSON]
         try:
-            return super().invoke(ctx)
+            with without_logs():
+                return super().invoke(ctx)
         except AdaptmergeError as problem:
             report_error(problem, as_json=as_json)
             ctx.exit(problem.exit_code)

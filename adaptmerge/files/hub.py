@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.paths import exists, inside, missing
+from adaptmerge.lazy import without_logs
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"({_NAME}/{_NAME})(?:@([^\s@:]+?))?(?://(.*))?", re.ASCII)
@@ -107,6 +108,11 @@ def _inner(snapshot: Path, subfolder: str, source: str) -> Path:
 
 
 def _snapshot(source: str, repository: str, revision: str | None, subfolder: str) -> Path:
+    with without_logs():
+        return _fetched(source, repository, revision, subfolder)
+
+
+def _fetched(source: str, repository: str, revision: str | None, subfolder: str) -> Path:
     import huggingface_hub
 
     options = {"revision": revision, **_patterns(subfolder)}

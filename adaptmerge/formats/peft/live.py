@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from adaptmerge.errors import InputError, did_you_mean
 from adaptmerge.formats.in_memory import from_state_dict
 from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.lazy import quietly
 
 ASKED = "peft.utils.save_and_load"  # the module with the function that every release saves by
 
@@ -50,9 +50,8 @@ def from_peft(
 
 
 def _tensors(model: Any, adapter_name: str) -> Mapping[str, Any]:
-    asked = importlib.import_module(ASKED)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it saves embeddings, too
+    with quietly():  # it says that it saves embeddings, too
+        asked = importlib.import_module(ASKED)
         found: Mapping[str, Any] = asked.get_peft_model_state_dict(model, adapter_name=adapter_name)
     return found
 

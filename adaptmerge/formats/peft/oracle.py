@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +13,7 @@ from adaptmerge.adapters.graph import Site
 from adaptmerge.files.safetensors import read_header
 from adaptmerge.formats.format import Oracle
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS
-from adaptmerge.lazy import torch
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """PEFT's warnings are about its own calls, not about the adapter."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+from adaptmerge.lazy import quietly, torch
 
 
 @contextmanager
@@ -44,11 +35,11 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
 
     Empty for families that PEFT does not merge.
     """
-    from peft import PeftModel
-
     _untie(model)
     before = {name: value.double() for name, value in model.state_dict().items()}
-    with _quietly(), _as_folder(path) as folder:
+    with quietly(), _as_folder(path) as folder:
+        from peft import PeftModel
+
         if _config(folder).get("layer_replication"):
             return {}  # PEFT merges all copies of a layer into one
         wrapped = PeftModel.from_pretrained(model, str(folder)).double()
@@ -113,11 +104,10 @@ def _adapted(wrapped: Any) -> dict[str, bool]:
 
 def forward(model: Any, path: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The first output (logits or hidden states) of `model` with the adapter loaded by PEFT."""
-    from peft import PeftModel
+    with quietly(), torch.no_grad(), _as_folder(path) as folder:
+        from peft import PeftModel
 
-    with _quietly(), _as_folder(path) as folder:
         wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
-    with torch.no_grad():
         outputs: torch.Tensor = wrapped(**inputs)[0]
     return outputs
 
