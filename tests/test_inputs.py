@@ -114,7 +114,7 @@ def test_another_folder_decides_for_recipes(empty_folder: Path) -> None:
         ("xx?", "option ''"),
         ("xx?alpha=big", "alpha: 'big' is not a finite number"),
         ("xx?alpha=nan", "alpha: 'nan' is not a finite number"),
-        ("xx?alpha=1&rank=2", "option 'rank': did you mean 'task'?"),
+        ("xx?alpha=1&rank=2", "option 'rank': known: alpha"),
     ],
 )
 def test_what_cannot_be_meant(text: str, message: str) -> None:

@@ -218,7 +218,7 @@ sites:
     problems = refusal(tmp_path, text)
     expected = {
         2: "method: no method is named 'liner': did you mean 'linear'?",
-        3: "dtype: 'bf61': did you mean 'bf16'?",
+        3: "dtype: 'bf61': known: bf16",
         4: "to: no format is named 'peff': did you mean 'peft'?",
         5: "heads: no input is named 'chta': did you mean 'chat'?",
         6: "allow[0]: 'bas': did you mean 'base'?",

@@ -25,7 +25,7 @@ from adaptmerge.lazy import torch
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.parallel import Progress, ordered, short_turns
-from adaptmerge.tensors.dtypes import DType, default_dtype, of_torch
+from adaptmerge.tensors.dtypes import BF16, F16, DType, default_dtype, of_torch
 from adaptmerge.tensors.refs import TensorRef, Unsettled, computed, read_once
 from adaptmerge.tensors.walk import mapped, refs_of
 
@@ -222,9 +222,15 @@ def _overflown(step: Step, done: Edit) -> list[str]:
     stored = (ref for ref in refs_of(done) if isinstance(ref.source, Held))
     found = {ref.dtype for ref in stored if ref.dtype.is_float and not _finite(ref.read())}
     return [
-        f"{step.site}: values beyond the range of {dtype} would be infinite: use bf16 or f32"
+        f"{step.site}: values beyond the range of {dtype} would be infinite: use {_wider(dtype)}"
         for dtype in sorted(found, key=str)
     ]
+
+
+def _wider(dtype: DType) -> str:
+    """What stores values beyond the range of a dtype."""
+    ways = {F16: "--dtype bf16 or fp32", BF16: "--dtype fp32"}
+    return ways.get(dtype, "smaller weights")
 
 
 def _unseen(edit: Edit, clean: bool) -> list[TensorRef]:

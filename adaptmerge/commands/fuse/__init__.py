@@ -13,7 +13,7 @@ from adaptmerge import __version__
 from adaptmerge.adapters.graph import Kind, Note
 from adaptmerge.commands.fuse import folder
 from adaptmerge.commands.fuse.calibration import is_text, moments_of_text
-from adaptmerge.commands.fuse.options import ALLOWABLE, FuseOptions
+from adaptmerge.commands.fuse.options import ALLOWABLE, SAME, FuseOptions
 from adaptmerge.commands.fuse.pieces.executors import EXECUTORS, Job
 from adaptmerge.commands.fuse.pieces.journal import Journal, from_record
 from adaptmerge.commands.fuse.pieces.write import Line, lines_of, settings_of, survey
@@ -36,7 +36,9 @@ from adaptmerge.formats.inputs import SUFFIXES, InputSpec, Source, as_specs, pat
 from adaptmerge.outputs.described import described_input
 from adaptmerge.outputs.report import FILE, check_strict
 from adaptmerge.parallel import Progress, silent
-from adaptmerge.rounding.error_feedback import NEAREST
+from adaptmerge.rounding.error_feedback import NEAREST, STOCHASTIC
+from adaptmerge.rounding.scales import SOLVE
+from adaptmerge.tensors.dtypes import F32, SPELLINGS
 
 __all__ = [
     "ALLOWABLE",
@@ -194,7 +196,7 @@ def _check_prediction(plan: FusePlan) -> None:
 def _check_loss(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> None:
     """Raises CannotMerge for adapters that rounding has taken away."""
     problems = [
-        f"{name}: {_how_lost(loss, options.max_loss)}"
+        f"{name}: {_how_lost(loss, options)}"
         for name, loss in adapters.items()
         if _is_lost(loss, options.max_loss)
     ]
@@ -202,18 +204,30 @@ def _check_loss(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> No
         raise CannotMerge(problems)
 
 
-def _how_lost(loss: AdapterLoss, most: float) -> str:
-    if _drowns(loss, most):
+def _how_lost(loss: AdapterLoss, options: FuseOptions) -> str:
+    wider = _wider(options)
+    if _drowns(loss, options.max_loss):
         return (
             "is too small for this base: the weights it is run with are rounded to 16 bits, and that alone "
-            f"makes an error of {percent(loss.floor)} of what it adds: keep it an adapter, fuse into "
-            "wider weights (--quant fp32), or pass --allow loss"
+            f"makes an error of {percent(loss.floor)} of what it adds: keep it an adapter, "
+            f"{''.join(f'fuse into {way}, ' for way in wider)}or pass --allow loss"
         )
     left = percent(loss.gain, "an unknown part")
+    ways = ["--rounding adaptive"] * (options.rounding in (NEAREST, STOCHASTIC))
+    ways += ["--scales solve"] * (options.scales != SOLVE and options.quant == SAME)
+    use = f"use {', '.join([*ways, *wider])}, or pass" if ways or wider else "pass"
     return (
-        f"rounding leaves {left} of what it adds{and_error(loss.sub)}: use --rounding adaptive, "
-        "wider weights (--dtype, --quant), or pass --allow loss to keep what is left"
+        f"rounding leaves {left} of what it adds{and_error(loss.sub)}: {use} --allow loss to keep what is "
+        "left"
     )
+
+
+def _wider(options: FuseOptions) -> list[str]:
+    """How to ask for more bits than these options do, if there are more."""
+    said = options.dtype or options.quant
+    if said in SPELLINGS and SPELLINGS[said] == F32:
+        return []
+    return [f"wider weights ({'--dtype fp32' if options.dtype else '--dtype, --quant'})"]
 
 
 def _is_lost(loss: AdapterLoss, most: float) -> bool:
@@ -298,7 +312,7 @@ def _base_said(plan: FusePlan, licences: Mapping[str, str]) -> dict[str, Any]:
 
 def _lost_notes(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> list[Note]:
     found = {n: loss for n, loss in adapters.items() if _is_lost(loss, options.max_loss)}
-    said = {name: _how_lost(loss, options.max_loss) for name, loss in found.items()}
+    said = {name: _how_lost(loss, options) for name, loss in found.items()}
     return [
         Note(Kind.APPROXIMATED, f"{what.rpartition(': ')[0]}, as allowed", input=name)
         for name, what in said.items()

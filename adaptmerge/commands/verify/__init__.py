@@ -86,7 +86,7 @@ def verify(output: str | Path, questions: Questions = Questions()) -> Verdict:
         found = [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]
         checks += _of_adapter(name, found)
     if inputs is None:
-        return Verdict(output.name, checks, TRUSTED)
+        return Verdict(output.name, checks, TRUSTED if base is None else UNPROVEN)
     merge = _Merge(report, questions, base, inputs, results)
     more, trusted = _against_promises(merge, fits=not _failed(checks, "base"))
     return Verdict(output.name, [*checks, *more], trusted)
@@ -126,7 +126,7 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
         skipped = Check("forward", SKIPPED, "no base model was given: pass --base DIR")
         return [*checks, skipped], TRUSTED
     if not fits:
-        return checks, TRUSTED
+        return checks, UNPROVEN
     more, trusted = _model_checks(merge, merge.base, references)
     blind = sum(check.numbers.get(UNJUDGED, 0) for check in checks)
     return [*checks, *(_with_doubt(check, blind) for check in more)], trusted
@@ -153,7 +153,7 @@ def _of_fused(output: Path, questions: Questions) -> Verdict:
     base = open_values(questions.base) if questions.base else None
     inputs, checks = _inputs(output, report, questions, base)
     if inputs is None:
-        return Verdict(output.name, checks, TRUSTED)
+        return Verdict(output.name, checks, TRUSTED if base is None else UNPROVEN)
     weights = report.options["weights"]
     specs = [replace(item.spec, weight=weights[item.name]) for item in inputs]
     options = options_in(report, questions.fuse.original)
