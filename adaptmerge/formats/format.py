@@ -102,11 +102,18 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Oracle:
-    """A format's own library, asked for the truth: deltas and outputs of an adapter as it loads it."""
+    """A format's own library, asked for the truth: deltas and outputs of an adapter as it loads it.
+
+    answers: what its layers add for so many random inputs each, (inputs, outputs) by site; None where it
+    cannot be asked layer by layer.
+    """
 
     package: str
     deltas: Callable[[Any, Path], dict[str, torch.Tensor]]
     forward: Callable[[Any, Path, Mapping[str, Any]], torch.Tensor]
+    answers: (
+        Callable[[Any, Path, int], dict[str, tuple[torch.Tensor, torch.Tensor]] | None] | None
+    ) = None
 
 
 @dataclass(frozen=True, slots=True)

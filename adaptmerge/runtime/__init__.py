@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from adaptmerge.runtime.attach import as_built, attach
-from adaptmerge.runtime.models import example_inputs, load_model, outputs_of
+from adaptmerge.runtime.models import example_inputs, load_model, outputs_of, twin
 from adaptmerge.runtime.replicate import replicate_layers, replicated
 from adaptmerge.runtime.stream import stream_model
+from adaptmerge.runtime.together import outputs_of_each
 
 __all__ = [
     "as_built",
@@ -13,7 +14,9 @@ __all__ = [
     "example_inputs",
     "load_model",
     "outputs_of",
+    "outputs_of_each",
     "replicate_layers",
     "replicated",
     "stream_model",
+    "twin",
 ]

@@ -67,6 +67,14 @@ def load_model(
     return loaded
 
 
+def twin(model: torch.nn.Module) -> torch.nn.Module:
+    """Modules of its own around the same weights: what is put into one model is not in the other."""
+    known: dict[int, Any] = {id(value): value for value in model.buffers()}
+    for value in model.parameters():
+        known[id(value)] = torch.nn.Parameter(value.detach(), requires_grad=False)
+    return copy.deepcopy(model, known)
+
+
 def model_config(base_dir: Path) -> Any:
     """The `transformers` config of a folder. Raises InputError when it asks for remote code."""
     where = str(base_dir)

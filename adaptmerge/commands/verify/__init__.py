@@ -311,7 +311,7 @@ def _model_checks(
     merge: _Merge, base: Base, expected: Mapping[str, Adapter]
 ) -> tuple[list[Check], str]:
     """The checks of outputs of the real model, and what has to be trusted."""
-    from adaptmerge.commands.verify import forward
+    from adaptmerge.commands.verify import forward, native
 
     bench = _bench(merge, base)
     dtype = BY_NAME[merge.report.output["dtype"].upper()]
@@ -320,13 +320,13 @@ def _model_checks(
     for name, result in merge.results.items():
         ours = forward.check_forward(bench, expected[name], result.adapter, dtype)
         found = [ours.check]
-        asked = forward.installed(result.format) and not bench.layerwise
+        asked = native.installed(result.format) and not bench.layerwise
         if asked:
-            found.append(forward.check_native_output(bench, result, ours, dtype))
+            found.append(native.check_native_output(bench, result, ours, dtype))
         checks += _of_adapter(name, found)
     if not asked:
         return checks, UNPROVEN
-    readings = forward.check_native_inputs(replace(bench, device="cpu"), merge.inputs)
+    readings = native.check_native_inputs(replace(bench, device="cpu"), merge.inputs)
     proved = [c for c in readings if c.status == PASS]
     trusted = "" if len(proved) == len(merge.inputs) else UNPROVEN
     return [*checks, *readings], trusted

@@ -63,6 +63,60 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
     return {name: delta for name, delta in found.items() if bool(delta.any())}
 
 
+def answers(
+    model: Any, path: Path, count: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
+    """What PEFT's own layers add for `count` random inputs each: (inputs, outputs) in float64, by site.
+
+    None where an adapted module is no linear, or computes otherwise than on its input alone. The base's
+    weights are as before afterwards.
+    """
+    _untie(model)
+    with quietly(), _as_folder(path) as folder:
+        from peft import PeftModel
+
+        if _config(folder).get("layer_replication"):
+            return None
+        wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
+    adapted = {} if wrapped.active_peft_config.is_prompt_learning else _adapted(wrapped)
+    if not adapted or _stacks(wrapped):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name in adapted:
+        layer = wrapped.base_model.model.get_submodule(name)
+        try:
+            pair = _asked(layer, count, generator)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+            return None
+        if pair is None:
+            return None
+        found[name] = pair
+    return {name: (given, added) for name, (given, added) in found.items() if bool(added.any())}
+
+
+def _asked(
+    layer: Any, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Random inputs of a linear and what is added for them; nothing is said of other modules."""
+    base = layer.get_base_layer()
+    kind = type(base).__name__
+    if kind not in ("Linear", "Conv1D"):
+        return None
+    width = base.weight.shape[0 if kind == "Conv1D" else 1]
+    given = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    with torch.no_grad(), quietly():
+        plain = torch.func.functional_call(base, _wide(base), (given,))
+        moved = torch.func.functional_call(layer, _wide(layer), (given,))
+    return given, moved - plain
+
+
+def _wide(module: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a module, those of floats in float64."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {n: value.double() if value.is_floating_point() else value for n, value in tensors}
+
+
 def _untie(model: Any) -> None:
     """Gives a head that shares its embedding's weight one of its own: PEFT would merge both into it."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -112,4 +166,4 @@ def forward(model: Any, path: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
     return outputs
 
 
-ORACLE = Oracle("peft", deltas, forward)
+ORACLE = Oracle("peft", deltas, forward, answers)

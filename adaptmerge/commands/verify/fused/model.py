@@ -32,6 +32,7 @@ from adaptmerge.files.listing import sha256_of
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
 from adaptmerge.merging.weights import SiteRule
+from adaptmerge.runtime import outputs_of_each
 from adaptmerge.runtime.models import device_named, labels_of_heads, model_config
 from adaptmerge.schemes.view import View, view_of
 from adaptmerge.tensors.dtypes import F32
@@ -197,8 +198,8 @@ def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwi
         streamed = layerwise or plan.view.scheme is not None
         bench = Bench.of(plan.view.values, name, streamed, tokens)
         model = bench.model(wanted)
-        y_base, y_ref = bench.run(model, against.base), bench.run(model, wanted)
-        y_noisy = bench.run(model, _noisy(wanted, found, against.settled))
+        noisy = _noisy(wanted, found, against.settled)
+        y_base, y_ref, y_noisy = outputs_of_each(model, bench.inputs, (against.base, wanted, noisy))
         del model
         bench = replace(bench, base=fused.values, layerwise=layerwise or fused.scheme is not None)
         y = bench.run(bench.model())
