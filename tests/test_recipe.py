@@ -236,7 +236,7 @@ sites:
     [
         ("method: linear", "recipe.yaml:1: inputs: is missing"),
         ("inputs: []", "inputs: List should have at least 1 item"),
-        ("inputs: [a, b]\nweights: [1]", "recipe.yaml:2: weights: has 1 numbers for 2 inputs"),
+        ("inputs: [a, b]\nweights: [1]", "recipe.yaml:2: weights: has 1 number for 2 inputs"),
         ("inputs: [a, b]\nweights: {a: 1}", "recipe.yaml:2: weights: gives 'b' no number"),
         ("inputs: [xx:1, b]\nweights: last:1", "recipe.yaml:2: weights: weights are given both"),
         ("inputs: [a, b]\nweights: last:3", "recipe.yaml:2: weights: --weights last:3: there"),

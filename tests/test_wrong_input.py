@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from console import run
 from safetensors.torch import save_file
 from samples import (
     CONFIG,
@@ -349,7 +350,7 @@ def test_the_base_decides_about_prefixes(good: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"weights": "1,2,3"}, "--weights has 3 numbers for 2 inputs: give one each"),
-        ({"weights": "1"}, "--weights has 1 numbers for 2 inputs"),
+        ({"weights": "1"}, "--weights has 1 number for 2 inputs"),
         ({"weights": "1,nan"}, "'nan' is not a finite number"),
         ({"weights": "last:3"}, "there are 2 inputs, keep 1 to 2"),
         ({"method": "liner"}, "no method is named 'liner': did you mean 'linear'?"),
@@ -357,7 +358,7 @@ def test_the_base_decides_about_prefixes(good: Path, tmp_path: Path) -> None:
         ({"dtype": "int8"}, "--dtype int8: expected bf16"),
         ({"ranks": "some"}, "--ranks some: expected uniform or per-site"),
         ({"heads": "goood"}, "--heads goood: no input has that name (good, other)"),
-        ({"allow": frozenset({"everything"})}, "--allow everything: expected base or nonfinite"),
+        ({"allow": frozenset({"everything"})}, "--allow everything: expected base, nonfinite"),
     ],
 )
 def test_options(options: dict[str, Any], message: str, good: Path, tmp_path: Path) -> None:
@@ -426,3 +427,24 @@ def test_strict_notes_write_nothing(good: Path, tmp_path: Path) -> None:
         AdaptmergeError, tmp_path, lambda: merge(lone, output=tmp_path / "out", strict=True)
     )
     assert "no config was found: alpha = r is assumed" in problem
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("fuse good base", "is an adapter: a model belongs here"),
+        ("inspect good --base good", "is an adapter: a model belongs here"),
+        ("verify base", "is a model without a report: say what should be in it, with --adapter"),
+        ("run good", "is a folder: give a recipe"),
+        ("combine good --to safetensors", "write -o NAME.safetensors for one file"),
+        ("combine good --allow x", "expected base, nonfinite, approximate or labels"),
+    ],
+)
+def test_what_was_mixed_up_is_said(
+    command: str, said: str, good: Path, fixtures: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "base").symlink_to(fixtures / "tinyllama" / "base", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    outcome = run(*command.split())
+    assert outcome.code in (1, 2)
+    assert said in outcome.stderr

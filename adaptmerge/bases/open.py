@@ -11,7 +11,7 @@ from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
 from adaptmerge.tensors.caches import forget
 
-MODEL_CONFIG = "config.json"
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -38,6 +38,8 @@ def open_base(place: str | Path) -> Base:
     if weights:
         path = path.parent
         listing = Listing.of(path, source)
+    if not listing.has(MODEL_CONFIG) and listing.has(ADAPTER_CONFIG):
+        raise InputError("is an adapter: a model belongs here", where=source)
     if not listing.has(MODEL_CONFIG):
         raise InputError(
             "is not a model: expected a folder with config.json and weights in it, or a GGUF file",

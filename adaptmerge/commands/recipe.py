@@ -194,6 +194,8 @@ def _parsed(path: Path) -> tuple[_Lines, Mapping[str, Any]]:
 def _text(path: Path) -> str:
     if not exists(path):
         raise missing(path)
+    if path.is_dir():
+        raise InputError("is a folder: give a recipe, a file in YAML", where=str(path))
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -338,7 +340,8 @@ def _weighted(table: RecipeTable, specs: list[InputSpec]) -> tuple[list[InputSpe
     except UsageError as problem:
         return specs, [(("weights",), problem.problems[0])]
     if isinstance(given, list) and len(given) != len(specs):
-        count = f"has {len(given)} numbers for {len(specs)} inputs: give one each"
+        said = f"{len(given)} number" + "s" * (len(given) != 1)
+        count = f"has {said} for {len(specs)} inputs: give one each"
         return specs, [(("weights",), count)]
     if isinstance(given, dict):
         lost = [name for name in names if name not in given]

@@ -24,6 +24,8 @@ def formats() -> Mapping[str, Format]:
 
 def format_named(name: str) -> Format:
     """The format of that name. Raises UsageError with a suggestion."""
+    if name == "safetensors":
+        raise UsageError(f"{name} is a kind of file, no format: write -o NAME.{name} for one file")
     if name not in formats():
         raise UsageError(f"no format is named {name!r}: {did_you_mean(name, list(formats()))}")
     return formats()[name]

@@ -87,7 +87,8 @@ def check_merging(
         raise UsageError("--sum means weight 1 for each: leave it out, or the weights")
     unknown = sorted(merging.allow - set(allowable))
     if unknown:
-        raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(allowable)}")
+        *others, last = allowable
+        raise UsageError(f"--allow {unknown[0]}: expected {', '.join(others)} or {last}")
 
 
 NUMBER = re.compile(r",?[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?,?", re.IGNORECASE)

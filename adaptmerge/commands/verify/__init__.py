@@ -20,6 +20,7 @@ from adaptmerge.adapters.families.alora import invoked_by
 from adaptmerge.adapters.graph import Adapter, Edit, Kind
 from adaptmerge.adapters.stored_edits import owner_of, trained_tokens
 from adaptmerge.bases.base import Base
+from adaptmerge.bases.open import MODEL_CONFIG
 from adaptmerge.commands.fuse import FuseOptions, FuseReport, is_fused, load_fuse_report
 from adaptmerge.commands.verify.audit import malformed
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
@@ -32,7 +33,7 @@ from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationF
 from adaptmerge.formats.in_memory import ORIGIN
 from adaptmerge.formats.inputs import Input, InputSpec, open_input
 from adaptmerge.merging.align import align, in_one_layout
-from adaptmerge.outputs.report import Report, load_report
+from adaptmerge.outputs.report import Report, load_report, report_path
 from adaptmerge.runtime.models import device_named
 from adaptmerge.schemes.view import open_values
 from adaptmerge.tensors.dtypes import BY_NAME
@@ -73,6 +74,11 @@ def verify(output: str | Path, questions: Questions = Questions()) -> Verdict:
         )
     if questions.adapters or is_fused(output):
         return _of_fused(output, questions)
+    if (output / MODEL_CONFIG).is_file() and not report_path(output).is_file():
+        raise InputError(
+            "is a model without a report: say what should be in it, with --adapter ADAPTER --base DIR",
+            where=str(output),
+        )
     report = load_report(output)
     problems = malformed(report)
     if problems:
