@@ -36,7 +36,7 @@ Examples:
   adaptmerge verify merged --base ./llama
 
 \b
-Exit codes: 0 done, 1 error, 2 usage, 3 verification failed.
+Exit codes: 0 done, 1 error, 2 usage, 3 verification failed, 130 interrupted.
 Shell completion: eval "$(_ADAPTMERGE_COMPLETE=bash_source adaptmerge)"
 """
 

@@ -20,7 +20,7 @@ SPANS = 4  # lines on the numbers of layers and experts
 MISFITS = 3  # shown of those that do not fit; the others are mostly like them
 
 
-@click.command()
+@click.command(short_help="Show what is in adapters, and whether they fit a base.")
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--values", is_flag=True, help="Read the tensors: norms, NaN, zero deltas.")
 @base_option

@@ -19,13 +19,14 @@ EPILOG = """\b
 Examples:
   adaptmerge verify merged
   adaptmerge verify merged --base ./llama --junit verify.xml
-  adaptmerge verify merged --input sql=/elsewhere/sql --base ./llama --layerwise
+  adaptmerge verify merged --input sql=/elsewhere/sql
+  adaptmerge verify merged --base ./llama --layerwise
   adaptmerge verify fused --base ./llama
   adaptmerge verify ./merged-by-peft --base ./llama --adapter ./adapter
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Check that an output computes what was promised.")
 @click.argument("output", type=click.Path(path_type=Path))
 @base_option
 @click.option(

@@ -31,7 +31,7 @@ from adaptmerge.commands.verify.weights import UNPROVEN as UNJUDGED
 from adaptmerge.commands.verify.weights import check_weights
 from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed, did_you_mean
 from adaptmerge.formats.in_memory import ORIGIN
-from adaptmerge.formats.inputs import Input, InputSpec, open_input
+from adaptmerge.formats.inputs import Input, InputSpec, Source, as_specs, open_input
 from adaptmerge.merging.align import align, in_one_layout
 from adaptmerge.outputs.report import Report, load_report, report_path
 from adaptmerge.runtime.models import device_named
@@ -61,7 +61,7 @@ class Questions:
     inputs: Mapping[str, str | Path | InputSpec] = field(default_factory=dict)
     device: str = "auto"
     layerwise: bool = False
-    adapters: tuple[InputSpec, ...] = ()
+    adapters: tuple[Source, ...] = ()
     fuse: FuseOptions = FuseOptions()
 
 
@@ -153,7 +153,8 @@ def _of_fused(output: Path, questions: Questions) -> Verdict:
     how: Any = {"device": questions.device, "layerwise": questions.layerwise}
     if questions.adapters:
         options = replace(questions.fuse, allow=questions.fuse.allow | {"loss"})
-        return verify_fused(output, questions.base, questions.adapters, options, None, **how)
+        specs = as_specs(questions.adapters)
+        return verify_fused(output, questions.base, specs, options, None, **how)
     report = load_fuse_report(output)
     _check_questions(report, questions)
     base = open_values(questions.base) if questions.base else None
