@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from adaptmerge import lazy
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 
@@ -71,15 +72,15 @@ def in_one_sentence(where: str) -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No advice and no progress bars of `transformers` while the block runs."""
+    """No advice and no progress bars of `transformers`, and of what it imports, while the block runs."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logging.get_verbosity()  # it sets the level itself when first asked
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with lazy.quietly():
+            yield
     finally:
-        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

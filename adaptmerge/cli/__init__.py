@@ -24,8 +24,10 @@ from adaptmerge.cli import (
     tables,
     verify,
 )
+from adaptmerge.cli.completion import with_completion
 from adaptmerge.cli.terminal import print_problems, report_error
 from adaptmerge.errors import AdaptmergeError, did_you_mean
+from adaptmerge.lazy import without_logs
 
 EPILOG = """\b
 Examples:
@@ -34,7 +36,7 @@ Examples:
   adaptmerge verify merged --base ./llama
 
 \b
-Exit codes: 0 done, 1 error, 2 usage, 3 verification failed.
+Exit codes: 0 done, 1 error, 2 usage, 3 verification failed, 130 interrupted.
 Shell completion: eval "$(_ADAPTMERGE_COMPLETE=bash_source adaptmerge)"
 """
 
@@ -70,7 +72,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         as_json: bool = ctx.meta[AS_JSON]
         try:
-            return super().invoke(ctx)
+            with without_logs():
+                return super().invoke(ctx)
         except AdaptmergeError as problem:
             report_error(problem, as_json=as_json)
             ctx.exit(problem.exit_code)
@@ -103,4 +106,4 @@ for command in (
     tables.formats,
     tables.methods,
 ):
-    main.add_command(command)
+    main.add_command(with_completion(command))

@@ -50,9 +50,9 @@ class Measured(NamedTuple):
 
 
 def calibrate(
-    base: str,
-    text: Path,
-    output: Path,
+    base: str | Path,
+    text: str | Path,
+    output: str | Path,
     options: Calibration = Calibration(),  # noqa: B008 - frozen
     progress: Progress = silent,
 ) -> Measured:
@@ -60,6 +60,7 @@ def calibrate(
 
     Raises AdaptmergeError; then there is no output.
     """
+    text, output = Path(text), Path(output)
     if options.tokens < LEAST or options.rank < 0:
         raise UsageError(f"--tokens is at least {LEAST}, and --rank not below 0")
     model = view_of(open_base(base))

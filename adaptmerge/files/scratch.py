@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from adaptmerge.files import header
 from adaptmerge.files.disk import Flusher, tensor_bytes, writing
@@ -15,6 +16,13 @@ from adaptmerge.tensors import dtypes, refs
 from adaptmerge.tensors.refs import Reshape, Stored, TensorRef
 
 _ALIGNMENT = 8
+
+
+class Keeps(Protocol):
+    """Where results of a run wait until they are written."""
+
+    def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
+        """A ref to the tensor, kept from now on."""
 
 
 class Scratch:

@@ -78,15 +78,20 @@ class WriteOptions:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a writer puts its files: `path(name)` is a staged file, `single` the name of the one file
-    asked for (None: a directory). `metadata` goes into the header of the main file. `digests`: the sha256
-    of staged files, where it is known from writing them."""
+    """Where a writer puts its files, with `text` and `safetensors`; what else it writes goes into the
+    staged file `path(name)`. `single` is the name of the one file asked for (None: a directory).
+    `metadata` goes into the header of the main file. `digests`: the sha256 of staged files, where it is
+    known from writing them."""
 
     path: Callable[[str], Path]
     single: str | None
     metadata: Mapping[str, str]
     scratch: Scratch | None = None
     digests: dict[Path, str] = field(default_factory=dict)
+
+    def text(self, name: str, text: str) -> None:
+        """Stages a text file."""
+        self.path(name).write_text(text, encoding="utf-8")
 
     def safetensors(
         self, name: str, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]

@@ -20,19 +20,19 @@ from adaptmerge.adapters.weight_edits import Deviation, Effect, Share
 from adaptmerge.algebra import factors
 from adaptmerge.algebra.factors import Values
 from adaptmerge.errors import InputError
+from adaptmerge.files.in_memory import AS_STORED
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.pickles import Pickled
 from adaptmerge.formats.format import Format, Output, ReadOptions, Stores, WriteOptions
 from adaptmerge.tensors import refs
 from adaptmerge.tensors.dtypes import BY_NAME, DType
-from adaptmerge.tensors.refs import Constant, Joined, Listed, Stored, TensorRef, computed
+from adaptmerge.tensors.refs import Constant, Joined, Listed, TensorRef, computed
 
 VERSION = 1
 KEY = "adaptmerge_graph"
 GRAPH = "graph.json"
 TENSORS = "tensors.safetensors"
 LARGEST = 1 << 32  # entries of a tensor that is computed, not stored
-WITHIN = (TensorRef, Stored, Pickled, Constant, Listed, Joined)  # written as {"tensor": NAME}
+WITHIN = (TensorRef, *AS_STORED, Constant, Listed, Joined)  # written as {"tensor": NAME}
 
 HOMES = (factors, weight_edits, stored_edits, activation_edits, refs)  # of what graphs are made of
 UNSETTLED = (Values, Effect, Share, Deviation)  # what a run computes before anything is written
@@ -234,8 +234,7 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     if output.single:
         metadata[KEY] = json.dumps(graph, sort_keys=True)
     else:
-        text = json.dumps(graph, indent=1, sort_keys=True) + "\n"
-        output.path(GRAPH).write_text(text, encoding="utf-8")
+        output.text(GRAPH, json.dumps(graph, indent=1, sort_keys=True) + "\n")
     name = output.single or TENSORS
     output.safetensors(name, dict(sorted(encoder.tensors.items())), metadata)
     return name

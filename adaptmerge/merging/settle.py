@@ -20,12 +20,12 @@ from adaptmerge.algebra.fit import Budget, Fitted, allot, spectrum, stack, trunc
 from adaptmerge.algebra.linalg import Inner, gram, one_thread_each, side_by_side
 from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.errors import InputError
-from adaptmerge.files.scratch import Scratch
+from adaptmerge.files.scratch import Keeps
 from adaptmerge.lazy import torch
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.parallel import Progress, ordered, short_turns
-from adaptmerge.tensors.dtypes import DType, default_dtype, of_torch
+from adaptmerge.tensors.dtypes import BF16, F16, DType, default_dtype, of_torch
 from adaptmerge.tensors.refs import TensorRef, Unsettled, computed, read_once
 from adaptmerge.tensors.walk import mapped, refs_of
 
@@ -91,7 +91,7 @@ class Held:
         return self.value
 
 
-def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[Settled]:
+def run(plan: Plan, scratch: Keeps, workers: int, progress: Progress) -> list[Settled]:
     """Every step settled, in plan order. Raises InputError naming all tensors that are not finite."""
     problems: list[str] = []
     settled: list[Settled] = []
@@ -224,9 +224,15 @@ def _overflown(step: Step, done: Edit) -> list[str]:
     stored = (ref for ref in refs_of(done) if isinstance(ref.source, Held))
     found = {ref.dtype for ref in stored if ref.dtype.is_float and not _finite(ref.read())}
     return [
-        f"{step.site}: values beyond the range of {dtype} would be infinite: use bf16 or f32"
+        f"{step.site}: values beyond the range of {dtype} would be infinite: use {_wider(dtype)}"
         for dtype in sorted(found, key=str)
     ]
+
+
+def _wider(dtype: DType) -> str:
+    """What stores values beyond the range of a dtype."""
+    ways = {F16: "--dtype bf16 or fp32", BF16: "--dtype fp32"}
+    return ways.get(dtype, "smaller weights")
 
 
 def _unseen(edit: Edit, clean: bool) -> list[TensorRef]:
@@ -329,7 +335,7 @@ def _gram(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> Inner:
     return gram(up, down, owners)
 
 
-def _store(edit: Edit, scratch: Scratch) -> Edit:
+def _store(edit: Edit, scratch: Keeps) -> Edit:
     """The edit with refs to the scratch where its tensors are in memory."""
 
     def put(ref: TensorRef) -> TensorRef:

@@ -169,7 +169,8 @@ def _scheduled(schedule: str, count: int) -> list[float]:
         return [0.0] * (count - kept) + [1.0 / kept] * kept
     values = [number(part, "--weights") for part in schedule.split(",")]
     if len(values) != count:
-        raise UsageError(f"--weights has {len(values)} numbers for {count} inputs: give one each")
+        said = f"{len(values)} number" + "s" * (len(values) != 1)
+        raise UsageError(f"--weights has {said} for {count} inputs: give one each")
     return values
 
 

@@ -65,7 +65,7 @@ def write(inputs: Sequence[Input], report: Report, output: Output) -> None:
         elif holders and name in LICENCES:
             for items in holders.values():
                 _copy(items[0], name, output, f"{name}.{items[0].name}")
-    output.path(CARD).write_text(card(inputs, report), encoding="utf-8")
+    output.text(CARD, card(inputs, report))
 
 
 def _copy(item: Input, name: str, output: Output, as_name: str) -> None:

@@ -73,7 +73,7 @@ class Session:
             companions.write(result.inputs, report, output)
         name = report_name(self.single) if self.single else FILE
         found = replace(report, files=checksums(self.staging, output.digests, name))
-        output.path(name).write_text(found.as_text(), encoding="utf-8")
+        output.text(name, found.as_text())
         return found
 
 

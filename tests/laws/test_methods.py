@@ -258,7 +258,10 @@ def test_rounding_makes_no_infinity_without_a_word(
     paths = [write(tmp_path / f"a{seed}", found) for seed, found in enumerate(sides)]
     with pytest.raises(InputError) as caught:
         merged(paths, method, budget=budget, dtype="fp16")
-    assert f"{MODULES[0]}: values beyond the range of f16 would be infinite" in str(caught.value)
+    assert (
+        f"{MODULES[0]}: values beyond the range of f16 would be infinite: use --dtype bf16"
+        in str(caught.value)
+    )
     output, _ = merged(paths, method, budget=budget, dtype="bf16")
     assert all(bool(delta.isfinite().all()) for delta in deltas(output).values())
 

@@ -243,7 +243,7 @@ def _label_map(labels: Labels) -> dict[str, Any]:
 def licences(plan: FusePlan) -> tuple[dict[str, str], list[Note]]:
     """The licence that each model card names, by input and base, and a Note where they differ."""
     cards = {"base": plan.bases.values.path / CARD}
-    cards |= {i.name: i.listing.root / CARD for i in plan.inputs if i.listing.single is None}
+    cards |= {i.name: i.listing.root / CARD for i in plan.inputs if i.listing.has(CARD)}
     found = {name: text for name, path in cards.items() if (text := _licence(path))}
     if len(set(found.values())) < 2:
         return found, []

@@ -28,7 +28,7 @@ from adaptmerge.commands.fuse.pieces.layout import Shard, files_of, shards_of
 from adaptmerge.commands.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.formats.format import Format, Stores
-from adaptmerge.formats.inputs import Input, InputSpec
+from adaptmerge.formats.inputs import Input, Source, as_specs
 from adaptmerge.merging.align import align
 from adaptmerge.merging.base_names import on_another_base
 from adaptmerge.merging.plan import Plan, make_plan
@@ -137,8 +137,11 @@ STORES = Stores(
 TARGET = Format("a base checkpoint", "", "", lambda _: False, _never, stores=lambda _: STORES)
 
 
-def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptions) -> FusePlan:
+def plan_fusion(
+    base_source: str | Path, sources: Source | Sequence[Source], options: FuseOptions
+) -> FusePlan:
     """The plan of a fusion. Raises every error that headers can tell."""
+    specs = as_specs(sources)
     check_options(specs, options)
     view = view_of(open_base(base_source))
     check_view(view, options)

@@ -16,7 +16,7 @@ from adaptmerge.commands.fuse.kept_wide import Plain
 from adaptmerge.commands.fuse.on_base.bases import Bases
 from adaptmerge.commands.fuse.pieces.layout import Copy, Fused, Recoded, Tensor, output_dtype
 from adaptmerge.errors import CannotMerge, CannotStore
-from adaptmerge.files.pickles import IN_FILES
+from adaptmerge.files.in_memory import AS_STORED
 from adaptmerge.merging.plan import Plan
 from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix
@@ -278,7 +278,7 @@ class _Writing:
         """The tensor made of a first value and what changes it, as the checkpoint stores it."""
         (place, change), stored_as = placed, _stored_as(name, self.wishes)
         is_computed = change.parts or change.tokens or start.dtype != dtype
-        if not is_computed and isinstance(start.source, IN_FILES):
+        if not is_computed and isinstance(start.source, AS_STORED):
             kept = stored_as.kept(start)
             return Tensor(stored_as.name, dtype, kept.shape, (Copy(kept),))
         matrix = _matrix(start.shifted(stored_as.added), placed, dtype)

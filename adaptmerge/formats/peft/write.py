@@ -93,9 +93,9 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     else:
         if beside is not None:
             text = json.dumps(beside, indent=2, ensure_ascii=False) + "\n"
-            output.path(MODEL_CONFIG).write_text(text, encoding="utf-8")
+            output.text(MODEL_CONFIG, text)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        output.path(CONFIG).write_text(text, encoding="utf-8")
+        output.text(CONFIG, text)
     name = output.single or WEIGHTS[0]
     output.safetensors(name, dict(sorted(tensors.items())), metadata)
     return name

@@ -53,7 +53,7 @@ TRUSTED = (
 
 def verify_fused(
     output: Path,
-    base: str | None,
+    base: str | Path | None,
     specs: Sequence[InputSpec],
     options: FuseOptions,
     report: FuseReport | None,
