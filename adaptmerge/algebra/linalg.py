@@ -42,26 +42,6 @@ def product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
     return float(inner.scales) * math.sqrt(max(float(inner.products), 0.0))
 
 
-def moved_norms(
-    weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, axis: int
-) -> torch.Tensor:
-    """|W + up @ down| over an axis, float64, without forming the sum: from |W|, W down^T and the cores."""
-    up, down = up.double(), down.double()
-    if axis == 0:
-        return _row_norms(weight.T, down.T, up.T)
-    return _row_norms(weight, up, down)
-
-
-def _row_norms(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    squared = ((up @ (down @ down.T)) * up).sum(1)
-    step = max(1, ROWS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        block = weight[rows].double()
-        squared[rows] += block.square().sum(1) + 2 * ((block @ down.T) * up[rows]).sum(1)
-    return squared.clamp(min=0).sqrt()
-
-
 def side_by_side(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     """The tensors joined along an axis, in working precision; widened once where they agree."""
     if len({value.dtype for value in values}) > 1:

@@ -13,20 +13,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from adaptmerge.adapters.graph import Edit
-from adaptmerge.adapters.weight_edits import delta_on, factor_of, refitted
-from adaptmerge.algebra.by_rows import distance
+from adaptmerge.adapters.weight_edits import delta_on, factor_of, normed_axis, refitted
 from adaptmerge.algebra.factors import Factor, Leaf, Product, Term, Values, rank_bound
 from adaptmerge.algebra.fit import Budget, Fitted, allot, spectrum, stack, truncate
 from adaptmerge.algebra.linalg import Inner, gram, one_thread_each, side_by_side
 from adaptmerge.algebra.low_rank import low_rank
+from adaptmerge.algebra.moved import distance_on
 from adaptmerge.errors import InputError
 from adaptmerge.files.scratch import Keeps
 from adaptmerge.lazy import torch
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.parallel import Progress, ordered, short_turns
+from adaptmerge.tensors.caches import read_once
 from adaptmerge.tensors.dtypes import BF16, F16, DType, default_dtype, of_torch
-from adaptmerge.tensors.refs import TensorRef, Unsettled, computed, read_once
+from adaptmerge.tensors.refs import TensorRef, Unsettled, computed
 from adaptmerge.tensors.walk import mapped, refs_of
 
 CANCELS = 1e-2  # below this share of what it could be, a squared norm is computed in float64
@@ -197,12 +198,12 @@ def _held(value: torch.Tensor) -> TensorRef:
 
 
 def _measured(step: Step, done: Edit, stats: SiteStats) -> SiteStats:
-    """For edits that depend on the base: what they add to it against what was meant, dense."""
+    """For edits that depend on the base: what they add to it against what was meant."""
     if step.promise is None:
         return stats
     delta = factor_of(done) if step.weight is None else delta_on([done], step.weight)
     assert delta is not None
-    off = distance(delta, step.promise)
+    off = distance_on(step.weight, normed_axis(done), delta, step.promise)
     if stats.truncation > 0 or step.weight is None:
         return replace(stats, norm=off.right, truncation=off.apart, rounding=0.0)
     return replace(stats, norm=off.right, rounding=off.apart)

@@ -30,8 +30,10 @@ from adaptmerge.commands.verify import FAIL, PASS, Questions, verify
 from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError, UsageError
 from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.merging.weights import SiteRule
+from adaptmerge.tensors import refs
 from adaptmerge.tensors.dtypes import F32
 from adaptmerge.tensors.refs import constant
+from adaptmerge.tensors.spans import read_span
 
 pytest.importorskip("peft")
 PREFIX = "base_model.model."
@@ -133,6 +135,26 @@ def test_rows_go_by_expert_and_columns_by_rank(model: str, tmp_path: Path) -> No
         delta = found[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"]
         assert torch.allclose(delta, 8 / 3 * up[:, :, expert] @ down[expert])
         assert not torch.allclose(delta, 8 / 3 * wrong[:, expert] @ down[expert])
+
+
+def test_sides_that_experts_share_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [moe("reads", "mixtral").build(tmp_path / str(n), seed=n) for n in (1, 2)]
+    reads: list[tuple[str, int, int]] = []
+
+    def recorded(path: str, offset: int, nbytes: int) -> Tensor:
+        reads.append((path, offset, nbytes))
+        return read_span(path, offset, nbytes)
+
+    monkeypatch.setattr(refs, "read_span", recorded)
+    specs = [InputSpec(str(path), f"a{n}", 0.5) for n, path in enumerate(paths)]
+    combine(specs, tmp_path / "out", Options())
+    for path in paths:
+        held = sum(value.nbytes for value in load_file(path / WEIGHTS).values())
+        found = [read for read in reads if Path(read[0]).parent == path]
+        assert len(found) == len(set(found))
+        assert 0 < sum(nbytes for *_, nbytes in found) <= held
 
 
 @pytest.mark.parametrize("rslora", [False, True])
