@@ -325,3 +325,15 @@ def tensor_files(folder: Path) -> dict[str, bytes]:
         p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf")
     }
     return {name: re.sub(rb'"sha256.*?}', b"", raw) for name, raw in found.items()}
+
+
+def test_a_model_without_a_report_is_compared_with_what_is_in_memory(
+    fixtures: Path, tmp_path: Path
+) -> None:
+    tiny = fixtures / "tinyllama"
+    adaptmerge.fuse(tiny / "base", tiny / "lora-r8-perl", tmp_path / "out")
+    (tmp_path / "out" / "adaptmerge.json").unlink()
+    right, wrong = (in_memory(tiny / f"lora-r8-{name}") for name in ("perl", "cheaders"))
+    for source, status in ((right, "pass"), (str(tiny / "lora-r8-perl"), "pass"), (wrong, "fail")):
+        asked = Questions(base=tiny / "base", adapters=(source,))
+        assert adaptmerge.verify(tmp_path / "out", asked).status == status

@@ -7,7 +7,6 @@ this list.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -184,6 +183,8 @@ def _text(listing: Listing) -> str | None:
 
 def _arrays(listing: Listing) -> list[str]:
     """The names of the arrays of a NumPy archive; none where it is damaged."""
+    import zipfile
+
     try:
         with zipfile.ZipFile(listing.root / str(listing.single)) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]

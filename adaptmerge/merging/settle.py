@@ -221,13 +221,14 @@ def _nonfinite(step: Step, stats: SiteStats) -> list[str]:
 
 
 def _overflown(step: Step, done: Edit) -> list[str]:
-    """What rounding to a narrow dtype made infinite: inputs are finite, as was asked before."""
+    """What rounding to a narrow dtype made infinite, or too large to measure: inputs are finite, as was
+    asked before."""
     stored = (ref for ref in refs_of(done) if isinstance(ref.source, Held))
     found = {ref.dtype for ref in stored if ref.dtype.is_float and not _finite(ref.read())}
     return [
         f"{step.site}: values beyond the range of {dtype} would be infinite: use {_wider(dtype)}"
         for dtype in sorted(found, key=str)
-    ]
+    ] or [f"{step.site}: values so large that what rounding them loses cannot be told"]
 
 
 def _wider(dtype: DType) -> str:
