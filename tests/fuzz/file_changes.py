@@ -64,7 +64,7 @@ def change_json(path: Path, random: Random) -> str:
     parts = tensor_changes.unframed(content)
     try:
         value = parts[0] if parts else json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return change_bytes(path, random)
     if random.random() < 0.05:
         text, said = json_changes.twice(json.dumps(value), random), "a name is there twice"

@@ -45,7 +45,7 @@ def unframed(content: bytes) -> tuple[dict[str, Any], bytes] | None:
         return None
     try:
         return json.loads(content[8 : 8 + size]), content[8 + size :]
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -199,5 +199,5 @@ def _table(data: bytes) -> Any:
     """What bytes of JSON say, if they are of a table."""
     try:
         return json.loads(data) if data.startswith(b"{") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
