@@ -20,6 +20,7 @@ from adaptmerge.adapters.weight_edits import Deviation, Effect, Share
 from adaptmerge.algebra import factors
 from adaptmerge.algebra.factors import Values
 from adaptmerge.errors import InputError
+from adaptmerge.files.disk import write_text
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.pickles import Pickled
 from adaptmerge.formats.format import Format, Output, ReadOptions, Stores, WriteOptions
@@ -235,7 +236,7 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
         metadata[KEY] = json.dumps(graph, sort_keys=True)
     else:
         text = json.dumps(graph, indent=1, sort_keys=True) + "\n"
-        output.path(GRAPH).write_text(text, encoding="utf-8")
+        write_text(output.path(GRAPH), text)
     name = output.single or TENSORS
     output.safetensors(name, dict(sorted(encoder.tensors.items())), metadata)
     return name

@@ -165,6 +165,12 @@ def _fields(node: RandBases) -> Mapping[str, Any]:
 TUNER = Tuner(
     "RANDLORA",
     summary="a weighted sum of fixed random low-rank matrices, of full rank",
+    shapes={
+        "randlora_lambda": "r n",
+        "randlora_gamma": "n _small",
+        "randlora_A": "r 1 _small",
+        "randlora_B": "_large n r",
+    },
     leaves=(SHORT, LONG, WEIGHTS, COLUMNS),
     read=read,
     tensors=tensors,

@@ -124,6 +124,13 @@ def _factor(edit: Add) -> UniLora:
 TUNER = Tuner(
     "UNILORA",
     summary="B A, every entry of which is one of a single vector",
+    shapes={
+        "unilora_theta_d": "d",
+        "unilora_indices_B": "whole: out r",
+        "unilora_scales_B": "out r",
+        "unilora_indices_A": "whole: r in",
+        "unilora_scales_A": "r in",
+    },
     leaves=LEAVES,
     read=read,
     tensors=tensors,

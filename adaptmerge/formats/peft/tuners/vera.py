@@ -125,6 +125,12 @@ def shared(edits: Sequence[Edit], style: Style = VERA) -> Spelling:
 TUNER = Tuner(
     "VERA",
     summary="diag(b) B diag(d) A, B and A shared by all sites",
+    shapes={
+        "vera_lambda_b": "out",
+        "vera_lambda_d": "n",
+        "vera_A": "n _in",
+        "vera_B": "_out r",
+    },
     leaves=VERA.leaves,
     read=read,
     tensors=tensors,
