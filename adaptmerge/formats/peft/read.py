@@ -7,13 +7,12 @@ from functools import partial
 
 from adaptmerge.adapters.graph import Edit, Kind, Note
 from adaptmerge.adapters.stored_edits import role_of
-from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.errors import InputError
 from adaptmerge.formats.peft.additive import fits
 from adaptmerge.formats.peft.fields import own_problems
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.saved import saved_edits
-from adaptmerge.formats.peft.tuner import COMMON, Malformed, Parts, Reading, families
+from adaptmerge.formats.peft.tuner import COMMON, Malformed, Parts, Reading, families, judge
 from adaptmerge.tensors.walk import refs_of
 
 LORA = "LORA"
@@ -80,9 +79,7 @@ def _checked(
     rules.check(parts)
     edits = read(reading, module, parts)
     for edit in edits:
-        factor = factor_of(edit)
-        if factor is not None and min(factor.shape) < 1:
-            raise Malformed(f"is for a weight of {list(factor.shape)}")
+        judge(reading.tuner, edit)
     _fits_base(reading, module, rules.sizes(parts))
     return edits
 

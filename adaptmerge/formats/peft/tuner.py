@@ -10,15 +10,19 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
+from adaptmerge.adapters.weight_edits import factor_of
+from adaptmerge.errors import CannotStore
 from adaptmerge.formats.format import ReadOptions, WriteOptions
 from adaptmerge.formats.peft import tuners
 from adaptmerge.formats.peft.keys import PREFIX
-from adaptmerge.formats.peft.shapes import Malformed, Shapes
+from adaptmerge.formats.peft.shapes import Malformed as Malformed
+from adaptmerge.formats.peft.shapes import Shapes
 from adaptmerge.tensors.refs import TensorRef
 
 if TYPE_CHECKING:
@@ -166,6 +170,38 @@ COMMON = frozenset(
     | {"init_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type"}
     | {"peft_version", "revision", "target_modules", "task_type", "fan_in_fan_out"}
 )
+
+
+def judge(tuner: Tuner, edit: Edit) -> None:
+    """Raises ValueError where what an edit is made of cannot be computed with, or is no weight's."""
+    factor = factor_of(edit)
+    if factor is not None and min(factor.shape) < 1:
+        raise Malformed(f"is for a weight of {list(factor.shape)}")
+    try:
+        tuner.settings(edit)
+    except (IndexError, ZeroDivisionError) as problem:
+        raise Malformed(f"its parts do not fit each other ({problem})") from None
+
+
+def misshapen(edit: Edit, family: str) -> list[str]:
+    """What of an edit that another format holds is not as its family stores it, one sentence each."""
+    tuner = tuner_of(family)
+    if tuner is None:
+        return []
+    try:
+        parts = dict(tuner.tensors(edit)) if tuner.tensors else {}
+        with suppress(CannotStore):
+            parts |= tuner.shared([edit]).tensors if tuner.shared else {}
+        bare = {
+            name.removeprefix("base_model.").removesuffix(".weight"): ref
+            for name, ref in parts.items()
+        }
+        tuner.rules.check(bare)
+        tuner.rules.sizes(bare)
+        judge(tuner, edit)
+    except (ValueError, IndexError, TypeError, AssertionError) as problem:
+        return [f"its tensors are not those of {tuner.peft_type}: {problem}"]
+    return []
 
 
 @cache

@@ -14,7 +14,7 @@ from adaptmerge.formats.peft.additive import integer
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.refs import TensorRef, bounded, computed
 
 
 class Style(NamedTuple):
@@ -76,7 +76,7 @@ def _drawn(reading: Reading, style: Style) -> tuple[TensorRef, TensorRef]:
     shape_down = style.rows * rank, max(width for _, width in shapes)
     shape_up = max(out for out, _ in shapes), rank
     pair = [KaimingPair(key, shape_down, shape_up, side) for side in ("down", "up")]
-    down, up = (computed(node, shared=True) for node in pair)
+    down, up = (bounded(computed(node, shared=True)) for node in pair)
     return down, up
 
 
