@@ -157,7 +157,7 @@ def _parameters(refs: Iterable[TensorRef]) -> int:
 
 def _likeness(edit: Edit, refs: Sequence[TensorRef]) -> tuple[Any, ...]:
     factor = factor_of(edit)
-    shape = factor.shape if factor is not None else refs[0].shape
+    shape = factor.shape if factor is not None else refs[0].shape if refs else ()
     rank = None if factor is None else rank_bound(factor)
     scale = None if factor is None else stored_scale(factor)
     dtypes = "/".join(sorted({str(ref.dtype) for ref in refs}))
@@ -192,7 +192,8 @@ def _norm(edits: Sequence[Edit]) -> float:
             total += sum(float(ref.read().double().square().sum()) for ref in refs_of(edit))
             continue
         for term in factor.thin():
-            total += (term.scale * product_norm(working(term.up), working(term.down))) ** 2
+            size = term.scale * product_norm(working(term.up), working(term.down))
+            total += size * size  # a power of what is too large raises
     return math.sqrt(total)
 
 

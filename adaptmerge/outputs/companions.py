@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adaptmerge.adapters.graph import Kind, Note
+from adaptmerge.files.disk import copy_file, write_text
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.formats.format import Output
 from adaptmerge.formats.inputs import Input
@@ -64,11 +65,11 @@ def write(inputs: Sequence[Input], report: Report, output: Output) -> None:
         elif holders and name in LICENCES:
             for items in holders.values():
                 _copy(items[0], name, output, f"{name}.{items[0].name}")
-    output.path("README.md").write_text(card(inputs, report), encoding="utf-8")
+    write_text(output.path("README.md"), card(inputs, report))
 
 
 def _copy(item: Input, name: str, output: Output, as_name: str) -> None:
-    output.path(as_name).write_bytes((item.listing.root / name).read_bytes())
+    copy_file(item.listing.root / name, output.path(as_name))
 
 
 def card(inputs: Sequence[Input], report: Report) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from adaptmerge.adapters.graph import Kind, Note
 from adaptmerge.adapters.module_paths import natural_key
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.errors import AdaptmergeError, InputError
-from adaptmerge.files.strict_json import dump
+from adaptmerge.files.strict_json import dump, quoted, read_object
+from adaptmerge.files.typed import built
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.merging.settle import Settled, SiteStats
+from adaptmerge.outputs.said import SaidBase, SaidInput, SaidOptions, SaidOutput
 
 VERSION = 1
 FILE = "adaptmerge.json"
@@ -70,14 +71,14 @@ class Report:
     command: str
     method: str
     format: str
-    options: Mapping[str, Any]
-    inputs: Sequence[Mapping[str, Any]]
-    base: Mapping[str, Any] | None
+    options: Annotated[Mapping[str, Any], SaidOptions]
+    inputs: Sequence[Annotated[Mapping[str, Any], SaidInput]]
+    base: Annotated[Mapping[str, Any], SaidBase] | None
     versions: Mapping[str, str]
     totals: Totals
     sites: Sequence[SiteLine]
     notes: Sequence[Note]
-    output: Mapping[str, Any]
+    output: Annotated[Mapping[str, Any], SaidOutput]
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, without times and absolute paths, so that equal runs give equal bytes."""
@@ -202,29 +203,20 @@ def load_report(output: Path) -> Report:
             "adapters without one use 'adaptmerge diff'",
             where=str(output),
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return _parsed(raw)
-    except (ValueError, KeyError, TypeError) as problem:
-        found = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
-        sentence = f"is no report of this version ({found}): restore it, or write the output again"
-        raise InputError(sentence, where=str(path)) from None
+    found: Report = parsed(Report, path, "restore it, or write the output again")
+    return found
 
 
-def _parsed(raw: dict[str, Any]) -> Report:
-    version = raw.pop("report")
+def parsed(kind: type[Any], path: Path, advice: str) -> Any:
+    """The report in a file, of one of the kinds of reports. Raises InputError for anything else."""
+    raw = read_object(path)
+    version = raw.pop("report", None)
     if version != VERSION:
-        raise ValueError(f"found version {version}, expected {VERSION}")
-    raw["totals"] = Totals(**raw["totals"])
-    raw["sites"] = [SiteLine(**_with_nan(line)) for line in raw["sites"]]
-    raw["notes"] = [Note(**note) for note in raw["notes"]]
-    return Report(**raw)
-
-
-def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a site of inputs that are not finite was written with null."""
-    numbers = ("norm", "truncation", "rounding", "error")
-    return {k: math.nan if v is None and k in numbers else v for k, v in line.items()}
+        sentence = (
+            f"is no report of this version (found {quoted(version)}, expected {VERSION}): {advice}"
+        )
+        raise InputError(sentence, where=str(path))
+    return built(kind, raw, str(path), otherwise=advice)
 
 
 def worst_sites(report: Report, count: int = 5) -> list[SiteLine]:

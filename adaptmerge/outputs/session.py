@@ -12,6 +12,7 @@ from adaptmerge import __version__
 from adaptmerge.adapters.graph import Bundle
 from adaptmerge.bases.open import MODEL_CONFIG, WEIGHT_FILES
 from adaptmerge.errors import OutputError
+from adaptmerge.files.disk import write_text
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
 from adaptmerge.formats.format import Format, Output, WriteOptions
@@ -63,7 +64,7 @@ class Session:
         if self.single is None:
             companions.write(result.inputs, report, output)
         name = report_name(self.single) if self.single else FILE
-        output.path(name).write_text(report.as_text(), encoding="utf-8")
+        write_text(output.path(name), report.as_text())
 
 
 def _refuse_models(output: Path) -> None:

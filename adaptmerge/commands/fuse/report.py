@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from adaptmerge.adapters.graph import Note
 from adaptmerge.algebra.factors import rank_bound
 from adaptmerge.commands.fuse.pieces.write import Line
 from adaptmerge.errors import InputError
-from adaptmerge.files.strict_json import dump
-from adaptmerge.outputs.report import FILE
+from adaptmerge.files.strict_json import dump, read_object
+from adaptmerge.outputs.report import FILE, VERSION, parsed
+from adaptmerge.outputs.said import SaidBase, SaidFusion, SaidInput
 from adaptmerge.rounding.codes import coded_error
 from adaptmerge.rounding.floats import GRID_ERROR, grid_error
 from adaptmerge.rounding.matrix import Measured
 from adaptmerge.tensors.dtypes import DType
 
-VERSION = 1
 KEPT = 0.9  # of an adapter's delta must arrive
 COMMAND = "fuse"
 
@@ -68,9 +67,9 @@ class AdapterLoss:
 class FuseReport:
     """Everything a reader of a fused model may ask; `as_json` is the file's content."""
 
-    options: Mapping[str, Any]
-    inputs: Sequence[Mapping[str, Any]]
-    base: Mapping[str, Any]
+    options: Annotated[Mapping[str, Any], SaidFusion]
+    inputs: Sequence[Annotated[Mapping[str, Any], SaidInput]]
+    base: Annotated[Mapping[str, Any], SaidBase]
     versions: Mapping[str, str]
     adapters: Mapping[str, AdapterLoss]
     noise: float
@@ -185,25 +184,13 @@ def and_error(sub: float | None) -> str:
 def is_fused(output: Path) -> bool:
     """Whether a folder is a model that adapters were fused into, as its report says."""
     try:
-        found = json.loads((output / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(output / FILE).get("command") == COMMAND
+    except InputError:
         return False
-    return isinstance(found, dict) and found.get("command") == COMMAND
 
 
 def load_fuse_report(output: Path) -> FuseReport:
     """The report of a fused model. Raises InputError when there is none or it is of another version."""
     path = output / FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.pop("report") != VERSION:
-            raise ValueError(f"expected version {VERSION}")
-        raw["adapters"] = {n: AdapterLoss(**found) for n, found in raw["adapters"].items()}
-        raw["sites"] = [
-            FusedSite(**{**site, "shape": tuple(site["shape"])}) for site in raw["sites"]
-        ]
-        raw["notes"] = [Note(**note) for note in raw["notes"]]
-        return FuseReport(**raw)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        sentence = f"is no report of a fused model ({problem}): restore it, or fuse again"
-        raise InputError(sentence, where=str(path)) from None
+    found: FuseReport = parsed(FuseReport, path, "restore it, or fuse again")
+    return found

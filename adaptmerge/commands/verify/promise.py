@@ -20,6 +20,7 @@ from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.stored import policies_in, promised_edit, promised_labels
 from adaptmerge.errors import InputError, VerificationFailed
+from adaptmerge.files.typed import built
 from adaptmerge.lazy import torch
 from adaptmerge.merging.align import layer_count
 from adaptmerge.merging.resolve import WHOLE
@@ -148,15 +149,10 @@ def promises(report: Report, inputs: Mapping[str, Adapter], base: Base | None) -
 
 def _weighing(report: Report, inputs: Mapping[str, Adapter]) -> Weigh:
     """The weight that the options of a report give an input at a site."""
-    rules = tuple(_rule(raw) for raw in report.options["rules"])
+    rules = tuple(built(SiteRule, rule, "rules") for rule in report.options["rules"])
     weights = Weights(report.options["weights"], rules)
     layers = layer_count(edit.site for adapter in inputs.values() for edit in adapter.edits)
     return lambda name, site, kind: weights.at(name, site, kind, layers)
-
-
-def _rule(raw: Mapping[str, Any]) -> SiteRule:
-    weights = {n: tuple(w) if isinstance(w, list) else w for n, w in raw["weights"].items()}
-    return SiteRule(raw["match"], weights, raw["kind"])
 
 
 def _by_key(adapter: Adapter) -> dict[Key, list[Edit]]:

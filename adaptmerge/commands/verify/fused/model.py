@@ -12,7 +12,6 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from adaptmerge.adapters.graph import Adapter, Site
 from adaptmerge.adapters.stored_edits import saved_module, trained_tokens
@@ -29,9 +28,9 @@ from adaptmerge.commands.verify.fused.reference import reference
 from adaptmerge.commands.verify.fused.weights import Looked, check_weights, look
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import sha256_of
+from adaptmerge.files.typed import built
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
-from adaptmerge.merging.weights import SiteRule
 from adaptmerge.runtime.models import device_named, labels_of_heads, model_config
 from adaptmerge.schemes.view import View, view_of
 from adaptmerge.tensors.dtypes import F32
@@ -82,19 +81,10 @@ def options_in(report: FuseReport, original: str | None = None) -> FuseOptions:
         raise UsageError(
             "was fused with the original beside its base: pass --original DIR, what that was quantised from"
         )
-    said = dict(report.options)
-    rules = tuple(SiteRule(**_with_tuples(rule)) for rule in said.pop("rules"))
-    said.pop("weights")
-    said["plain"] = None if said.get("plain") is None else tuple(said["plain"])
-    said["allow"] = frozenset(said["allow"]) | {"base", "loss"}
-    return FuseOptions(
-        **said, rules=rules, original=original if report.base.get("original") else None
-    )
-
-
-def _with_tuples(rule: dict[str, Any]) -> dict[str, Any]:
-    weights = {n: tuple(w) if isinstance(w, list) else w for n, w in rule["weights"].items()}
-    return {**rule, "weights": weights}
+    said = {name: value for name, value in report.options.items() if name != "weights"}
+    said["allow"] = [*said["allow"], "base", "loss"]
+    said["original"] = original if report.base.get("original") else None
+    return built(FuseOptions, said, "options of the report")
 
 
 def _files(output: Path, report: FuseReport) -> list[Check]:

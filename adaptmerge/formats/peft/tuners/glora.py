@@ -102,6 +102,16 @@ def _rank(ranks: set[int]) -> Mapping[str, int]:
 TUNER = Tuner(
     "GLORA",
     summary="W + W * A + B and b + b * D + E + W C",
+    shapes={
+        r"glora_[AB]\.Xd": "out _r",
+        r"glora_[AB]\.Xu": "_r in",
+        r"glora_C\.Xd": "in _r",
+        r"glora_C\.Xu": "_r 1",
+        r"glora_[AB]\.X": "1 | 1 1 | out 1",
+        r"glora_C\.X": "in 1",
+        r"glora_[DE]\.X": "1 | out",
+        r"glora_[A-E]\.zeros": "any: ...",
+    },
     leaves=(r"glora_[A-E]\.(?:Xd|Xu|X|zeros)",),
     module=module,
     tensors=tensors,

@@ -102,6 +102,12 @@ def _factor(edit: Add) -> VbLora:
 TUNER = Tuner(
     "VBLORA",
     summary="B A, put together from vectors of one bank",
+    shapes={
+        "vblora_logits_[AB]": "_a _b _vectors",
+        "vblora_logits_[AB]_topk_indices": "whole: _a _b _topk",
+        "vblora_logits_[AB]_topk_weights": "_a _b _topk?",
+        "vblora_vector_bank": "vectors length",
+    },
     leaves=tuple(leaf + end for leaf in (DOWN, UP) for end in ("", INDICES, WEIGHTS)),
     read=read,
     tensors=tensors,
