@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 from adaptmerge.adapters.graph import Edit, Site, fits
 from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Rows, Sum, Term, whole_term
+from adaptmerge.algebra.forms import Form, form_of
 from adaptmerge.algebra.linalg import moved_norms
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.lazy import torch
@@ -44,6 +45,10 @@ class Add:
     def delta(self) -> Factor | None:
         return self.factor
 
+    def form_on(self, weight: torch.Tensor) -> Form | None:
+        """What it adds, if that is thin."""
+        return form_of(self.factor)
+
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.factor.dense().to(weight).reshape(weight.shape)
 
@@ -71,6 +76,15 @@ class Dora:
         magnitude = self.magnitude.read().to(weight).flatten()
         share: torch.Tensor = magnitude / torch.linalg.vector_norm(moved, dim=self.axis)
         return moved * (share[None, :] if self.axis == 0 else share[:, None])
+
+    def form_on(self, weight: torch.Tensor) -> Form | None:
+        """(c - 1) W + c delta with c = m / |W + delta|, if that is thin."""
+        form = form_of(self.factor)
+        if form is None or self.axis == 0:
+            return None
+        norms = moved_norms(weight, form.up, form.down, self.axis)
+        by = self.magnitude.read().double().flatten() / norms
+        return Form(form.up * by[:, None], form.down, by - 1.0)
 
     def on(self, weight: TensorRef) -> Factor:
         """diag(c - 1) W + diag(c) delta with c = m / |W + delta|; columns, for an embedding."""
@@ -128,6 +142,14 @@ class Scale:
 
     def delta(self) -> Factor | None:
         return None
+
+    def form_on(self, weight: torch.Tensor) -> Form | None:
+        """(l - 1) W, of outputs."""
+        if self.side != "out" or weight.ndim != 2:
+            return None
+        empty = torch.zeros(0, dtype=torch.float64)
+        up, down = empty.reshape(weight.shape[0], 0), empty.reshape(0, weight.shape[1])
+        return Form(up, down, self.vector.read().double().flatten() - 1.0)
 
     def on(self, weight: TensorRef) -> Factor:
         """diag(l - 1) W or W diag(l - 1)."""
@@ -196,6 +218,36 @@ class FactoredOnBase(WeightEdit, Protocol):
 
     def on(self, weight: TensorRef) -> Factor:
         """What it adds to the base weight (out, in)."""
+
+
+@runtime_checkable
+class Formed(WeightEdit, Protocol):
+    """An edit that knows what it adds as rows of the weight and two thin sides."""
+
+    def form_on(self, weight: torch.Tensor) -> Form | None:
+        """What it adds to the weight (out, in), in float64; None where that is no such form."""
+
+
+def is_formed(edit: Edit) -> TypeGuard[Formed]:
+    """Whether an edit may know a form of what it adds."""
+    return fits(edit, Formed)
+
+
+class RowNorming(Protocol):
+    """An edit that stretches each row of W + delta to a magnitude."""
+
+    @property
+    def factor(self) -> Factor:
+        """delta."""
+
+    @property
+    def magnitude(self) -> TensorRef:
+        """The norm of each row."""
+
+
+def norms_rows(edit: Any) -> TypeGuard[RowNorming]:
+    """Whether an edit is m / |W + delta| * (W + delta), row by row."""
+    return isinstance(edit, Dora) and edit.axis == 1
 
 
 @runtime_checkable

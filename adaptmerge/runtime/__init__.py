@@ -6,6 +6,7 @@ from adaptmerge.runtime.attach import as_built, attach
 from adaptmerge.runtime.models import example_inputs, load_model, outputs_of
 from adaptmerge.runtime.replicate import replicate_layers, replicated
 from adaptmerge.runtime.stream import stream_model
+from adaptmerge.runtime.together import outputs_of_each
 
 __all__ = [
     "as_built",
@@ -13,6 +14,7 @@ __all__ = [
     "example_inputs",
     "load_model",
     "outputs_of",
+    "outputs_of_each",
     "replicate_layers",
     "replicated",
     "stream_model",

@@ -1,18 +1,10 @@
-"""Attaching an adapter to a model: while active, every forward uses the edited parameters.
-
-A parameter is swapped just before the forward of its own module and put back right after, so at
-most one module's edited copy exists at a time, weights tied to another module stay as they are
-there, and the originals are never written to.
-"""
+"""Attaching an adapter to a model: while active, every forward computes with its edits."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 from adaptmerge.adapters import experts
 from adaptmerge.adapters.graph import Adapter, Edit, Site
@@ -21,6 +13,7 @@ from adaptmerge.adapters.stored_edits import Replace, ReplaceRows, why_opaque
 from adaptmerge.adapters.weight_edits import WeightEdit, factor_of
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
+from adaptmerge.runtime.editing import Editing, apply_edits, canonical_shape, zero_bias
 from adaptmerge.runtime.places import hook_activation, is_activation
 from adaptmerge.runtime.replicate import replicated
 
@@ -34,10 +27,10 @@ def attach(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(replicated(model, adapter.base.replication))
         adapter = as_built(model, adapter)
-        paths = _resolve(model, adapter)
-        for swap in _swaps(model, adapter, paths):
-            undo.callback(swap.restore)
-            for handle in swap.register():
+        paths = resolve(model, adapter)
+        for editing in editings(model, adapter, paths).values():
+            undo.callback(editing.leave)
+            for handle in editing.register():
                 undo.callback(handle.remove)
         for edit in adapter.edits:
             if is_activation(edit):
@@ -58,7 +51,7 @@ def as_built(model: torch.nn.Module, adapter: Adapter) -> Adapter:
     return experts.in_layout(adapter, layout, experts.style_of(None, names))
 
 
-def _resolve(model: torch.nn.Module, adapter: Adapter) -> dict[str, str]:
+def resolve(model: torch.nn.Module, adapter: Adapter) -> dict[str, str]:
     """The model's path of every module that is edited: equal, or equal up to one model prefix."""
     wanted = list(dict.fromkeys(edit.site.module for edit in adapter.edits))
     known = {name: None for name, _ in model.named_modules(remove_duplicate=False)}
@@ -88,8 +81,11 @@ def _path(module: str, known: Collection[str], longer: Mapping[str, list[str]]) 
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _swaps(model: torch.nn.Module, adapter: Adapter, paths: Mapping[str, str]) -> list[Swap]:
-    swaps: dict[str, Swap] = {}
+def editings(
+    model: torch.nn.Module, adapter: Adapter, paths: Mapping[str, str]
+) -> dict[str, Editing]:
+    """The edits of weights by the path of their module. Raises InputError with all that have no place."""
+    placed: dict[str, Editing] = {}
     problems: list[str] = []
     for site, edits in adapter.sites().items():
         weight_edits = [edit for edit in edits if isinstance(edit, WeightEdit)]
@@ -99,15 +95,15 @@ def _swaps(model: torch.nn.Module, adapter: Adapter, paths: Mapping[str, str]) -
         found = _problems(module, site, weight_edits)
         problems += [f"{site}: {problem}" for problem in found]
         if weight_edits and not found and site.param in module._parameters:
-            swap = swaps.setdefault(path, Swap(module, _caller(model, path)))
-            swap.edits.setdefault(site.param, []).extend(weight_edits)
+            editing = placed.setdefault(path, Editing(module, _caller(model, path)))
+            editing.edits.setdefault(site.param, []).extend(weight_edits)
     if problems:
         raise InputError(problems)
-    _tie_rows(model, swaps)
-    return list(swaps.values())
+    _tie_rows(model, placed)
+    return placed
 
 
-def _tie_rows(model: torch.nn.Module, swaps: dict[str, Swap]) -> None:
+def _tie_rows(model: torch.nn.Module, placed: dict[str, Editing]) -> None:
     """Rows of an input embedding that the head shares are replaced in the head, too, as PEFT does."""
     inner, outer = (
         getattr(model, name, lambda: None)()
@@ -115,17 +111,17 @@ def _tie_rows(model: torch.nn.Module, swaps: dict[str, Swap]) -> None:
     )
     if inner is None or outer is None or inner.weight is not outer.weight:
         return
-    found = [_rows(swap) for swap in swaps.values() if swap.module is inner]
+    found = [_rows(editing) for editing in placed.values() if editing.module is inner]
     if any(found):
         modules = model.named_modules(remove_duplicate=False)
         path = next(name for name, module in modules if module is outer)
-        head = swaps.setdefault(path, Swap(outer, outer))
+        head = placed.setdefault(path, Editing(outer, outer))
         if not _rows(head):
             head.edits["weight"] = [*found[0], *head.edits.get("weight", ())]
 
 
-def _rows(swap: Swap) -> list[WeightEdit]:
-    return [edit for edit in swap.edits.get("weight", ()) if isinstance(edit, ReplaceRows)]
+def _rows(editing: Editing) -> list[WeightEdit]:
+    return [edit for edit in editing.edits.get("weight", ()) if isinstance(edit, ReplaceRows)]
 
 
 def _caller(model: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -174,124 +170,4 @@ def _absent_problems(module: torch.nn.Module, param: str, edits: Sequence[Weight
 
 
 def _stays_zero(module: torch.nn.Module, edits: Sequence[WeightEdit]) -> bool:
-    return not bool(apply_edits(_zero_bias(module), edits).any())
-
-
-@dataclass(eq=False)
-class Swap:
-    """The edited parameters of one module, in place of the originals during the caller's forward only."""
-
-    module: torch.nn.Module
-    caller: torch.nn.Module
-    edits: dict[str, list[WeightEdit]] = field(default_factory=dict)
-    originals: dict[str, torch.nn.Parameter | None] = field(default_factory=dict)
-
-    def register(self) -> list[Any]:
-        """The hooks; restoring comes before hooks that were there, such as releasing weights."""
-        return [
-            self.caller.register_forward_pre_hook(lambda *_: self.put()),
-            self.caller.register_forward_hook(
-                lambda *_: self.restore(), prepend=True, always_call=True
-            ),
-        ]
-
-    def put(self) -> None:
-        """Swap in the edited parameters."""
-        for name, edits in self.edits.items():
-            original = self.module._parameters[name]
-            edited = self._edited(original, edits)
-            self.originals.setdefault(name, original)
-            self.module._parameters[name] = edited
-
-    def restore(self) -> None:
-        """Swap back the originals."""
-        for name, original in self.originals.items():
-            self.module._parameters[name] = original
-        self.originals.clear()
-
-    def _edited(
-        self, original: torch.nn.Parameter | None, edits: list[WeightEdit]
-    ) -> torch.nn.Parameter | None:
-        with torch.no_grad():
-            start = _zero_bias(self.module) if original is None else original.detach()
-            whole = [edit for edit in edits if edit.site.expert is None]
-            value = apply_edits(start, whole, transposed=is_transposed(self.module))
-            _apply_to_experts(value, edits, transposed=stacks_transposed(self.module))
-        if original is None and not bool(value.any()):
-            return None
-        return torch.nn.Parameter(value, requires_grad=False)
-
-
-def apply_edits(
-    stored: torch.Tensor, edits: Sequence[WeightEdit], *, transposed: bool = False
-) -> torch.Tensor:
-    """The parameter as its module stores it, edited in order in float64 and rounded once.
-
-    Edits see the canonical matrix; a Replace holds the parameter as its module stores it.
-    """
-    place = torch.device("cpu") if stored.device.type == "mps" else stored.device
-    value, shape = stored.to(place).double(), stored.shape
-    for edit in edits:
-        if isinstance(edit, Replace):
-            value = edit.apply(value)
-            shape = value.shape
-        else:
-            value = _canonical(value, transposed)
-            value = _as_stored(edit.apply(value), shape, transposed)
-    done = value.to(stored.dtype).to(stored.device).contiguous()
-    return done.clone() if done.data_ptr() == stored.data_ptr() else done
-
-
-def _apply_to_experts(
-    value: torch.Tensor, edits: Sequence[WeightEdit], *, transposed: bool
-) -> None:
-    """Edits the matrices that a parameter stacks, in place."""
-    by_expert: dict[int, list[WeightEdit]] = {}
-    for edit in edits:
-        if edit.site.expert is not None:
-            by_expert.setdefault(edit.site.expert, []).append(edit)
-    for expert, own in by_expert.items():
-        value[expert] = apply_edits(value[expert], own, transposed=transposed)
-
-
-def _canonical(value: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """(out, in) for matrices, (out, in * kernel) for convolutions, vectors as they are."""
-    if value.ndim == 2 and transposed:
-        return value.T
-    return value.flatten(1) if value.ndim > 2 else value
-
-
-def _as_stored(value: torch.Tensor, shape: Sequence[int], transposed: bool) -> torch.Tensor:
-    return value.T if value.ndim == 2 and transposed else value.reshape(*shape)
-
-
-def is_transposed(module: torch.nn.Module) -> bool:
-    """Whether the module stores its weight as (in, out), as GPT-2's layers do."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def stacks_transposed(module: torch.nn.Module) -> bool:
-    """Whether the module stacks the weights of its experts as (experts, in, out)."""
-    return bool(getattr(module, "is_transposed", False))
-
-
-def canonical_shape(
-    module: torch.nn.Module, shape: Sequence[int], expert: int | None = None
-) -> tuple[int, ...]:
-    """The shape of a parameter of the module, or of one expert's matrix in it, as edits see it."""
-    if expert is not None:
-        return (shape[2], shape[1]) if stacks_transposed(module) else (shape[1], shape[2])
-    if len(shape) == 2 and is_transposed(module):
-        return shape[1], shape[0]
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else tuple(shape)
-
-
-def _zero_bias(module: torch.nn.Module) -> torch.Tensor:
-    """The bias that a module without one computes with."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    width = canonical_shape(module, weight.shape)[0]
-    device = "cpu" if weight.is_meta else weight.device
-    return torch.zeros(width, dtype=weight.dtype, device=device)
+    return not bool(apply_edits(zero_bias(module), edits).any())

@@ -13,11 +13,12 @@ from typing import Any
 from adaptmerge.algebra.by_rows import Distance, row_ranges
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.algebra.fit import Budget
-from adaptmerge.algebra.linalg import noise_floor, product_norm, thin_spectrum
+from adaptmerge.algebra.forms import form_of
+from adaptmerge.algebra.linalg import noise_floor, thin_spectrum
 from adaptmerge.algebra.low_rank import as_low_rank
-from adaptmerge.commands.extract.tuned import Difference
 from adaptmerge.commands.verify.checks import within
 from adaptmerge.commands.verify.extracted import is_extraction
+from adaptmerge.commands.verify.measure import Measured, in_coordinates
 from adaptmerge.commands.verify.promise import Promised
 from adaptmerge.lazy import torch
 from adaptmerge.methods.registry import method_named
@@ -90,28 +91,19 @@ class Loss:
         return self.apart if math.isfinite(self.apart) else math.inf
 
 
-def loss_of(report: Report, item: Promised, stored: Factor | None, apart: Distance) -> Loss:
+def loss_of(report: Report, item: Promised, stored: Factor | None, found: Measured) -> Loss:
     """What a site lost, and what of it its dtype explains."""
+    apart = found.apart
     pair = None if stored is None else as_low_rank(stored)
     cap = _cap(report, item)
     rank = pair.rank if pair is not None else item.line.rank or 0
-    sizes = [abs(weight) * _size(factor) for weight, factor in item.terms]
-    floor = noise_floor(item.terms[0][1].shape, torch.float32, sizes)
+    floor = noise_floor(item.terms[0][1].shape, torch.float32, found.sizes)
     ranks = sum(item.line.ranks_in.values()) or 1
-    room = TOLERANCE * apart.left + math.sqrt(ranks) * floor + _rounding(report, stored)
-    if item.weight is not None:  # magnitudes and sides are rounded relative to the base, too
-        room += _eps(report) * float(item.weight.read().double().norm())
+    room = TOLERANCE * apart.left + math.sqrt(ranks) * floor + _rounding(report, stored, apart)
+    if found.base is not None:  # magnitudes and sides are rounded relative to the base, too
+        room += _eps(report) * found.base
     capped = cap is not None and rank >= cap
     return Loss(item.line, apart.apart, apart.left, room, capped)
-
-
-def _size(factor: Factor) -> float:
-    """|factor|_F through its thin terms in float64; for a noise floor the digits do not matter."""
-    if isinstance(factor, Difference):
-        return float(factor.matrix().norm())
-    terms = factor.thin()
-    up = torch.cat([term.up.double() * term.scale for term in terms], dim=1)
-    return product_norm(up, torch.cat([term.down.double() for term in terms]))
 
 
 def _cap(report: Report, item: Promised) -> int | None:
@@ -133,15 +125,14 @@ def _eps(report: Report) -> float:
     return float(torch.finfo(BY_NAME[str(report.output["dtype"]).upper()].torch).eps)
 
 
-def _rounding(report: Report, stored: Factor | None) -> float:
+def _rounding(report: Report, stored: Factor | None, apart: Distance) -> float:
     """The most that rounding the stored sides to their dtype can have changed."""
     if stored is None:
         return 0.0
     info = torch.finfo(BY_NAME[str(report.output["dtype"]).upper()].torch)
     pair = as_low_rank(stored)
     if pair is None:
-        value = stored.dense()
-        return info.eps * float(value.norm()) + info.tiny * math.sqrt(value.numel())
+        return info.eps * apart.right + info.tiny * math.sqrt(math.prod(stored.shape))
     up, down = pair.up.read().double(), pair.down.read().double()
     ups, downs = up.norm(dim=0), down.norm(dim=1)
     least = info.tiny * info.eps
@@ -200,6 +191,9 @@ def not_optimal(report: Report, item: Promised, whole: Factor, stored: Factor, l
     up, down = pair.up.read().double() * pair.scale, pair.down.read().double()
     kept: list[float] = thin_spectrum(up, down)[0].tolist()
     least = kept[cap - 1] if len(kept) >= cap else 0.0
+    form = form_of(whole)
+    if form is not None:
+        whole, up, down = in_coordinates(form, up, down)
     beside, largest = _rest(whole, up, down)
     angle = loss.room + torch.finfo(pair.up.dtype.torch).eps * len(kept) * loss.size
     if is_extraction(report):
@@ -234,18 +228,19 @@ def _basis(columns: torch.Tensor) -> torch.Tensor:
     return basis
 
 
-Audit = Callable[[Promised, Factor, "Factor | None", Distance], list[str]]
+Audit = Callable[[Promised, Factor, "Factor | None", Measured], tuple[list[str], Loss]]
 
 
-def auditor(report: Report, losses: list[Loss]) -> Audit:
-    """Looks at one site at a time and keeps what it lost in `losses`, for `unearned` in the end."""
+def auditor(report: Report) -> Audit:
+    """Looks at one site at a time: what is amiss, and what it lost, for `unearned` in the end."""
 
-    def audit(item: Promised, whole: Factor, stored: Factor | None, apart: Distance) -> list[str]:
-        loss = loss_of(report, item, stored, apart)
-        losses.append(loss)
+    def audit(
+        item: Promised, whole: Factor, stored: Factor | None, found: Measured
+    ) -> tuple[list[str], Loss]:
+        loss = loss_of(report, item, stored, found)
         cut = stored is None and loss.excess and not _budget(report).spectral
         if cut or (stored is not None and not_optimal(report, item, whole, stored, loss)):
-            return [f"{item.line.site}: what was cut off is not what matters least"]
-        return []
+            return [f"{item.line.site}: what was cut off is not what matters least"], loss
+        return [], loss
 
     return audit

@@ -93,9 +93,7 @@ class Forward(NamedTuple):
 def check_forward(bench: Bench, expected: Adapter, output: Adapter, dtype: DType) -> Forward:
     """The check of the output read by adaptmerge."""
     model = bench.model(expected)
-    y_base = bench.run(model)
-    y_ref = bench.run(model, expected)
-    y = bench.run(model, output)
+    y_base, y_ref, y = runtime.outputs_of_each(model, bench.inputs, (None, expected, output))
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
     if y.shape != y_ref.shape:
         detail = f"outputs are of shape {list(y.shape)}, promised were {list(y_ref.shape)}"

@@ -13,9 +13,18 @@ from typing import Any
 from adaptmerge.adapters.graph import Adapter, Edit, Labels, Site, fields_of
 from adaptmerge.adapters.module_paths import other_versions
 from adaptmerge.adapters.stored_edits import owner_of, with_value
-from adaptmerge.adapters.weight_edits import Add, delta_of, delta_on, factor_of, refitted
+from adaptmerge.adapters.weight_edits import (
+    Add,
+    Effect,
+    delta_of,
+    delta_on,
+    factor_of,
+    norms_rows,
+    refitted,
+)
 from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, Rows
+from adaptmerge.algebra.forms import form_of
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.stored import policies_in, promised_edit, promised_labels
@@ -51,24 +60,6 @@ class Promised:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightedSum:
-    """Weighted factors as a factor, summed densely: the definition, not the merge."""
-
-    terms: tuple[tuple[float, Factor], ...]
-    shape: tuple[int, int]
-
-    def dense(self, rows: Rows = None) -> torch.Tensor:
-        (weight, factor), *others = self.terms
-        total = factor.dense(rows) * weight
-        for weight, factor in others:
-            total.add_(factor.dense(rows), alpha=weight)
-        return total
-
-    def thin(self) -> Any:
-        raise NotImplementedError("a promise is only ever dense")
-
-
-@dataclass(frozen=True, slots=True)
 class Projected:
     """A promise cut to the column and row spaces of what is stored: its best low-rank fit there."""
 
@@ -80,8 +71,11 @@ class Projected:
         return self.whole.shape
 
     def dense(self, rows: Rows = None) -> torch.Tensor:
-        left, right = _projected(self.whole, self.stored)
+        left, right = self.sides()
         return (left[slice(*rows)] if rows else left) @ right
+
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return _projected(self.whole, self.stored)
 
     def thin(self) -> Any:
         raise NotImplementedError("a promise is only ever dense")
@@ -94,6 +88,9 @@ def _projected(whole: Factor, stored: Factor) -> tuple[torch.Tensor, torch.Tenso
     assert pair is not None
     left = _orthonormal(pair.up.read().double())
     right = _orthonormal(pair.down.read().double().T)
+    form = form_of(whole)
+    if form is not None:
+        return left, (left.T @ form.up) @ (form.down @ right) @ right.T
     inside = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
     for start, stop in row_ranges(whole):
         inside += left[start:stop].T @ (whole.dense((start, stop)) @ right)
@@ -301,8 +298,14 @@ def _joined(
     if weight is None:
         factor = factor_of(edit)
         return Promised(line, edit, () if factor is None else ((1.0, factor),))
-    terms = [(m.weight, delta_on(m.made_of, weight)) for m in members]
+    terms = [(m.weight, added_to(weight, m.made_of)) for m in members]
     return Promised(line, edit, tuple(terms), weight)
+
+
+def added_to(weight: TensorRef, edits: Sequence[Edit]) -> Factor:
+    """What the edits of one adapter add to a base weight; what norms it, by its definition alone."""
+    normed = len(edits) == 1 and norms_rows(edits[0])
+    return Effect(tuple(edits), weight) if normed else delta_on(edits, weight)
 
 
 def settings(edit: Edit) -> dict[str, Any]:

@@ -1,25 +1,28 @@
-"""Oracle 1: every site of the output against what its report promises, in dense float64."""
+"""Oracle 1: every site of the output against what its report promises, in float64."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from adaptmerge.adapters.graph import Adapter, Edit
-from adaptmerge.adapters.weight_edits import delta_on, factor_of
-from adaptmerge.algebra.by_rows import Distance, distance_in_parallel
+from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.algebra.factors import Factor
-from adaptmerge.algebra.linalg import noise_floor
+from adaptmerge.algebra.forms import WeightedSum
+from adaptmerge.algebra.linalg import noise_floor, one_thread_each
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.commands.verify.audit import Audit, Loss, auditor, unearned
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check, within
+from adaptmerge.commands.verify.measure import Measured, measured
+from adaptmerge.commands.verify.normed import on_weight
 from adaptmerge.commands.verify.promise import (
     Key,
     Projected,
     Promised,
-    WeightedSum,
+    added_to,
     expected_edit,
     key_of,
     line_key,
@@ -28,6 +31,7 @@ from adaptmerge.commands.verify.promise import (
 )
 from adaptmerge.lazy import torch
 from adaptmerge.outputs.report import Report
+from adaptmerge.parallel import Progress, ordered, short_turns, silent, workers_default
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.refs import TensorRef
 from adaptmerge.tensors.walk import refs_of
@@ -45,18 +49,19 @@ class SiteFinding(NamedTuple):
     expected: Edit | None = None
     size: float = 0.0
     off: float = 0.0
+    loss: Loss | None = None
 
 
 def check_weights(
-    report: Report, promised: Sequence[Promised], output: Adapter
+    report: Report, promised: Sequence[Promised], output: Adapter, progress: Progress = silent
 ) -> tuple[Check, list[Edit]]:
     """The check of all sites, and the promised edits for oracle 2: truncated where the output is."""
     stored = {key_of(edit): edit for edit in output.edits}
     problems = _twice(output) + _dtypes(report, promised, stored)
-    losses: list[Loss] = []
-    audit = auditor(report, losses)
+    audit = auditor(report)
     pairs = [(item, stored.pop(line_key(item.line), None)) for item in promised]
-    found = [_site(item, edit, audit) for item, edit in pairs]
+    found = list(_in_parallel(lambda pair: _site(*pair, audit), pairs, progress))
+    losses = [one.loss for one in found if one.loss is not None]
     problems += [problem for one in found for problem in one.problems]
     unasked = [edit for edit in stored.values() if not _does_nothing(edit)]
     problems += [f"{edit.site}: is in the output, but in no input" for edit in unasked]
@@ -67,6 +72,20 @@ def check_weights(
     unproven = sum(_is_own_reference(item, edit) for item, edit in pairs)
     expected = [one.expected for one in found if one.expected is not None]
     return _check(problems, worst, unproven), expected
+
+
+Pair = tuple[Promised, "Edit | None"]
+
+
+def _in_parallel(
+    look: Callable[[Pair], SiteFinding], pairs: Sequence[Pair], progress: Progress
+) -> Iterator[SiteFinding]:
+    """The findings in order, sites side by side."""
+    workers = workers_default()
+    with one_thread_each(), short_turns(), ThreadPoolExecutor(max_workers=workers) as pool:
+        for count, found in enumerate(ordered(pool, workers, look, pairs), 1):
+            progress(count, len(pairs))
+            yield found
 
 
 def _is_own_reference(item: Promised, edit: Edit | None) -> bool:
@@ -104,7 +123,7 @@ def _any_delta(promised: Sequence[Promised]) -> bool:
     """Whether there are only deltas, and one of them at least is no rounding noise."""
     if not all(item.terms for item in promised):
         return False
-    return any(not _is_noise(item, _whole(item)) for item in promised)
+    return any(not _is_noise(item, measured(_whole(item), None)) for item in promised)
 
 
 def _whole(item: Promised) -> WeightedSum:
@@ -124,7 +143,7 @@ def _check(problems: list[str], worst: list[tuple[float, str]], unproven: int) -
         )
         numbers = {**numbers, "problems": problems, UNPROVEN: unproven}
         return Check("weights", FAIL, shown, numbers)
-    detail = f"{count} sites hold what was promised (float64, dense)"
+    detail = f"{count} sites hold what was promised (in float64)"
     return Check("weights", PASS, detail, {**numbers, UNPROVEN: unproven})
 
 
@@ -141,12 +160,24 @@ def _site(item: Promised, edit: Edit | None, audit: Audit) -> SiteFinding:
     if stored.shape != whole.shape:
         problem = f"{item.line.site}: stored {stored.shape}, promised {whole.shape}"
         return SiteFinding([problem], off=1.0)
-    apart = distance_in_parallel(whole, stored)
+    whole, stored = _on_weight(item, whole, stored)
+    found = measured(whole, stored, item.weight)
     problems = [] if item.weight is not None else _same_tensors(item, edit)
-    problems += _error(item, apart)
-    problems += audit(item, whole, stored, apart)
-    off = abs(apart.relative - item.line.error)
-    return SiteFinding(problems, _expected(item, whole, stored), apart.right, off)
+    problems += _error(item, found)
+    more, loss = audit(item, whole, stored, found)
+    off = abs(found.apart.relative - item.line.error)
+    return SiteFinding(
+        [*problems, *more], _expected(item, whole, stored), found.apart.right, off, loss
+    )
+
+
+def _on_weight(item: Promised, whole: WeightedSum, stored: Factor) -> tuple[WeightedSum, Factor]:
+    """Both with what norms the base's weight taken apart."""
+    if item.weight is None:
+        return whole, stored
+    *factors, last = on_weight([*(factor for _, factor in whole.terms), stored], item.weight)
+    by = [weight for weight, _ in whole.terms]
+    return WeightedSum(tuple(zip(by, factors, strict=True)), whole.shape), last
 
 
 def _expected(item: Promised, whole: WeightedSum, stored: Factor) -> Edit:
@@ -161,7 +192,7 @@ def _stored(item: Promised, edit: Edit | None) -> Factor | None:
     """What the stored edit adds: its factor, or on the base where that is the promise."""
     if edit is None or item.weight is None:
         return factor_of(edit) if edit else None
-    return delta_on([edit], item.weight)
+    return added_to(item.weight, [edit])
 
 
 def _missing(item: Promised) -> str:
@@ -170,31 +201,29 @@ def _missing(item: Promised) -> str:
 
 def _absent(item: Promised, whole: WeightedSum, audit: Audit) -> SiteFinding:
     """A site without a stored delta is right only when the promise is that nothing is left of it."""
-    if item.line.rank != 0 or other_tensors(item.edit) or not _nothing_left(item, whole):
+    found = measured(whole, None, item.weight)
+    if item.line.rank != 0 or other_tensors(item.edit) or not _nothing_left(item, found):
         return SiteFinding([_missing(item)], expected_edit(item, whole), off=1.0)
-    size = distance_in_parallel(whole, whole).left
-    return SiteFinding(audit(item, whole, None, Distance(size, size, 0.0)))
+    problems, loss = audit(item, whole, None, found)
+    return SiteFinding(problems, loss=loss)
 
 
-def _nothing_left(item: Promised, whole: WeightedSum) -> bool:
+def _nothing_left(item: Promised, found: Measured) -> bool:
     """Whether all of the delta was truncated, as reported, or inputs cancel up to rounding."""
-    return abs(item.line.error - 1.0) <= TOLERANCE or _is_noise(item, whole)
+    return abs(item.line.error - 1.0) <= TOLERANCE or _is_noise(item, found)
 
 
-def _is_noise(item: Promised, whole: WeightedSum) -> bool:
+def _is_noise(item: Promised, found: Measured) -> bool:
     """Whether inputs cancel up to what float32 resolves of their sizes (not of the sum's)."""
-    sizes = [
-        abs(weight) * distance_in_parallel(factor, factor).left for weight, factor in item.terms
-    ]
-    floor = noise_floor(whole.shape, torch.float32, sizes)
-    return distance_in_parallel(whole, whole).left <= floor
+    return found.apart.left <= noise_floor(_whole(item).shape, torch.float32, found.sizes)
 
 
-def _error(item: Promised, apart: Distance) -> list[str]:
+def _error(item: Promised, found: Measured) -> list[str]:
     """The measured error must be the reported one."""
-    if item.line.rank == 0 and apart.right == 0.0 and _is_noise(item, _whole(item)):
+    apart, size = found.apart, found.base
+    if item.line.rank == 0 and apart.right == 0.0 and _is_noise(item, found):
         return []
-    if item.weight is not None and apart.left <= TOLERANCE * (size := _base_size(item)):
+    if size is not None and apart.left <= TOLERANCE * size:
         return (
             []
             if within(apart.apart, TOLERANCE * size)
@@ -207,11 +236,6 @@ def _error(item: Promised, apart: Distance) -> list[str]:
         f"{item.line.site}: is {apart.relative:.2e} of the delta away from what was promised, "
         f"reported was {item.line.error:.2e}"
     ]
-
-
-def _base_size(item: Promised) -> float:
-    assert item.weight is not None
-    return float(item.weight.read().double().norm())
 
 
 def _same_tensors(item: Promised, edit: Edit | None) -> list[str]:
