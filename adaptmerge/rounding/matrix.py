@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.by_rows import at_once
 from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum, rank_bound
 from adaptmerge.lazy import torch
@@ -174,7 +175,7 @@ feedback_of = remembered(_feedback_of, 8)
 
 def _thin(up: torch.Tensor, down: torch.Tensor, basis: torch.Tensor) -> Thin:
     inside = down.double() @ basis
-    _, sigma, rows = torch.linalg.svd(inside, full_matrices=False)
+    _, sigma, rows = decompose.svd(inside, full_matrices=False)
     rank = int((sigma > 1e-9 * sigma[0]).sum()) if sigma.numel() else 0
     return Thin(up, down, inside.to(up.dtype), rows[:rank].T.to(up.dtype))
 

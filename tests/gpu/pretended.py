@@ -1,7 +1,7 @@
 """A device that computes on the CPU but, as a real one, refuses tensors that lie elsewhere.
 
-What is put there says that it is on `DEVICE`; an operation on tensors of both places, NumPy's view of one, or
-reading its memory fails as it does with CUDA. So code for accelerators runs on machines without any.
+What is put there says that it is on `DEVICE`; an operation on tensors of both places, NumPy's view of one,
+or reading its memory fails as it does with CUDA. So code for accelerators runs on machines without any.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class There(torch.Tensor):
 
 
 class Above(TorchFunctionMode):
-    """What asks for a driver before a dispatch mode sees it: torch.tensor on a device, and what guards one."""
+    """What asks for a driver before a dispatch mode sees it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
