@@ -47,6 +47,15 @@ def whole(path: str | os.PathLike[str], most: int = MOST) -> bytes:
     return found
 
 
+def text(path: str | os.PathLike[str]) -> str:
+    """The text of a file. Raises InputError when it is missing, unreadable, too large or no UTF-8."""
+    found = whole(path)
+    try:
+        return found.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8 text: save it as UTF-8", where=os.fspath(path)) from None
+
+
 @contextmanager
 def plain_file(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
     """A file opened to be read. Raises InputError when it is missing, unreadable or no plain file.

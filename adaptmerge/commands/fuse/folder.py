@@ -15,6 +15,8 @@ from adaptmerge.commands.fuse.options import SAME, WIDE
 from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
 from adaptmerge.commands.fuse.plan import FusePlan
 from adaptmerge.commands.fuse.report import FuseReport, percent
+from adaptmerge.errors import InputError
+from adaptmerge.files import sniff
 from adaptmerge.files.disk import copy_file, write_bytes, write_text
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.sniff import whole
@@ -260,8 +262,8 @@ def licences(plan: FusePlan) -> tuple[dict[str, str], list[Note]]:
 
 def _licence(card: Path) -> str | None:
     try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = sniff.text(card)
+    except InputError:
         return None
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     line = re.search(r"^license:\s*(\S+)", head[1], re.MULTILINE) if head else None

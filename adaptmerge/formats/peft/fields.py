@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import GenericAlias
 from typing import Any
 
 from adaptmerge.files.typed import Number, misfits
@@ -28,7 +29,7 @@ TYPES: Mapping[str, Any] = {
     "adapters": Any,
     "alpha": Number | None,
     "cayley_neumann_eps": Number | None,
-    "effective_rank": int | None,
+    "effective_rank": Number | None,  # a whole number, or a share
     "feedforward_modules": Names,
     "init_lora_weights": Any,
     "r": int | None,
@@ -54,9 +55,10 @@ def own_problems(
         value, hint = raw.get(name), _type(name, default)
         if value is not None and name not in patterns.values():
             problems += misfits(hint, value, name) or _beyond(name, value)
-        table = raw.get(patterns.get(name, ""))
+        table = raw.get(patterns[name]) if name in patterns else None
         if table:
-            problems += misfits(Mapping[str, hint], table, patterns[name])
+            kind: Any = GenericAlias(Mapping, (str, hint))
+            problems += misfits(kind, table, patterns[name])
     return problems
 
 

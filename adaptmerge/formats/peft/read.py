@@ -27,6 +27,7 @@ def edits_of(reading: Reading) -> list[Edit]:
     reading.notes += reading.keys.notes()
     _judge_fields(reading)
     if tuner.read is not None:
+        _check_all(reading)
         found = _guarded(reading, "", {}, partial(tuner.read, reading))
     else:
         assert tuner.module is not None
@@ -37,6 +38,17 @@ def edits_of(reading: Reading) -> list[Edit]:
     if tuner.peft_type != LORA:
         reading.notes += reading.ignored()
     return [*saved, *found]
+
+
+def _check_all(reading: Reading) -> None:
+    """Raises InputError with all tensors that are not as their family stores them."""
+    for module, parts in reading.keys.modules.items():
+        try:
+            reading.tuner.rules.check(parts)
+        except Malformed as problem:
+            reading.keys.problems.append(f"{module}: {problem}")
+    if reading.keys.problems:
+        raise InputError(reading.keys.problems, where=reading.keys.path)
 
 
 def _judge_saved(reading: Reading, saved: Sequence[Edit], adapted: Collection[str]) -> None:

@@ -21,8 +21,8 @@ from adaptmerge.errors import CannotStore
 from adaptmerge.formats.format import ReadOptions, WriteOptions
 from adaptmerge.formats.peft import tuners
 from adaptmerge.formats.peft.keys import PREFIX
-from adaptmerge.formats.peft.shapes import Malformed as Malformed
-from adaptmerge.formats.peft.shapes import Shapes
+from adaptmerge.formats.shapes import Malformed as Malformed
+from adaptmerge.formats.shapes import Shapes
 from adaptmerge.tensors.refs import TensorRef
 
 if TYPE_CHECKING:
