@@ -33,7 +33,9 @@ def _happened(problem: Exception) -> str:
         return "is nested more deeply than can be read"
     said = " ".join(str(problem).split())[:200]
     kind = type(problem).__name__
-    return f"adaptmerge failed in a way that it does not know ({f'{kind}: {said}' if said else kind})"
+    return (
+        f"adaptmerge failed in a way that it does not know ({f'{kind}: {said}' if said else kind})"
+    )
 
 
 def arguments_of(group: click.Group, context: click.Context, args: Sequence[str]) -> list[str]:

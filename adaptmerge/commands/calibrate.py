@@ -128,7 +128,6 @@ def pieces_of(base: Base, text: Path, most: int) -> torch.Tensor:
     return torch.cat([start, pieces[spread]], dim=1)
 
 
-
 def _positions(base: Base) -> int:
     said = model_config(base.path).get_text_config()
     found = getattr(said, "max_position_embeddings", None)

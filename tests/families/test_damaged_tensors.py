@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from damage import damaged
-from families.cases import all_cases, family
 from families.built import BuiltCases
+from families.cases import all_cases, family
 from safetensors.torch import load_file, save_file
 from tiers import first_of
 
