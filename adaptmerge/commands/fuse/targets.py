@@ -131,8 +131,8 @@ class _Landing:
         stored = self.bases.values.tensors.get(name)
         if stored is not None and not stored.dtype.is_float:
             self.problems.append(
-                f"{name} is {stored.dtype} in the base, expected floating-point numbers: is the base quantised, "
-                "and says its config.json how?"
+                f"{name} is {stored.dtype} in the base, expected floating-point numbers: is the base "
+                "quantised in a way that its config.json does not say?"
             )
             return
         plain, anew = self.wishes.plain, self.wishes.anew
