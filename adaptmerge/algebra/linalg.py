@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from adaptmerge.algebra import decompose
 from adaptmerge.lazy import torch
 
 ROWS = 1 << 20  # entries of a weight that are looked at in float64 at once
@@ -130,7 +131,7 @@ def thin_svd(up: torch.Tensor, down: torch.Tensor) -> ThinSvd:
     left, left_core = torch.linalg.qr(up)
     right, right_core = torch.linalg.qr(down.T)
     cores = Cores(left_core.double(), right_core.double())
-    u, sigma, v = torch.linalg.svd(cores.product(), full_matrices=False)
+    u, sigma, v = decompose.svd(cores.product(), full_matrices=False)
     return ThinSvd(left, u, sigma, v, right, cores)
 
 
@@ -139,7 +140,7 @@ def thin_spectrum(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, C
     left = torch.linalg.qr(up, mode="r").R.double()
     right = torch.linalg.qr(down.T, mode="r").R.double()
     cores = Cores(left, right)
-    return torch.linalg.svdvals(cores.product()), cores
+    return decompose.svdvals(cores.product()), cores
 
 
 def noise_floor(shape: Sequence[int], dtype: torch.dtype, norms: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
 from click.testing import CliRunner, Result
 from fuzz.cases import Laid
 
@@ -52,10 +53,14 @@ class Failure:
 def judged(laid: Laid) -> tuple[int, Failure | None]:
     """The exit code of a run of this case, and what is wrong with it, if anything is."""
     before = state(laid.folder)
-    with warnings.catch_warnings(record=True) as warned, _bounded(), _timed():
-        warnings.simplefilter("default")
+    torch.set_warn_always(True)  # or what a case warns of would depend on those before it
+    with warnings.catch_warnings(record=True) as warned, _bounded():
+        warnings.simplefilter("always")
         warnings.filterwarnings("ignore", module="(?!adaptmerge)")
-        result = CliRunner(env=ENVIRONMENT).invoke(main, laid.line, prog_name="adaptmerge")
+        try:
+            result = _run(laid.line)
+        except Hang as problem:
+            return -1, _failure("hang", problem)
     return result.exit_code, (
         _raised(result)
         or _grown()
@@ -65,6 +70,11 @@ def judged(laid: Laid) -> tuple[int, Failure | None]:
         or _half_written(laid, result, before)
         or _warned(warned)
     )
+
+
+def _run(line: list[str]) -> Result:
+    with _timed():
+        return CliRunner(env=ENVIRONMENT).invoke(main, line, prog_name="adaptmerge")
 
 
 @contextmanager
@@ -121,14 +131,18 @@ def _raised(result: Result) -> Failure | None:
         if "Traceback (most recent call last)" in shown:
             return Failure("crash", _last_line_of(shown), shown)
         return None
-    text = "".join(traceback.format_exception(problem))
+    return _failure("crash", problem)
+
+
+def _failure(kind: str, problem: BaseException) -> Failure:
+    """What was raised, and the last place in the package that it came through."""
     frames = traceback.extract_tb(problem.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
     place = "outside"
     if own:
         name = Path(own[-1].filename).relative_to(PACKAGE).as_posix()
         place = f"{name}:{own[-1].name}"
-    kind = "hang" if isinstance(problem, Hang) else "crash"
+    text = "".join(traceback.format_exception(problem))
     return Failure(kind, f"{place} {type(problem).__name__}", text)
 
 

@@ -1,7 +1,7 @@
 """A device that computes on the CPU but, as a real one, refuses tensors that lie elsewhere.
 
-What is put there says that it is on `DEVICE`; an operation on tensors of both places, NumPy's view of one, or
-reading its memory fails as it does with CUDA. So code for accelerators runs on machines without any.
+What is put there says that it is on `DEVICE`; an operation on tensors of both places, NumPy's view of one,
+or reading its memory fails as it does with CUDA. So code for accelerators runs on machines without any.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "mps:0"  # the one kind that torch makes tensors of without asking for a driver
 MOVES = ("copy_", "_to_copy")
+GUARDED = (torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.contiguous)
 USERS = (
     "adaptmerge.runtime.models",
     "adaptmerge.commands.verify",
@@ -49,6 +51,24 @@ class There(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        """Its values, which a device copies without being asked."""
+        return self.held.tolist()
+
+
+class Above(TorchFunctionMode):
+    """What asks for a driver before a dispatch mode sees it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.tensor and given.get("device") is not None:
+            return func(*args, **{**given, "device": "cpu"}).to(given["device"])
+        if func in GUARDED and isinstance(args[0], There):
+            return tree_map(_placed, func(*tree_map(_held, args)))
+        return func(*args, **given)
 
 
 class Device(TorchDispatchMode):
@@ -109,7 +129,7 @@ def pretended() -> Iterator[str]:
     try:
         for one in patches:
             one.start()
-        with Device():
+        with Device(), Above():
             yield DEVICE
     finally:
         for one in patches:

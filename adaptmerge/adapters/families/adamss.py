@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.families.seeded import global_seed
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Expanded, Factor, Leaf, Product
 from adaptmerge.algebra.linalg import working
 from adaptmerge.lazy import torch
@@ -70,7 +71,7 @@ def clustered_rows(weight: torch.Tensor, rank: int, clusters: int, seed: int) ->
     from sklearn.cluster import KMeans
 
     with global_seed(seed):
-        left, _, _ = torch.svd_lowrank(weight.float(), q=min(rank, *weight.shape), niter=2)
+        left, _, _ = decompose.svd_lowrank(weight.float(), min(rank, *weight.shape), 2)
     count = min(clusters, weight.shape[0])
     means = KMeans(count, init="random", n_init=1, max_iter=ROUNDS, random_state=SEEDED)
     owners = torch.from_numpy(means.fit_predict(left.numpy()))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.places import places_in
@@ -44,7 +45,7 @@ class Frod:
 def _directions(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """U (out, in)."""
     try:
-        columns = torch.linalg.solve(basis, weight.T).T
+        columns = decompose.solve(basis, weight.T).T
     except RuntimeError:
         columns = weight @ torch.linalg.pinv(basis, rtol=1e-6).T
     length = columns.norm(dim=0)
