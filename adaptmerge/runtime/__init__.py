@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adaptmerge.runtime.attach import as_built, attach
-from adaptmerge.runtime.models import example_inputs, load_model, outputs_of
+from adaptmerge.runtime.models import example_inputs, load_model, outputs_of, twin, watched
 from adaptmerge.runtime.replicate import replicate_layers, replicated
 from adaptmerge.runtime.stream import stream_model
 from adaptmerge.runtime.together import outputs_of_each
@@ -18,4 +18,6 @@ __all__ = [
     "replicate_layers",
     "replicated",
     "stream_model",
+    "twin",
+    "watched",
 ]
