@@ -22,9 +22,7 @@ def codes(found: Built, folder: Path, step: int) -> set[int]:
     seen = set()
     for said, tensors in islice(damaged(load_file(found.path / WEIGHTS)), 0, None, step):
         save_file(tensors, folder / "a" / WEIGHTS)
-        outcome = console.run(
-            "diff", str(folder / "a"), str(found.path), "--base", str(found.base)
-        )
+        outcome = console.run("diff", str(folder / "a"), str(found.path), "--base", str(found.base))
         seen.add(outcome.code)
         refused = outcome.code == 1 and outcome.stderr.startswith("error: ")
         assert refused or outcome.code in (0, 3), said

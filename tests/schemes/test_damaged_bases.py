@@ -18,7 +18,22 @@ from safetensors.torch import load_file, save_file
 
 QUANTISED = Path(__file__).resolve().parents[2] / "fixtures" / "quantised"
 NAMES = sorted(path.parent.name for path in QUANTISED.glob("*/model.safetensors"))
-VALUES = (None, True, -1, 0, 2.5, "x", "", [], {}, [1], {"x": 1}, [[1]], 1 << 70, "\ud800")
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    2.5,
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    {"x": 1},
+    [[1]],
+    1 << 70,
+    "\ud800",
+)
 
 
 def changed(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -47,7 +62,9 @@ def fuse(folder: Path, said: str) -> int:
     """The exit code of fusing, which may be refused; nothing of it stays."""
     given = ("--allow", "base,loss,nonfinite", "--max-loss", "100")
     out = folder / "out"
-    outcome = console.run("fuse", *map(str, (folder / "base", folder / "adapter", "-o", out)), *given)
+    outcome = console.run(
+        "fuse", *map(str, (folder / "base", folder / "adapter", "-o", out)), *given
+    )
     assert outcome.code in (0, 1), said
     assert outcome.code == 0 or outcome.stderr.startswith("error: "), said
     assert outcome.code == 0 or not out.exists(), said
