@@ -249,6 +249,31 @@ def format_names() -> set[str]:
     }
 
 
+def test_one_module_decomposes() -> None:
+    """Elsewhere values that are not finite would end in an error of torch's."""
+    failing = {
+        "svd",
+        "svdvals",
+        "eigh",
+        "eigvalsh",
+        "eig",
+        "solve",
+        "inv",
+        "cholesky",
+        "svd_lowrank",
+    }
+    calls = [
+        where(path, node)
+        for path in sources()
+        if path.name != "decompose.py"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute)
+        and node.attr in failing
+        and ast.unparse(node.value) in ("torch", "torch.linalg")
+    ]
+    assert not calls, f"adaptmerge.algebra.decompose has these: {calls}"
+
+
 def test_format_names() -> None:
     assert format_names() >= {"peft", "gguf", "adapterhub", "native"}
 

@@ -192,10 +192,8 @@ class Kronecker:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return (
-            self.left.shape[0] * self.right.shape[0],
-            self.left.shape[1] * self.right.shape[1],
-        )
+        left, right = self.left.shape, self.right.shape
+        return left[0] * right[0], left[1] * right[1]
 
     def dense(self, rows: Rows = None) -> torch.Tensor:
         start, stop = rows or (0, self.shape[0])

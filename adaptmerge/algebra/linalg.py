@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from adaptmerge.algebra import decompose
 from adaptmerge.lazy import torch
 
 PLAIN = 40  # the largest entries of a column between 2^-PLAIN and 2^PLAIN have squares in float32
@@ -141,7 +142,7 @@ def thin_svd(up: torch.Tensor, down: torch.Tensor) -> ThinSvd:
     left, left_core = torch.linalg.qr(up)
     right, right_core = torch.linalg.qr(down.T)
     cores = Cores(left_core.double(), right_core.double())
-    u, sigma, v = torch.linalg.svd(cores.product(), full_matrices=False)
+    u, sigma, v = decompose.svd(cores.product(), full_matrices=False)
     return ThinSvd(left, u, sigma, v, right, cores)
 
 
@@ -150,7 +151,7 @@ def thin_spectrum(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, C
     left = torch.linalg.qr(up, mode="r").R.double()
     right = torch.linalg.qr(down.T, mode="r").R.double()
     cores = Cores(left, right)
-    return torch.linalg.svdvals(cores.product()), cores
+    return decompose.svdvals(cores.product()), cores
 
 
 def noise_floor(shape: Sequence[int], dtype: torch.dtype, norms: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.linalg import ROWS, noise_floor, signs
 from adaptmerge.lazy import torch
 
@@ -124,14 +125,14 @@ def spectrum(matrix: torch.Tensor, share: float, seed: int) -> Spectrum:
     found = _grown(matrix, share, seed)
     if found is not None:
         return Spectrum(tuple(found.sigma[: found.usable].tolist()), found.rest, whole=False)
-    sigma = torch.linalg.svdvals(matrix).double()
+    sigma = decompose.svdvals(matrix).double()
     kept = sigma[sigma > _floor(matrix)]
     return Spectrum(tuple(kept.tolist()), 0.0, whole=True)
 
 
 def exact(matrix: torch.Tensor) -> Leading:
     """All directions."""
-    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, sigma, right = decompose.svd(matrix, full_matrices=False)
     return Leading(left, sigma.double(), right, 0.0, _floor(matrix), whole=True)
 
 
@@ -143,7 +144,7 @@ def _turns(matrix: torch.Tensor, size: int, seed: int) -> Iterator[Leading]:
     left = torch.linalg.qr(matrix @ start).Q
     while True:
         right, core = torch.linalg.qr(matrix.T @ left)
-        u, sigma, v = torch.linalg.svd(core.T.double())
+        u, sigma, v = decompose.svd(core.T.double())
         up, down = left @ u.to(left.dtype), v.to(right.dtype) @ right.T
         rest = norm - float(sigma.square().sum())
         if rest < CANCELS * norm:

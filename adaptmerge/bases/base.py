@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -277,7 +278,7 @@ class Base:
             return stored
         if self.is_transposed(site):
             return stored.T
-        return stored.reshape(stored.shape[0], stored.count // stored.shape[0])
+        return stored.reshape(stored.shape[0], math.prod(stored.shape[1:]))
 
     def is_transposed(self, site: Site) -> bool:
         """Whether the checkpoint holds the weight as (in, out), as `transformers`' Conv1D does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adaptmerge.bases.base import GGUF, Base
+from adaptmerge.bases.config import checked_config
 from adaptmerge.bases.gguf_model import model_in, open_model
 from adaptmerge.errors import InputError
 from adaptmerge.files import hub
@@ -47,4 +48,5 @@ def open_base(place: str | Path) -> Base:
         )
     weights = weights or next((name for name in WEIGHT_FILES if listing.has(name)), None)
     tensors = listing.tensors(weights).refs if weights else {}
-    return Base(path, listing.json(MODEL_CONFIG), tensors)
+    config = checked_config(listing.json(MODEL_CONFIG), str(path / MODEL_CONFIG))
+    return Base(path, config, tensors)

@@ -26,6 +26,7 @@ from adaptmerge.cli import (
 )
 from adaptmerge.cli.completion import with_completion
 from adaptmerge.cli.terminal import print_problems, report_error
+from adaptmerge.cli.unforeseen import arguments_of, foreseen, unforeseen
 from adaptmerge.errors import AdaptmergeError, did_you_mean
 from adaptmerge.lazy import without_logs
 
@@ -51,14 +52,14 @@ NEAR = {  # what other tools call it
     **dict.fromkeys(("compare", "cmp"), "did you mean 'diff'?"),
     **dict.fromkeys(("export", "transform"), "did you mean 'convert'?"),
 }
-AS_JSON = "adaptmerge.as_json"  # key in click's context
+AS_JSON, GIVEN = "adaptmerge.as_json", "adaptmerge.given"  # keys in click's context
 
 
 class Commands(click.Group):
     """A group that suggests the command that was meant and turns our errors into exit codes."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[AS_JSON] = "--json" in args
+        ctx.meta[AS_JSON], ctx.meta[GIVEN] = "--json" in args, list(args)
         return super().parse_args(ctx, args)
 
     def resolve_command(
@@ -81,6 +82,12 @@ class Commands(click.Group):
             if as_json:
                 print_problems([problem.format_message()])
             raise
+        except Exception as problem:
+            if foreseen(problem):
+                raise
+            inputs = arguments_of(self, ctx, ctx.meta[GIVEN])
+            report_error(unforeseen(problem, inputs), as_json=as_json)
+            ctx.exit(1)
         except KeyboardInterrupt:
             report_error(AdaptmergeError("interrupted: nothing was written"), as_json=as_json)
             ctx.exit(INTERRUPTED)

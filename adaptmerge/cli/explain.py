@@ -98,10 +98,11 @@ def _matching(sites: Sequence[Line], site: str) -> list[Line]:
 def _set_by(report: Report, line: SiteLine, name: str) -> str:
     """The last rule that speaks of this input here, or the input's own weight."""
     from adaptmerge.adapters.graph import Site
+    from adaptmerge.files.typed import built
     from adaptmerge.merging.weights import SiteRule
 
     site = Site(line.module, line.param, expert=line.expert)
-    rules = [SiteRule(**rule) for rule in report.options["rules"]]
+    rules = [built(SiteRule, rule, "rules") for rule in report.options["rules"]]
     found = [rule.match for rule in rules if name in rule.weights and rule.selects(site, line.kind)]
     return f"rule {found[-1]}" if found else "the input's weight"
 

@@ -16,8 +16,8 @@ from adaptmerge.bases.base import GGUF, Base
 from adaptmerge.bases.classes import in_one_sentence, quietly
 from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError, UsageError
+from adaptmerge.files import sniff
 from adaptmerge.files.listing import sha256_of
-from adaptmerge.files.paths import missing
 from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
@@ -111,7 +111,7 @@ def pieces_of(base: Base, text: Path, most: int) -> torch.Tensor:
     Raises InputError for texts that are too short, and where no tokenizer lies with the base.
     """
     tokenizer = _tokenizer(base.path)
-    ids = torch.tensor(tokenizer(_content(text), add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(tokenizer(sniff.text(text), add_special_tokens=False)["input_ids"])
     first = [one for one in (tokenizer.bos_token_id, tokenizer.cls_token_id) if one is not None][:1]
     length = min(LENGTH, most, _positions(base)) - len(first)
     if len(ids) < LEAST:
@@ -122,17 +122,6 @@ def pieces_of(base: Base, text: Path, most: int) -> torch.Tensor:
     spread = torch.arange(wanted) * len(pieces) // wanted
     start = torch.tensor(first, dtype=ids.dtype).expand(wanted, -1)
     return torch.cat([start, pieces[spread]], dim=1)
-
-
-def _content(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise missing(text) from None
-    except OSError as problem:
-        raise InputError(f"cannot be read: {problem.strerror}", where=str(text)) from None
-    except UnicodeDecodeError as problem:
-        raise InputError(f"is no text in UTF-8: {problem}", where=str(text)) from None
 
 
 def _positions(base: Base) -> int:

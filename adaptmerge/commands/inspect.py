@@ -126,9 +126,10 @@ def _ends(patterns: Sequence[str]) -> str:
 def summarise(item: Input, *, values: bool = False, base: Base | None = None) -> Summary:
     """The summary of an opened input; `values` reads every tensor, and a base says what of it fits."""
     edits = _own(item.adapter.edits)
+    stored = [tuple(refs_of(edit)) for edit in edits]
     groups: dict[tuple[Any, ...], list[Edit]] = {}
-    for edit in edits:
-        groups.setdefault(_likeness(edit), []).append(edit)
+    for edit, refs in zip(edits, stored, strict=True):
+        groups.setdefault(_likeness(edit, refs), []).append(edit)
     families = [_family(key, group, values) for key, group in groups.items()]
     notes = [*item.adapter.notes, *(_value_notes(edits) if values else ())]
     return Summary(
@@ -136,7 +137,7 @@ def summarise(item: Input, *, values: bool = False, base: Base | None = None) ->
         format=item.format.name,
         base=asdict(item.adapter.base),
         sites=len({edit.site for edit in edits}),
-        parameters=_parameters(ref for edit in edits for ref in refs_of(edit)),
+        parameters=_parameters(ref for refs in stored for ref in refs),
         families=families,
         heads=[_head_line(head) for head in heads_of(item.adapter)],
         notes=notes,
@@ -208,9 +209,9 @@ def _parameters(refs: Iterable[TensorRef]) -> int:
     return own + sum(shared.values())
 
 
-def _likeness(edit: Edit) -> tuple[Any, ...]:
-    factor, refs = factor_of(edit), tuple(refs_of(edit))
-    shape = factor.shape if factor is not None else refs[0].shape
+def _likeness(edit: Edit, refs: Sequence[TensorRef]) -> tuple[Any, ...]:
+    factor = factor_of(edit)
+    shape = factor.shape if factor is not None else refs[0].shape if refs else ()
     rank = None if factor is None else rank_bound(factor)
     scale = None if factor is None else stored_scale(factor)
     dtypes = "/".join(sorted({str(ref.dtype) for ref in refs}))
@@ -271,7 +272,8 @@ def _norm(edits: Sequence[Edit]) -> float:
             total += sum(float(ref.read().double().square().sum()) for ref in refs_of(edit))
             continue
         for term in factor.thin():
-            total += (term.scale * product_norm(working(term.up), working(term.down))) ** 2
+            size = term.scale * product_norm(working(term.up), working(term.down))
+            total += size * size  # a power of what is too large raises
     return math.sqrt(total)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.commands.combine import ALLOWABLE, Options
 from adaptmerge.errors import InputError, UsageError, did_you_mean
-from adaptmerge.files import hub
+from adaptmerge.files import hub, sniff
 from adaptmerge.files.paths import exists, missing
 from adaptmerge.files.strict_json import capped
 from adaptmerge.formats.inputs import Input, InputSpec, named, parse_input
@@ -172,7 +172,9 @@ def _parsed(path: Path) -> tuple[_Lines, Mapping[str, Any]]:
     """The nodes and the plain values of a YAML file. Raises InputError unless it is one table."""
     import yaml
 
-    text = _text(path)
+    if path.is_dir():
+        raise InputError("is a folder: give a recipe, a file in YAML", where=str(path))
+    text = sniff.text(path)
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
@@ -189,19 +191,6 @@ def _parsed(path: Path) -> tuple[_Lines, Mapping[str, Any]]:
         raise InputError(f"is not YAML: {sentence}", where=str(path)) from None
     except RecursionError:
         raise InputError("is nested too deeply: is it a recipe?", where=str(path)) from None
-
-
-def _text(path: Path) -> str:
-    if not exists(path):
-        raise missing(path)
-    if path.is_dir():
-        raise InputError("is a folder: give a recipe, a file in YAML", where=str(path))
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError("is not UTF-8 text: save it as UTF-8", where=str(path)) from None
-    except OSError as problem:
-        raise InputError(f"cannot be read: {problem.strerror}", where=str(path)) from None
 
 
 def _repeated(node: Node, seen: set[int]) -> Iterable[tuple[int, str]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 from adaptmerge.errors import OutputError
+from adaptmerge.files import sniff
 from adaptmerge.lazy import torch
 
 _ADVICE = {
@@ -37,6 +40,27 @@ def writing(where: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as problem:
         raise failure(problem, where) from problem
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text. Raises OutputError when the disk fails.
+
+    Half a pair of UTF-16, which JSON and names of files can hold and UTF-8 cannot, is written as JSON
+    escapes it.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file. Raises OutputError when the disk fails."""
+    with writing(path):
+        path.write_bytes(data)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file. Raises InputError when it cannot be read, OutputError when the disk fails."""
+    with sniff.plain_file(source) as file, writing(path), path.open("wb") as out:
+        shutil.copyfileobj(file, out, 1 << 20)
 
 
 class Flusher:

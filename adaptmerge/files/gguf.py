@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from adaptmerge.errors import InputError
+from adaptmerge.files import sniff
 from adaptmerge.files.strict_json import capped, quoted
 from adaptmerge.tensors import refs
 from adaptmerge.tensors.dtypes import BF16, F16, F32, F64, U8, DType
@@ -154,12 +155,9 @@ def type_name(number: int) -> str:
 def read_header(path: str | os.PathLike[str]) -> GgufFile:
     """The header of a GGUF file. Raises InputError with every problem that it shows."""
     where, absolute = os.fspath(path), str(Path(path).absolute())
-    try:
-        with Path(where).open("rb") as file:
-            reader = _Reader(file, os.fstat(file.fileno()).st_size, where)
-            values, infos, end = reader.read()
-    except OSError as problem:
-        raise InputError(f"cannot be read: {problem.strerror}", where=where) from None
+    with sniff.plain_file(where) as file:
+        reader = _Reader(file, os.fstat(file.fileno()).st_size, where)
+        values, infos, end = reader.read()
     start = end + -end % values.get(ALIGNMENT, 32)
     problems = [*reader.problems, *_data_problems(infos, reader.size - start)]
     if problems:

@@ -14,7 +14,7 @@ from adaptmerge.files import sniff
 from adaptmerge.files.paths import exists, missing, plain
 from adaptmerge.files.pickles import read_pickle
 from adaptmerge.files.safetensors import read_header, read_index
-from adaptmerge.files.strict_json import capped, parse, quoted
+from adaptmerge.files.strict_json import quoted, read_object
 from adaptmerge.files.tensor_file import TensorFile
 
 _T = TypeVar("_T")
@@ -58,8 +58,8 @@ class Listing:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as problem:
             raise InputError(f"cannot be listed: {problem.strerror}", where=str(path)) from None
-        names = tuple(entry.name for entry in entries if entry.is_file())
-        folders = tuple(entry.name for entry in entries if entry.is_dir())
+        names = tuple(entry.name for entry in entries if _is(entry.is_file))
+        folders = tuple(entry.name for entry in entries if _is(entry.is_dir))
         return cls(origin, path, None, names, folders)
 
     @property
@@ -74,7 +74,7 @@ class Listing:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file. Raises InputError for anything else."""
-        return self._once("json", name, self._read_json)
+        return self._once("json", name, read_object)
 
     def tensors(self, name: str) -> TensorFile:
         """The tensors of a file, which its suffix says how to read."""
@@ -117,27 +117,6 @@ class Listing:
             raise missing(path)
         return path
 
-    def _read_text(self, path: Path) -> str:
-        try:
-            return path.read_text("utf-8-sig")
-        except UnicodeDecodeError:
-            raise InputError("is not UTF-8 text: save it as UTF-8", where=str(path)) from None
-        except OSError as problem:
-            raise InputError(f"cannot be read: {problem.strerror}", where=str(path)) from None
-
-    def _read_json(self, path: Path) -> dict[str, Any]:
-        sniff.refuse(sniff.head(path), str(path), "a JSON file", ())
-        try:
-            table, problems = parse(self._read_text(path))
-        except ValueError as problem:
-            raise InputError(f"is not JSON ({problem}): correct it", where=str(path)) from None
-        if not isinstance(table, dict):
-            problems.append(f"holds a JSON {type(table).__name__}, expected an object in braces")
-        if problems:
-            raise InputError(capped(problems), where=str(path))
-        found: dict[str, Any] = table
-        return found
-
     def _read_tensors(self, path: Path) -> TensorFile:
         for suffix, read in _READERS.items():
             if path.name.endswith(suffix):
@@ -146,15 +125,18 @@ class Listing:
         raise InputError(f"holds no tensors by its name, expected one of {known}", where=str(path))
 
 
+def _is(kind: Callable[[], bool]) -> bool:
+    """What an entry says of itself; a link that leads back to itself is nothing."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """The sha256 of a file in hexadecimal. Raises InputError when it cannot be read."""
     digest, view = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    try:
-        with Path(path).open("rb", buffering=0) as file:
-            while step := file.readinto(view):
-                digest.update(view[:step])
-    except FileNotFoundError:
-        raise missing(path) from None
-    except OSError as problem:
-        raise InputError(f"cannot be read: {problem.strerror}", where=os.fspath(path)) from None
+    with sniff.plain_file(path) as file:
+        while step := file.readinto(view):
+            digest.update(view[:step])
     return digest.hexdigest()

@@ -160,11 +160,16 @@ def _leaves(table: Mapping[Any, Any], above: _Keys) -> Iterator[tuple[_Keys, Any
 
 
 def _holds_tensor(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(_holds_tensor(item) for item in value.values())
-    if isinstance(value, (list, tuple, set)):
-        return any(_holds_tensor(item) for item in value)
-    return isinstance(value, torch.Tensor)
+    """Whether there is a tensor anywhere inside; containers, which may hold themselves, are seen once."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, torch.Tensor):
+            return True
+        if isinstance(part, (Mapping, list, tuple, set)) and id(part) not in seen:
+            seen.add(id(part))
+            waiting += part.values() if isinstance(part, Mapping) else part
+    return False
 
 
 def _flat_name(keys: _Keys) -> str:

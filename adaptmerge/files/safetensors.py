@@ -33,12 +33,9 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
     """
     where, absolute = os.fspath(path), str(Path(path).absolute())
     sniff.refuse(sniff.head(where), where, "a safetensors file", ("safetensors",))
-    try:
-        with Path(where).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            text = _header_text(file, size, where)
-    except OSError as problem:
-        raise InputError(f"cannot be read: {problem.strerror}", where=where) from None
+    with sniff.plain_file(where) as file:
+        size = os.fstat(file.fileno()).st_size
+        text = _header_text(file, size, where)
     start = 8 + len(text)
     entries, metadata = header.read(text, size - start, where)
     found = {
@@ -98,9 +95,7 @@ def read_index(path: str | os.PathLike[str]) -> TensorFile:
 def _index_table(where: str) -> dict[str, Any]:
     sniff.refuse(sniff.head(where), where, "an index of shards", ())
     try:
-        table, problems = parse(Path(where).read_bytes())
-    except OSError as problem:
-        raise InputError(f"cannot be read: {problem.strerror}", where=where) from None
+        table, problems = parse(sniff.whole(where))
     except ValueError as problem:
         raise InputError(f"is not JSON ({problem}): write the index again", where=where) from None
     if not isinstance(table, dict) or not isinstance(table.get("weight_map"), dict):

@@ -1,11 +1,40 @@
-"""JSON that is read strictly: repeated keys are reported, not silently overwritten."""
+"""JSON that is read strictly: repeated keys are reported, depth and size are bounded."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from typing import Any
+
+from adaptmerge.errors import InputError
+from adaptmerge.files import sniff
+
+DEEPEST = 100  # lists and objects inside each other
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError for anything else."""
+    where = os.fspath(path)
+    sniff.refuse(sniff.head(where), where, "a JSON file", ())
+    return object_in(sniff.whole(where), where)
+
+
+def object_in(text: bytes | str, where: str) -> dict[str, Any]:
+    """The object that a JSON text states. Raises InputError for anything else."""
+    try:
+        table, problems = parse(text)
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8 text: save it as UTF-8", where=where) from None
+    except ValueError as problem:
+        raise InputError(f"is not JSON ({problem}): correct it", where=where) from None
+    if not isinstance(table, dict):
+        problems.append(f"holds a JSON {type(table).__name__}, expected an object in braces")
+    if problems:
+        raise InputError(capped(problems), where=where)
+    found: dict[str, Any] = table
+    return found
 
 
 def parse(text: bytes | str) -> tuple[Any, list[str]]:
@@ -25,7 +54,21 @@ def parse(text: bytes | str) -> tuple[Any, list[str]]:
         value = json.loads(text, object_pairs_hook=collect)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if _is_deep(value):
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
     return value, [f"key {quoted(key)} appears {count} times" for key, count in repeated.items()]
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        parts = (
+            p.values() if isinstance(p, dict) else p for p in level if isinstance(p, (dict, list))
+        )
+        level = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def quoted(name: object, limit: int = 120) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptmerge.adapters.graph import Bundle, Edit
 from adaptmerge.bases.base import Base
+from adaptmerge.files.disk import write_text
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.files.scratch import Scratch
@@ -91,7 +92,7 @@ class Output:
 
     def text(self, name: str, text: str) -> None:
         """Stages a text file."""
-        self.path(name).write_text(text, encoding="utf-8")
+        write_text(self.path(name), text)
 
     def safetensors(
         self, name: str, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]

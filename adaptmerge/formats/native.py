@@ -10,28 +10,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
 from adaptmerge.adapters import activation_edits, families, stored_edits, weight_edits
 from adaptmerge.adapters.graph import Adapter, BaseReference, Bundle, Labels, Layer, Note, Site
-from adaptmerge.adapters.weight_edits import Deviation, Effect, Share
+from adaptmerge.adapters.weight_edits import Deviation, Effect, Share, family_of
 from adaptmerge.algebra import factors
 from adaptmerge.algebra.factors import Values
 from adaptmerge.errors import InputError
 from adaptmerge.files.in_memory import AS_STORED
 from adaptmerge.files.listing import Listing
+from adaptmerge.files.strict_json import capped, object_in, quoted
+from adaptmerge.files.typed import checked, reader
 from adaptmerge.formats.format import Format, Output, ReadOptions, Stores, WriteOptions
+from adaptmerge.formats.peft.tuner import misshapen
 from adaptmerge.tensors import refs
 from adaptmerge.tensors.dtypes import BY_NAME, DType
-from adaptmerge.tensors.refs import Constant, Joined, Listed, TensorRef, computed
+from adaptmerge.tensors.refs import (
+    Constant,
+    Joined,
+    Listed,
+    Source,
+    Step,
+    TensorRef,
+    bounded,
+    computed,
+)
+from adaptmerge.tensors.walk import refs_of
 
 VERSION = 1
 KEY = "adaptmerge_graph"
 GRAPH = "graph.json"
 TENSORS = "tensors.safetensors"
-LARGEST = 1 << 32  # entries of a tensor that is computed, not stored
 WITHIN = (TensorRef, *AS_STORED, Constant, Listed, Joined)  # written as {"tensor": NAME}
 
 HOMES = (factors, weight_edits, stored_edits, activation_edits, refs)  # of what graphs are made of
@@ -71,57 +83,94 @@ def detect(listing: Listing) -> bool:
 def read(listing: Listing, options: ReadOptions) -> Bundle:
     """The bundle at `listing`. Raises InputError for other versions and malformed graphs."""
     file = listing.tensors(listing.single or TENSORS)
-    graph = _parsed(file.metadata[KEY], listing) if listing.single else listing.json(GRAPH)
+    where = f"{listing.origin} (metadata entry {KEY!r})"
+    graph = object_in(file.metadata[KEY], where) if listing.single else listing.json(GRAPH)
     if graph.get(KEY) != VERSION:
         raise InputError(
             f"is version {graph.get(KEY)!r} of the native format, expected {VERSION}: update adaptmerge",
             where=listing.origin,
         )
     decoder = _Decoder(file.refs)
-    try:
-        adapters = {n: decoder.adapter(n, raw) for n, raw in graph["adapters"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as problem:
-        raise InputError(f"its graph is malformed: {problem!r}", where=listing.origin) from None
+    stated = graph.get("adapters")
+    if not isinstance(stated, dict):
+        raise InputError("its graph is malformed: it has no adapters", where=listing.origin)
+    adapters = {name: decoder.adapter(name, raw) for name, raw in stated.items()}
+    if decoder.problems:
+        problems = [f"its graph is malformed: {problem}" for problem in decoder.problems]
+        raise InputError(capped(problems), where=listing.origin)
     left = sorted(set(file.refs) - decoder.used)
     if left:
         raise InputError([f"tensor {name!r} is in no edit" for name in left], where=listing.origin)
     return Bundle(adapters)
 
 
-def _parsed(text: str, listing: Listing) -> dict[str, Any]:
-    try:
-        graph = json.loads(text)
-    except ValueError as problem:
-        raise InputError(f"its graph is not JSON: {problem}", where=listing.origin) from None
-    if not isinstance(graph, dict):
-        raise InputError("its graph is not a JSON object", where=listing.origin)
-    return graph
+@dataclass(frozen=True, slots=True)
+class _Stated:
+    """An adapter as a graph states it."""
+
+    edits: list[Any]
+    base: Any
+    notes: list[Any]
+    hints: Mapping[str, Mapping[str, Any]]
+    covers: list[str]
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Decoder:
-    """Rebuilds graph nodes from JSON; only the classes in nodes() can be named."""
+    """Rebuilds graph nodes from JSON; only the classes in nodes() can be named. What is amiss is kept in
+    `problems`."""
 
     def __init__(self, tensors: Mapping[str, TensorRef]) -> None:
         self.tensors = tensors
         self.used: set[str] = set()
+        self.problems: list[str] = []
 
-    def adapter(self, name: str, raw: Mapping[str, Any]) -> Adapter:
+    def adapter(self, name: str, raw: Any) -> Adapter:
+        before = len(self.problems)
+        stated = reader(_Stated)(raw, name, self.problems)
+        if len(self.problems) > before:
+            return Adapter(name, ())
+        edits = [self._edit(f"{name}.edits[{i}]", edit) for i, edit in enumerate(stated.edits)]
+        wrong = [key for key in stated.tokens if not key.isdecimal()]
+        self.problems += [f"{name}.tokens has {quoted(key)}, which is no number" for key in wrong]
         return Adapter(
             name=name,
-            edits=tuple(self.node(edit) for edit in raw["edits"]),
-            base=self.node(raw["base"]),
-            notes=tuple(self.node(note) for note in raw["notes"]),
-            hints=raw["hints"],
-            covers=frozenset(raw["covers"]),
-            labels={owner: self.labels(node) for owner, node in raw.get("labels", {}).items()},
-            tokens={int(number): token for number, token in raw.get("tokens", {}).items()},
+            edits=tuple(edit for edit in edits if edit is not None),
+            base=self.of(BaseReference, f"{name}.base", stated.base),
+            notes=tuple(self.of(Note, f"{name}.notes", note) for note in stated.notes),
+            hints=stated.hints,
+            covers=frozenset(stated.covers),
+            labels={
+                owner: self.of(Labels, f"{name}.labels", node)
+                for owner, node in stated.labels.items()
+            },
+            tokens={int(k): token for k, token in stated.tokens.items() if k not in wrong},
         )
 
-    def labels(self, raw: Any) -> Labels:
-        found = self.node(raw)
-        if not isinstance(found, Labels) or not all(isinstance(n, str) for n in found.names):
-            raise TypeError("labels are no names")
+    def of(self, kind: type[Any], name: str, raw: Any) -> Any:
+        """A node of a class; what else there is, is a problem."""
+        try:
+            found = self.node(raw)
+        except ValueError as problem:
+            self.problems.append(f"{name}: {problem}")
+            return None
+        if not isinstance(found, kind):
+            self.problems.append(f"{name} is no {kind.__name__}")
         return found
+
+    def _edit(self, name: str, raw: Any) -> Any:
+        edit = self.of(object, name, raw)
+        if edit is None:
+            return None
+        if not isinstance(getattr(type(edit), "kind", None), str):
+            self.problems.append(f"{name} is no edit")
+            return None
+        found = [f"{name} ({edit.site}): {said}" for said in misshapen(edit, family_of(edit))]
+        if not any(True for _ in refs_of(edit)):
+            found.append(f"{name} ({edit.site}) has no tensor")
+        self.problems += found
+        return None if found else edit
 
     def node(self, raw: Any) -> Any:
         if isinstance(raw, list):
@@ -131,28 +180,38 @@ class _Decoder:
         if "tensor" in raw:
             return self._tensor(raw)
         if "computed" in raw:
-            return self._cut(_bounded(computed(self.node(raw["computed"]))), raw)
+            return self._cut(self._computed(raw["computed"]), raw)
         if "dtype" in raw and len(raw) == 1:
-            return BY_NAME[raw["dtype"]]
+            return _known(BY_NAME, raw["dtype"], "dtype")
+        kind = _known(nodes(), raw.get("is"), "part of a graph")
         values = {key: self.node(value) for key, value in raw.items() if key != "is"}
-        return nodes()[raw["is"]](**values)
+        return checked(kind, values, kind.__name__)
+
+    def _computed(self, raw: Any) -> TensorRef:
+        node = self.node(raw)
+        if not isinstance(node, Source):
+            raise ValueError("a computed tensor is no source of values")
+        return bounded(computed(node))
 
     def _tensor(self, raw: Mapping[str, Any]) -> TensorRef:
+        ref = _known(self.tensors, raw["tensor"], "tensor of its file")
         self.used.add(raw["tensor"])
-        return self._cut(self.tensors[raw["tensor"]], raw)
+        return self._cut(ref, raw)
 
     def _cut(self, ref: TensorRef, raw: Mapping[str, Any]) -> TensorRef:
         ref = replace(ref, shared=bool(raw.get("shared", False)))
-        for step in raw.get("steps", ()):
-            ref = ref.then(self.node(step))
+        steps = self.node(raw.get("steps", []))
+        if not isinstance(steps, tuple) or not all(isinstance(step, Step) for step in steps):
+            raise ValueError(f"the steps of {ref.name} are none")
+        for step in steps:
+            ref = ref.taking(step)
         return ref
 
 
-def _bounded(ref: TensorRef) -> TensorRef:
-    """A tensor made from a few numbers, of a size that a model can have."""
-    if min(ref.shape, default=1) < 0 or ref.count > LARGEST:
-        raise ValueError(f"a computed tensor has shape {list(ref.shape)}")
-    return ref
+def _known(table: Mapping[str, Any], name: Any, what: str) -> Any:
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{quoted(name)} is no {what}")
+    return table[name]
 
 
 class _Encoder:

@@ -37,7 +37,7 @@ def misfits_of(edit: Edit, base: Base, replication: Sequence[tuple[int, int]]) -
         if site.expert is None and base.locate(site.module) is not None:
             return []
         return [missing(site, base)]
-    rows = weight.shape[0]
+    rows = weight.shape[0] if weight.shape else 0
     shape = (rows, weight.count // rows if rows else 0)
     turned = base.architecture in CONV1D_MODELS
     if factor.shape == shape or (turned and factor.shape == shape[::-1]):

@@ -7,8 +7,9 @@ not depend on the number of workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -134,12 +135,24 @@ def _is_matrix(step: Step) -> bool:
 
 
 def _survey(step: Step) -> list[float]:
-    return spectrum(step.factor.thin()) if _is_matrix(step) and step.factor is not None else []
+    if not _is_matrix(step) or step.factor is None:
+        return []
+    with _at(step):
+        return spectrum(step.factor.thin())
+
+
+@contextmanager
+def _at(step: Step) -> Iterator[None]:
+    """Errors of values name the site."""
+    try:
+        yield
+    except InputError as problem:
+        raise problem.located(str(step.site)) from None
 
 
 def _compute(plan: Plan, step: Step, allotted: int | None) -> tuple[Computed, list[str]]:
     """The tensors of one step, and the names of input tensors that are not finite."""
-    with read_once():
+    with read_once(), _at(step):
         stats = _input_stats(step)
         problems = [] if "nonfinite" in plan.allowed else _nonfinite(step, stats)
         if problems or step.action == "pass":

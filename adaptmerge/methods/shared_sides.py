@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from adaptmerge.adapters.families.vera import Vera
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import factor_of, refitted
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Rows, Term, values, whole_term
 from adaptmerge.errors import CannotMerge
 from adaptmerge.lazy import torch
@@ -38,7 +39,7 @@ class FirstPair:
         left, right = _columns(self.lefts), _columns(self.rights)
         left = left * torch.tensor(self.weights, dtype=torch.float64)
         (q, r), (p, s) = torch.linalg.qr(left), torch.linalg.qr(right)
-        u, sigma, vh = torch.linalg.svd(r @ s.T)
+        u, sigma, vh = decompose.svd(r @ s.T)
         unit: torch.Tensor = q @ u[:, :1] if self.side == "left" else p @ vh[:1].T
         column: torch.Tensor = unit * sigma[0].sqrt()
         return column[slice(*rows)] if rows else column

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adaptmerge.adapters.graph import Kind, Note
+from adaptmerge.files.disk import copy_file
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.formats.format import Output
 from adaptmerge.formats.inputs import Input
@@ -69,7 +70,7 @@ def write(inputs: Sequence[Input], report: Report, output: Output) -> None:
 
 
 def _copy(item: Input, name: str, output: Output, as_name: str) -> None:
-    output.path(as_name).write_bytes((item.listing.root / name).read_bytes())
+    copy_file(item.listing.root / name, output.path(as_name))
 
 
 def card(inputs: Sequence[Input], report: Report) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from adaptmerge.adapters.graph import Kind, Note
 from adaptmerge.adapters.module_paths import natural_key
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.errors import AdaptmergeError, InputError
-from adaptmerge.files.strict_json import dump
+from adaptmerge.files.strict_json import dump, quoted, read_object
+from adaptmerge.files.typed import built
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.merging.settle import Settled, SiteStats
+from adaptmerge.outputs.said import SaidBase, SaidInput, SaidOptions, SaidOutput
 
 VERSION = 2
 UNSEALED = 1  # the version without the sha256 of what was written
@@ -74,14 +75,14 @@ class Report:
     command: str
     method: str
     format: str
-    options: Mapping[str, Any]
-    inputs: Sequence[Mapping[str, Any]]
-    base: Mapping[str, Any] | None
+    options: Annotated[Mapping[str, Any], SaidOptions]
+    inputs: Sequence[Annotated[Mapping[str, Any], SaidInput]]
+    base: Annotated[Mapping[str, Any], SaidBase] | None
     versions: Mapping[str, str]
     totals: Totals
     sites: Sequence[SiteLine]
     notes: Sequence[Note]
-    output: Mapping[str, Any]
+    output: Annotated[Mapping[str, Any], SaidOutput]
     files: Mapping[str, str] | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -214,10 +215,9 @@ def report_name(file: str) -> str:
 def is_report(path: Path) -> bool:
     """Whether a file is a report."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError):
+        return {"report", "command", "sites"} <= read_object(path).keys()
+    except InputError:
         return False
-    return isinstance(found, dict) and {"report", "command", "sites"} <= found.keys()
 
 
 def load_report(output: Path) -> Report:
@@ -233,37 +233,25 @@ def load_report(output: Path) -> Report:
             "adapters without one use 'adaptmerge diff'",
             where=str(output),
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return _parsed(raw)
-    except (ValueError, KeyError, TypeError) as problem:
-        found = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
-        sentence = f"is no report of this version ({found}): restore it, or write the output again"
-        raise InputError(sentence, where=str(path)) from None
+    found: Report = parsed(Report, path, "restore it, or write the output again")
+    return found
 
 
-def _parsed(raw: dict[str, Any]) -> Report:
-    version = raw.pop("report")
+def parsed(kind: type[Any], path: Path, advice: str, hashed: Sequence[str] = ()) -> Any:
+    """The report in a file, of one of the kinds of reports, which has the sha256 of the files that are
+    `hashed` at least. Raises InputError for anything else."""
+    raw = read_object(path)
+    version = raw.pop("report", None)
     if version not in (UNSEALED, VERSION):
-        raise ValueError(f"found version {version}, expected {VERSION}")
-    if version == VERSION and not isinstance(raw["files"], dict):
-        raise ValueError("files holds no table")
-    raw["totals"] = Totals(**{name: _or_nan(value) for name, value in raw["totals"].items()})
-    raw["sites"] = [SiteLine(**_with_nan(line)) for line in raw["sites"]]
-    raw["notes"] = [Note(**note) for note in raw["notes"]]
-    return Report(**raw)
-
-
-def _or_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _or_nan(inner) for key, inner in value.items()}
-    return math.nan if value is None else value
-
-
-def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a site of inputs that are not finite was written with null."""
-    numbers = ("norm", "truncation", "rounding", "error")
-    return {k: math.nan if v is None and k in numbers else v for k, v in line.items()}
+        sentence = (
+            f"is no report of this version (found {quoted(version)}, expected {VERSION}): {advice}"
+        )
+        raise InputError(sentence, where=str(path))
+    files = raw.get("files")
+    if version == VERSION and not (isinstance(files, dict) and files.keys() >= set(hashed)):
+        what = ", ".join(hashed) or "files"
+        raise InputError(f"has no sha256 of {what}: {advice}", where=str(path))
+    return built(kind, raw, str(path), otherwise=advice)
 
 
 def worst_sites(report: Report, count: int = 5) -> list[SiteLine]:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from adaptmerge.algebra import decompose
 from adaptmerge.lazy import torch
 from adaptmerge.rounding.metric import Metric, slack
 
@@ -142,7 +143,7 @@ def row_space(downs: Sequence[torch.Tensor]) -> torch.Tensor:
     """An orthonormal basis (in, R), float64, of what the rows of matrices (r, in) span together."""
     tall = torch.cat([down.double() for down in downs]).T
     left, core = torch.linalg.qr(tall)
-    u, sigma, _ = torch.linalg.svd(core)
+    u, sigma, _ = decompose.svd(core)
     rank = int((sigma > FLAT * sigma[0]).sum()) if sigma.numel() and sigma[0] > 0 else 0
     basis: torch.Tensor = left @ u[:, :rank]
     return basis
@@ -165,9 +166,7 @@ def feedback(
     steps = []
     for start, stop in reversed(list(column_blocks(basis.shape[0]))):
         rest = rest + felt[start:stop].T @ read[start:stop]
-        steps.append(
-            FeedbackStep(start, stop, torch.linalg.solve(rest, felt[start:stop].T).to(work))
-        )
+        steps.append(FeedbackStep(start, stop, decompose.solve(rest, felt[start:stop].T).to(work)))
     diagonal = None if metric is None else metric.diagonal.to(work)
     return Feedback(read.to(work), steps[::-1], order, sketched, diagonal)
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adaptmerge.algebra import decompose
 from adaptmerge.errors import InputError
 from adaptmerge.files.safetensors import read_header
 from adaptmerge.lazy import torch
@@ -133,7 +134,7 @@ def leading_rows(rows: torch.Tensor, most: int) -> torch.Tensor:
     if not rows.shape[0]:
         return rows.double()
     rows = rows.double()
-    squares, turns = torch.linalg.eigh(rows @ rows.T)
+    squares, turns = decompose.eigh(rows @ rows.T)
     kept = int((squares > 1e-12 * squares[-1]).sum())
     turns = turns.flip(1)[:, : min(most, kept)]
     found: torch.Tensor = turns.T @ rows

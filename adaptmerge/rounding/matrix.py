@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.by_rows import at_once
 from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum, rank_bound
+from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.rounding.error_feedback import (
     STRENGTH,
@@ -174,7 +176,7 @@ feedback_of = remembered(_feedback_of, 8)
 
 def _thin(up: torch.Tensor, down: torch.Tensor, basis: torch.Tensor) -> Thin:
     inside = down.double() @ basis
-    _, sigma, rows = torch.linalg.svd(inside, full_matrices=False)
+    _, sigma, rows = decompose.svd(inside, full_matrices=False)
     rank = int((sigma > 1e-9 * sigma[0]).sum()) if sigma.numel() else 0
     return Thin(up, down, inside.to(up.dtype), rows[:rank].T.to(up.dtype))
 
@@ -228,7 +230,19 @@ def target_rows(matrix: Matrix, rows: tuple[int, int]) -> TargetRows:
     for value in dense:
         if value is not None:
             target += value
+    if matrix.coded and not bool(target.isfinite().all()):
+        problems = not_finite(matrix) or [f"{matrix.site}: the sum is beyond the range of floats"]
+        raise InputError([*problems[:-1], f"{problems[-1]}; codes have no such value"])
     return TargetRows(target, dense, weight)
+
+
+def not_finite(matrix: Matrix) -> list[str]:
+    """A sentence for each tensor that goes into a matrix and holds NaN or infinity."""
+    return [
+        f"tensor {ref.name!r} of {matrix.site} holds NaN or infinity"
+        for ref in dict.fromkeys([matrix.weight, *matrix.refs])
+        if ref.dtype.is_float and not bool(torch.isfinite(ref.read().float()).all())
+    ]
 
 
 def row_factor(matrix: Matrix, delta: Delta, rows: tuple[int, int]) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from adaptmerge.algebra import decompose
 from adaptmerge.lazy import torch
 from adaptmerge.rounding.metric import Metric, slack
 from adaptmerge.schemes.grids import BlockGrid
@@ -195,8 +196,8 @@ def _least_change(
         weak = along / loose[:, None, :]
         gram = weak @ along.transpose(1, 2)
         gram.diagonal(dim1=1, dim2=2).add_(1)
-        found: torch.Tensor = torch.linalg.solve(gram, torch.einsum("nbr,nr->nb", weak, state))
+        found: torch.Tensor = decompose.solve(gram, torch.einsum("nbr,nr->nb", weak, state))
         return found
     gram = along.transpose(1, 2) @ along if square is None else square.clone()
     gram.diagonal(dim1=1, dim2=2).add_(loose)
-    return torch.einsum("nbr,nr->nb", along, torch.linalg.solve(gram, state))
+    return torch.einsum("nbr,nr->nb", along, decompose.solve(gram, state))

@@ -14,6 +14,7 @@ from adaptmerge.adapters.weight_edits import WeightEdit, factor_of
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.runtime.editing import Editing, apply_edits, canonical_shape, zero_bias
+from adaptmerge.runtime.embeddings import embeddings_of
 from adaptmerge.runtime.places import hook_activation, is_activation
 from adaptmerge.runtime.replicate import replicated
 
@@ -118,10 +119,7 @@ def _tie_rows(model: torch.nn.Module, placed: dict[str, Editing]) -> None:
 
 
 def _is_entry(model: torch.nn.Module, module: torch.nn.Module) -> bool:
-    try:
-        return getattr(model, "get_input_embeddings", lambda: None)() is module
-    except NotImplementedError:
-        return False
+    return embeddings_of(model)[0] is module
 
 
 def _rows(editing: Editing) -> list[WeightEdit]:

@@ -128,6 +128,14 @@ def mistyped(tensors: Tensors, expected: Mapping[str, Sequence[str]]) -> list[st
     ]
 
 
+def held_wrong(ref: TensorRef, dtypes: Sequence[str], count: int) -> list[str]:
+    """The problem of a tensor that does not hold so many values of one of these dtypes."""
+    if ref.dtype.name in dtypes and ref.count == count:
+        return []
+    kinds = " or ".join(dtypes).lower()
+    return [f"{ref.name} is {ref.dtype} {list(ref.shape)}, expected {count} values of {kinds}"]
+
+
 def find(
     base: Base, title: str, suffix: str, read: Reader, refused: Sequence[str] = ()
 ) -> Mapping[str, CodedWeight]:

@@ -50,6 +50,8 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantize
 BESIDE = ("weight_shape", "input_scale", "input_zero_point", "input_global_scale")
 OPTIONAL = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
 ZERO_DTYPES = ("I8", "F8_E4M3", "F32", "BF16", "F16")
+WHOLE = ("I32", "I64")
+FLOATS = ("F32", "BF16", "F16")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E8M0", "U8")
 FP4_BLOCKS = ((1, 16), (1, 32))  # of NVFP4 and MXFP4
 
@@ -214,8 +216,8 @@ def _weight(base: Base, module: str) -> Compressed:
     weight = own["weight_packed"] or own["weight"]
     scale = base.tensors[f"{module}.weight_scale"]
     assert weight is not None
-    if len(weight.shape) != 2:
-        raise InputError(f"{weight.name} is {list(weight.shape)}, expected a matrix")
+    if len(weight.shape) != 2 or not weight.count:
+        raise InputError(f"{weight.name} is {list(weight.shape)}, expected a matrix with values")
     group = _group_for(module, _groups_of(config_of(base)))
     levels, shape = _levels(weight, own["weight_shape"], group)
     block = _block(shape, scale, group, levels)
@@ -242,10 +244,12 @@ def _levels(
         return Ints(bits, packed=False), (rows, width)
     if kind != ("I32", True):
         raise InputError(f"{weight.name} is {weight.dtype}, which cannot be read as codes")
-    sides = [] if stated is None else [int(side) for side in stated.read().flatten().tolist()]
+    whole = stated is not None and stated.dtype.name in WHOLE and stated.count == 2
+    sides: list[int] = stated.read().flatten().tolist() if stated is not None and whole else []
     if len(sides) != 2 or sides[0] != rows:
         where = weight.name.removesuffix("packed")
-        raise InputError(f"{where}shape is {sides or 'missing'}, expected [{rows}, in]")
+        held = "missing" if stated is None else f"{stated.dtype} {list(stated.shape)}"
+        raise InputError(f"{where}shape is {sides or held}, expected [{rows}, in]")
     return Ints(_bits(weight, sides[1], group), packed=True), (rows, sides[1])
 
 
@@ -307,13 +311,15 @@ def _check(one: Compressed) -> None:
         _check_zero(one, zero)
     if order is not None:
         _expect(order, (one.shape[1],))
+        if order.dtype.name not in WHOLE:
+            raise InputError(f"{order.name} is {order.dtype}, expected whole numbers")
     needs = isinstance(one.levels, Fp4) and not is_power_of_two(one.scale)
     if needs != (over is not None):
         raise InputError(
             f"{one.module}.weight_global_scale is {'missing' if needs else 'not expected'}"
         )
-    if over is not None and over.count != 1:
-        raise InputError(f"{over.name} is {list(over.shape)}, expected one number")
+    if over is not None and (over.count != 1 or over.dtype.name not in FLOATS):
+        raise InputError(f"{over.name} is {over.dtype} {list(over.shape)}, expected one f32")
 
 
 def _expect(ref: TensorRef, shape: tuple[int, ...]) -> None:

@@ -43,6 +43,8 @@ DTYPES = {
     "nbits": ("I32", "I64", "F32"),
     "packing": ("U8",),
 }
+MOST = 64  # numbers of a setting
+PLAIN = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
 
 
 class Lanes(NamedTuple):
@@ -150,6 +152,12 @@ def _find(base: Base) -> Mapping[str, CodedWeight]:
 def _one(base: Base, module: str, problems: list[str]) -> Hqq | None:
     tensors = affine.named(base, module, *PARTS, *SETTINGS)
     wrong = affine.missing(base, module, *PARTS, *NUMBERS) + affine.mistyped(tensors, DTYPES)
+    wrong += [
+        f"{name} is {ref.dtype} {list(ref.shape)}, expected up to {MOST} numbers"
+        for name, ref in tensors
+        if name.rpartition(".")[2] in (*NUMBERS, *FLAGS)
+        and not (ref.dtype.name in PLAIN and ref.count <= MOST)
+    ]
     by_part = {name.rpartition(".")[2]: ref for name, ref in tensors}
     wrong = wrong or _refused(module, by_part)
     if wrong:

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from adaptmerge.bases.base import Base
+from adaptmerge.bases.config import check_quantisation
 from adaptmerge.bases.stored_as import StoredAs
 from adaptmerge.discovery import modules_in
 from adaptmerge.errors import AdaptmergeError, InputError
@@ -127,6 +128,8 @@ def scheme_of(base: Base) -> Scheme | None:
         names = " and ".join(hit.name for hit in hits)
         raise InputError(f"could be quantised as {names}", where=str(base.path))
     if hits:
+        if not hits[0].refused:
+            check_quantisation(config_of(base), QUANT_CONFIG, str(base.path))
         return hits[0]
     said = base.config.get(QUANT_CONFIG)
     if isinstance(said, Mapping):

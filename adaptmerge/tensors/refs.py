@@ -17,6 +17,7 @@ from adaptmerge.tensors.caches import Recent, once
 from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.spans import as_tensor, read_span
 
+LARGEST = 1 << 32  # entries of a tensor that is computed, not stored
 Shape = tuple[int, ...]
 
 
@@ -253,6 +254,22 @@ class TensorRef:
             steps=(*self.steps, step),
         )
 
+    def taking(self, step: Step) -> TensorRef:
+        """The step that a file states. Raises ValueError where it cannot be done with this tensor."""
+        match step:
+            case Slice(axis=axis, start=start, stop=stop):
+                if not 0 <= axis < len(self.shape):
+                    raise ValueError(f"{list(self.shape)} has no axis {axis}")
+                return self.slice(axis, start, stop)
+            case Permute(axes=axes):
+                if sorted(axes) != list(range(len(self.shape))):
+                    raise ValueError(f"the axes of {list(self.shape)} have no order {list(axes)}")
+                return self.then(step)
+            case Reshape():
+                return self.then(step)
+            case _:
+                return self.then(step, step.dtype)
+
     def slice(self, axis: int, start: int, stop: int) -> TensorRef:
         """Indices start..stop of `axis`."""
         if (start, stop) == (0, self.shape[axis]):
@@ -336,6 +353,13 @@ def stored(
 def computed(source: Source, name: str = "", *, shared: bool = False) -> TensorRef:
     """A ref to what a node computes when it is read."""
     return TensorRef(source, source.shape, source.dtype, name=name, shared=shared)
+
+
+def bounded(ref: TensorRef) -> TensorRef:
+    """A tensor made from a few numbers. Raises ValueError for a size that no model has."""
+    if min(ref.shape, default=1) < 0 or ref.count > LARGEST:
+        raise ValueError(f"a computed tensor has shape {list(ref.shape)}")
+    return ref
 
 
 def constant(value: float, shape: Shape, dtype: DType) -> TensorRef:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.places import places_in
 from adaptmerge.tensors.refs import TensorRef
 
 NOTHING = 1e-12  # columns of W V^-T shorter than this have no direction
@@ -35,7 +37,7 @@ class Frod:
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         basis = self.basis.read().to(weight)
         core = torch.diag(self.scales.read().to(weight))
-        rows, columns = self.places.read().to(weight.device)
+        rows, columns = places_in(self.places, *core.shape).to(weight.device)
         core = core.index_put((rows, columns), self.couplings.read().to(weight), accumulate=True)
         return _directions(weight, basis) @ core @ basis.T
 
@@ -43,7 +45,7 @@ class Frod:
 def _directions(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """U (out, in)."""
     try:
-        columns = torch.linalg.solve(basis, weight.T).T
+        columns = decompose.solve(basis, weight.T).T
     except RuntimeError:
         columns = weight @ torch.linalg.pinv(basis, rtol=1e-6).T
     length = columns.norm(dim=0)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from adaptmerge.adapters.families import rotation
 from adaptmerge.adapters.families.on_base import OnBase
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef
@@ -50,7 +51,7 @@ class Hra:
             return torch.linalg.qr(columns).Q, 2 * eye
         unit = columns / columns.norm(dim=0)
         # T^-1 = I / 2 + the strict upper triangle of U^T U
-        return unit, torch.linalg.inv(eye / 2 + torch.triu(unit.T @ unit, 1))
+        return unit, decompose.inv(eye / 2 + torch.triu(unit.T @ unit, 1))
 
     def reflections(self, like: torch.Tensor) -> torch.Tensor:
         """H (in, in), in the dtype of `like`."""

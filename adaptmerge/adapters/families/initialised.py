@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Factor, Leaf, Product, Sum
 from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
@@ -52,7 +53,7 @@ class Initialised:
 
 def singular(weight: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The `rank` leading singular components; the scale cancels in PiSSA's halves of them."""
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    left, values, right = decompose.svd(weight, full_matrices=False)
     return left[:, :rank] * values[:rank], right[:rank]
 
 
@@ -64,7 +65,7 @@ def orthogonal(weight: torch.Tensor, rank: int, scale: float) -> tuple[torch.Ten
 
 def trailing(weight: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The `rank` smallest singular components."""
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    left, values, right = decompose.svd(weight, full_matrices=False)
     return left[:, -rank:] * values[-rank:], right[-rank:]
 
 

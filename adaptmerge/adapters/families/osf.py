@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef
@@ -34,7 +35,7 @@ class Osf:
         return None
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
+        left, sizes, right = decompose.svd(weight, full_matrices=False)
         strong = (left[:, : self.kept] * sizes[: self.kept]) @ right[: self.kept]
         up, values, down = (ref.read().to(weight) for ref in (self.up, self.values, self.down))
         changed: torch.Tensor = strong + (up * values) @ down

@@ -9,6 +9,7 @@ from adaptmerge.adapters.families import rotation
 from adaptmerge.adapters.families.on_base import OnBase
 from adaptmerge.adapters.families.seeded import global_seed
 from adaptmerge.adapters.graph import Site
+from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef
@@ -87,7 +88,7 @@ class Psoft:
         """U (out, r), S (r) and V^T (r, in)."""
         if self.search == "lowrank":
             with global_seed(self.seed):
-                left, sizes, right = torch.svd_lowrank(weight, q=self.rank, niter=self.rounds)
+                left, sizes, right = decompose.svd_lowrank(weight, self.rank, self.rounds)
             return left, sizes, right.T
-        left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
+        left, sizes, right = decompose.svd(weight, full_matrices=False)
         return left[:, : self.rank], sizes[: self.rank], right[: self.rank]

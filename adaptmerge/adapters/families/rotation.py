@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from adaptmerge.algebra import decompose
 from adaptmerge.lazy import torch
 
 STRAIGHT = 1e-7  # an eigenvalue this close to -1 has no unique way back
@@ -46,7 +47,7 @@ def vectors_of(skew: torch.Tensor) -> torch.Tensor:
 def cayley(skew: torch.Tensor) -> torch.Tensor:
     """(I - Q)(I + Q)^-1, a rotation for every skew Q (Cayley 1846)."""
     eye = identity(skew)
-    turned: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    turned: torch.Tensor = decompose.solve(eye + skew, eye - skew, left=False)
     return turned
 
 
@@ -79,7 +80,7 @@ def _series(terms: int, last: float) -> list[float]:
 
 def nearest(blocks: torch.Tensor) -> torch.Tensor:
     """The orthogonal blocks closest to these (their polar factors): a cut series is no rotation."""
-    left, _, right = torch.linalg.svd(blocks)
+    left, _, right = decompose.svd(blocks)
     found: torch.Tensor = left @ right
     return found
 
@@ -91,7 +92,7 @@ def log(rotation: torch.Tensor) -> torch.Tensor:
     where eigenvalues meet.
     """
     _reject_stretches(rotation)
-    _, vectors = torch.linalg.eigh(1j * inverse_cayley(rotation))
+    _, vectors = decompose.eigh(1j * inverse_cayley(rotation))
     vectors = _refined(vectors, rotation.to(vectors.dtype))
     turned = (vectors.mH @ rotation.to(vectors.dtype) @ vectors).diagonal(dim1=1, dim2=2)
     found = ((vectors * 1j * torch.angle(turned)[:, None, :]) @ vectors.mH).real
@@ -135,7 +136,7 @@ def reflections(rotation: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _reject_half_turns(rotation: torch.Tensor) -> None:
-    closest = float(torch.linalg.svdvals(rotation + identity(rotation)).min())
+    closest = float(decompose.svdvals(rotation + identity(rotation)).min())
     if closest < STRAIGHT:
         raise ValueError(
             "a block has the eigenvalue -1: it turns by half a circle (or mirrors), where no direction of "

@@ -15,7 +15,7 @@ from adaptmerge.commands.fuse import folder
 from adaptmerge.commands.fuse.calibration import is_text, moments_of_text
 from adaptmerge.commands.fuse.options import ALLOWABLE, SAME, FuseOptions
 from adaptmerge.commands.fuse.pieces.executors import EXECUTORS, Job
-from adaptmerge.commands.fuse.pieces.journal import Journal, from_record
+from adaptmerge.commands.fuse.pieces.journal import Journal, Record
 from adaptmerge.commands.fuse.pieces.write import Line, lines_of, settings_of, survey
 from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
 from adaptmerge.commands.fuse.report import (
@@ -31,6 +31,7 @@ from adaptmerge.commands.fuse.report import (
     site_of,
 )
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
+from adaptmerge.files.disk import write_text
 from adaptmerge.files.staging import Staging, refuse_existing
 from adaptmerge.formats.inputs import SUFFIXES, InputSpec, Source, as_specs, paths_of
 from adaptmerge.outputs.checksums import checksums
@@ -129,10 +130,10 @@ def _fuse(
             staging.discard()
             raise
         folder.write_folder(plan, staging)
-        staging.path(CARD).write_text(folder.card(plan, report), encoding="utf-8")
+        write_text(staging.path(CARD), folder.card(plan, report))
         written = {staging.path(name): digest for name, digest in files.items()}
         report = replace(report, files=checksums(staging, written, FILE))
-        staging.path(FILE).write_text(report.as_text(), encoding="utf-8")
+        write_text(staging.path(FILE), report.as_text())
         staging.commit(folder.main_file(plan), obsolete=_obsolete(output, plan))
     return report
 
@@ -141,9 +142,8 @@ def _write_shards(
     plan: FusePlan, staging: Staging, options: FuseOptions, progress: Progress
 ) -> tuple[list[Line], dict[str, str]]:
     """Every shard written, or found finished; its lines in order, and the sha256 of each file."""
-    journal = Journal(staging.scratch(JOURNAL))
-    staging.scratch(f"{JOURNAL}/.").mkdir(parents=True, exist_ok=True)
-    records: dict[str, Mapping[str, Any]] = {}
+    journal = Journal(staging.scratch(f"{JOURNAL}/entries").parent)
+    records: dict[str, Record] = {}
     jobs = []
     done = 0
 
@@ -153,7 +153,7 @@ def _write_shards(
 
     for shard in plan.shards:
         path = staging.path(shard.name)
-        record = journal.finished(shard.name, path)
+        record = journal.finished(shard.name, path, len(shard.made))
         if record is None:
             beside = staging.scratch(f"{shard.name}.packed")
             jobs.append(Job(shard, path, beside, settings_of(options)))
@@ -165,9 +165,9 @@ def _write_shards(
         records[job.shard.name] = record
     lines, files = list[Line](), dict[str, str]()
     for shard in plan.shards:
-        digest, choices, measured = from_record(records[shard.name])
-        files[shard.name] = digest
-        lines += lines_of(shard, choices, measured)
+        record = records[shard.name]
+        files[shard.name] = record.sha256
+        lines += lines_of(shard, record.choices, record.measured)
     return lines, files
 
 

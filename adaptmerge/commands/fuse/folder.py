@@ -16,8 +16,13 @@ from adaptmerge.commands.fuse.options import SAME, WIDE
 from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
 from adaptmerge.commands.fuse.plan import FusePlan
 from adaptmerge.commands.fuse.report import FuseReport, percent
+from adaptmerge.errors import InputError
+from adaptmerge.files import sniff
+from adaptmerge.files.disk import copy_file, write_bytes, write_text
 from adaptmerge.files.listing import sha256_of
+from adaptmerge.files.sniff import whole
 from adaptmerge.files.staging import Staging
+from adaptmerge.files.strict_json import parse, read_object
 from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Step
 from adaptmerge.outputs.companions import CARD, LICENCES, TOKENIZER
@@ -49,28 +54,31 @@ def write_folder(plan: FusePlan, staging: Staging) -> None:
     if _is_gguf(plan):
         return
     for name, source in carried(plan).items():
-        staging.path(name).write_bytes(_listing_plain(plan, name, source.read_bytes()))
+        if name in QUANTISERS:
+            write_bytes(staging.path(name), _listing_plain(plan, whole(source)))
+        else:
+            copy_file(source, staging.path(name))
     config = changed_config(plan)
     stored = plan.bases.values.path / CONFIG
     gone = set(QUANT_ENTRIES if plan.options.quant != SAME else ()) - plan.targets.config.keys()
     if config or gone:
-        before = json.loads(stored.read_text("utf-8-sig"))
+        before = read_object(stored)
         after = {key: value for key, value in {**before, **config}.items() if key not in gone}
         text = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
-        staging.path(CONFIG).write_text(text, encoding="utf-8")
+        write_text(staging.path(CONFIG), text)
     else:
-        staging.path(CONFIG).write_bytes(stored.read_bytes())
+        copy_file(stored, staging.path(CONFIG))
     _write_index(plan, staging)
 
 
-def _listing_plain(plan: FusePlan, name: str, held: bytes) -> bytes:
-    """A file that goes along. One that says how AWQ quantised the base gets the list of layers that are
-    stored plainly: earlier versions of AutoAWQ look for it there, and not in config.json."""
+def _listing_plain(plan: FusePlan, held: bytes) -> bytes:
+    """A file that says how AWQ quantised the base, with the list of layers that are stored plainly: earlier
+    versions of AutoAWQ look for it there, and not in config.json."""
     before, after = plan.bases.on_disk.config, plan.targets.config.get(ENTRY)
-    if name not in QUANTISERS or not isinstance(after, Mapping):
+    if not isinstance(after, Mapping):
         return held
     try:
-        said = json.loads(held.decode("utf-8-sig"))
+        said, _ = parse(held)
     except ValueError:
         return held
     stored = before.get(ENTRY) or {}
@@ -95,15 +103,15 @@ def _write_index(plan: FusePlan, staging: Staging) -> None:
     if len(plan.shards) == 1 and not (root / INDEX).is_file():
         return
     source = next((root / name for name in INDEXES if (root / name).is_file()), None)
-    stored = {} if source is None else json.loads(source.read_text("utf-8-sig"))
+    stored = {} if source is None else read_object(source)
     metadata = {k: v for k, v in (stored.get("metadata") or {}).items() if k != "total_size"}
     made = index_of(plan.shards, metadata)
     same = stored.get("weight_map") == made["weight_map"]
     size = (stored.get("metadata") or {}).get("total_size")
     if source is not None and same and size in (None, made["metadata"]["total_size"]):
-        staging.path(INDEX).write_bytes(source.read_bytes())
+        copy_file(source, staging.path(INDEX))
     else:
-        staging.path(INDEX).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        write_text(staging.path(INDEX), json.dumps(made, indent=2) + "\n")
 
 
 def carried(plan: FusePlan) -> dict[str, Path]:
@@ -181,7 +189,7 @@ def changed_config(plan: FusePlan) -> dict[str, Any]:
     """The entries of config.json that change, with their new values."""
     if _is_gguf(plan):
         return {}
-    stored = json.loads((plan.bases.values.path / CONFIG).read_text("utf-8-sig"))
+    stored = read_object(plan.bases.values.path / CONFIG)
     wanted = {k: v for k, v in plan.bases.values.config.items() if stored.get(k) != v}
     wanted |= plan.targets.config
     if plan.options.quant in WIDE:
@@ -253,8 +261,8 @@ def licences(plan: FusePlan) -> tuple[dict[str, str], list[Note]]:
 
 def _licence(card: Path) -> str | None:
     try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = sniff.text(card)
+    except InputError:
         return None
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     line = re.search(r"^license:\s*(\S+)", head[1], re.MULTILINE) if head else None

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from adaptmerge.adapters.graph import Note
 from adaptmerge.algebra.factors import rank_bound
 from adaptmerge.bases.base import GGUF
 from adaptmerge.commands.fuse.pieces.write import Line
 from adaptmerge.errors import InputError
-from adaptmerge.files.strict_json import dump
+from adaptmerge.files.strict_json import dump, read_object
 from adaptmerge.outputs.companions import CARD
-from adaptmerge.outputs.report import FILE
+from adaptmerge.outputs.report import FILE, VERSION, parsed
+from adaptmerge.outputs.said import SaidBase, SaidFusion, SaidInput
 from adaptmerge.rounding.codes import coded_error
 from adaptmerge.rounding.floats import GRID_ERROR, grid_error
 from adaptmerge.rounding.matrix import Measured
 from adaptmerge.tensors.dtypes import DType
 
-VERSION = 2
-UNSEALED = 1  # the version with the sha256 of tensor files alone
 KEPT = 0.9  # of an adapter's delta must arrive
 COMMAND = "fuse"
 SAFETENSORS = ".safetensors"
@@ -76,9 +74,9 @@ class FuseReport:
     with tensors only.
     """
 
-    options: Mapping[str, Any]
-    inputs: Sequence[Mapping[str, Any]]
-    base: Mapping[str, Any]
+    options: Annotated[Mapping[str, Any], SaidFusion]
+    inputs: Sequence[Annotated[Mapping[str, Any], SaidInput]]
+    base: Annotated[Mapping[str, Any], SaidBase]
     versions: Mapping[str, str]
     adapters: Mapping[str, AdapterLoss]
     noise: float
@@ -198,28 +196,14 @@ def and_error(sub: float | None) -> str:
 def is_fused(output: Path) -> bool:
     """Whether a folder is a model that adapters were fused into, as its report says."""
     try:
-        found = json.loads((output / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: bool = read_object(output / FILE).get("command") == COMMAND
+        return found
+    except InputError:
         return False
-    return isinstance(found, dict) and found.get("command") == COMMAND
 
 
 def load_fuse_report(output: Path) -> FuseReport:
     """The report of a fused model. Raises InputError when there is none or it is of another version."""
     path = output / FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw.pop("report")
-        if version not in (UNSEALED, VERSION):
-            raise ValueError(f"expected version {VERSION}")
-        if version == VERSION and CARD not in raw["files"]:
-            raise ValueError(f"files has no {CARD}")
-        raw["adapters"] = {n: AdapterLoss(**found) for n, found in raw["adapters"].items()}
-        raw["sites"] = [
-            FusedSite(**{**site, "shape": tuple(site["shape"])}) for site in raw["sites"]
-        ]
-        raw["notes"] = [Note(**note) for note in raw["notes"]]
-        return FuseReport(**raw)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        sentence = f"is no report of a fused model ({problem}): restore it, or fuse again"
-        raise InputError(sentence, where=str(path)) from None
+    found: FuseReport = parsed(FuseReport, path, "restore it, or fuse again", (CARD,))
+    return found

@@ -132,6 +132,13 @@ class _Landing:
 
     def land(self, name: str, here: Here) -> None:
         """Makes the tensors that one parameter is stored as."""
+        stored = self.bases.values.tensors.get(name)
+        if stored is not None and not stored.dtype.is_float:
+            self.problems.append(
+                f"{name} is {stored.dtype} in the base, expected floating-point numbers: is the base "
+                "quantised in a way that its config.json does not say?"
+            )
+            return
         plain, anew = self.wishes.plain, self.wishes.anew
         coded = {} if self.wishes.wide is not None else self._coded_in(name, here)
         if plain is not None and name in plain.growth:

@@ -38,6 +38,7 @@ from adaptmerge.formats.inputs import Input, InputSpec, Source, as_specs, open_i
 from adaptmerge.merging.align import align, in_one_layout
 from adaptmerge.outputs.report import Report, load_report, report_path
 from adaptmerge.parallel import Tell, untold
+from adaptmerge.runtime.inputs import CannotRun
 from adaptmerge.runtime.models import device_named
 from adaptmerge.schemes.view import open_values
 from adaptmerge.tensors.dtypes import BY_NAME
@@ -338,9 +339,15 @@ def _model_checks(
     merge: _Merge, base: Base, expected: Mapping[str, Adapter]
 ) -> tuple[list[Check], str]:
     """The checks of outputs of the real model, and what has to be trusted."""
+    try:
+        return _run(merge, _bench(merge, base), expected)
+    except CannotRun as problem:
+        return [Check("forward", UNDECIDABLE, "; ".join(problem.problems))], UNPROVEN
+
+
+def _run(merge: _Merge, bench: Bench, expected: Mapping[str, Adapter]) -> tuple[list[Check], str]:
     from adaptmerge.commands.verify import forward, native
 
-    bench = _bench(merge, base)
     dtype = BY_NAME[merge.report.output["dtype"].upper()]
     checks: list[Check] = []
     asked = False

@@ -10,6 +10,7 @@ from adaptmerge.commands.extract import COMMAND, open_tuned
 from adaptmerge.commands.extract.tuned import Wanted
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check
 from adaptmerge.errors import InputError
+from adaptmerge.files.typed import built
 from adaptmerge.formats.inputs import Input
 from adaptmerge.outputs.report import Report
 
@@ -34,9 +35,6 @@ def tuned_input(
     if open_base(path).fingerprint != report.inputs[0].get("fingerprint"):
         detail = f"{path} is not the model that was extracted from (its fingerprint differs)"
         return None, [Check("inputs", FAIL, detail)]
-    try:
-        wanted = Wanted(**report.options[COMMAND])
-    except (KeyError, TypeError):
-        raise InputError("its report is damaged: options has no extract", where=path) from None
+    wanted = built(Wanted, report.options.get(COMMAND), f"{path}: options.{COMMAND} of its report")
     item = open_tuned(path, base, wanted)
     return item, [Check("inputs", PASS, "the tuned model is the one that was extracted from")]

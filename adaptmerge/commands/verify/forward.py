@@ -15,6 +15,7 @@ from adaptmerge.adapters.graph import Adapter, Edit
 from adaptmerge.adapters.weight_edits import delta_of, norms_rows
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, within
+from adaptmerge.errors import AdaptmergeError
 from adaptmerge.lazy import torch
 from adaptmerge.parallel import Tell, untold
 from adaptmerge.tensors.dtypes import DType
@@ -68,7 +69,7 @@ class Bench:
         tell: Tell = untold,
     ) -> Bench:
         """`tokens` are some that the inputs should have: those that were trained."""
-        inputs = runtime.example_inputs(base.config, first=tokens)
+        inputs = runtime.inputs_for(base.path, tokens)
         placed = {name: value.to(device) for name, value in inputs.items()}
         return cls(base, device, layerwise, placed, tell)
 
@@ -90,9 +91,18 @@ class Bench:
         return runtime.load_model(self.base.path, self.device, adapter=adapter)
 
     def run_each(self, model: Any, adapters: Sequence[Adapter | None]) -> list[torch.Tensor]:
-        """Outputs of the model with each adapter (None: none)."""
-        with runtime.watched(model, self.tell):
-            return runtime.outputs_of_each(model, self.inputs, adapters)
+        """Outputs of the model with each adapter (None: none). Raises CannotRun where it has none without,
+        either."""
+        try:
+            with runtime.watched(model, self.tell):
+                return runtime.outputs_of_each(model, self.inputs, adapters)
+        except AdaptmergeError:
+            raise
+        except Exception:
+            why = runtime.ran(model, self.inputs)
+            if why is None:
+                raise
+            raise runtime.CannotRun(why) from None
 
     def run(self, model: Any, adapter: Adapter | None = None) -> torch.Tensor:
         """Outputs of the model, with the adapter attached if one is given."""

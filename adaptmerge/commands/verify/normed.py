@@ -12,9 +12,6 @@ from adaptmerge.lazy import torch
 from adaptmerge.merging.settle import Held
 from adaptmerge.tensors.refs import TensorRef, computed
 
-    1e-6  # share of a squared row that is left of it, below which the expansion of its norm is weak
-)
-
 
 class Ground(NamedTuple):
     """What forms meet of a weight: |W|^2 of each row, and W down^T of stacked downs."""

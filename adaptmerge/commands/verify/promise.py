@@ -29,10 +29,11 @@ from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.stored import policies_in, promised_edit, promised_labels
 from adaptmerge.errors import InputError, VerificationFailed
+from adaptmerge.files.typed import built
 from adaptmerge.lazy import torch
 from adaptmerge.merging.align import layer_count
 from adaptmerge.merging.resolve import WHOLE
-from adaptmerge.merging.weights import Weights, rule_of
+from adaptmerge.merging.weights import SiteRule, Weights
 from adaptmerge.methods.method import EXACT, Meeting, Member
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs.report import Report, SiteLine
@@ -165,7 +166,7 @@ def promises(report: Report, inputs: Mapping[str, Adapter], base: Base | None) -
 
 def _weighing(report: Report, inputs: Mapping[str, Adapter]) -> Weigh:
     """The weight that the options of a report give an input at a site."""
-    rules = tuple(map(rule_of, report.options["rules"]))
+    rules = tuple(built(SiteRule, rule, "rules") for rule in report.options["rules"])
     weights = Weights(report.options["weights"], rules)
     layers = layer_count(edit.site for adapter in inputs.values() for edit in adapter.edits)
     return lambda name, site, kind: weights.at(name, site, kind, layers)

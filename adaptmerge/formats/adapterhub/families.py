@@ -84,6 +84,8 @@ def _read_vera(keys: Keys, config: Config) -> list[Edit]:
     if shared.keys() != {"lora_A", "lora_B"}:
         keys.problems.append(f"expected lora_A and lora_B under {SHARED}, found {sorted(shared)}")
         return []
+    if not keys.fits(SHARED, shared):
+        return []
     a, b = (Leaf(replace(shared[leaf], shared=True)) for leaf in ("lora_A", "lora_B"))
     edits: list[Edit] = []
     for module, parts in _unfused(keys, ("vera_B", "vera_D")).items():

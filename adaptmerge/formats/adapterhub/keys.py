@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.tensor_file import TensorFile
+from adaptmerge.formats.shapes import Malformed, Shapes
 from adaptmerge.tensors.refs import TensorRef
 
 LORA_KEY = re.compile(
@@ -19,6 +20,14 @@ SHARED_KEY = re.compile(
 BOTTLENECK_KEY = re.compile(
     r"(?P<module>.+)\.adapters\.(?P<name>[^.]+)\."
     r"(?P<leaf>adapter_(?:down\.0|up)\.(?:weight|bias))"
+)
+SHAPES = Shapes(
+    {
+        "lora_[AB]|vera_[BD]": "_ _",
+        r"gate\.weight": "_ _",
+        r"adapter_(down\.0|up)\.weight": "_ _",
+        r".*\.bias": "_",
+    }
 )
 BOTTLENECK_LEAVES = (
     "adapter_down.0.weight",
@@ -61,17 +70,26 @@ class Keys:
         return keys
 
     def take(self, table: dict[str, Parts], leaves: tuple[str, ...]) -> dict[str, Parts]:
-        """The modules that hold exactly these leaves, taken off; others are problems."""
+        """The modules that hold exactly these leaves, as they must be, taken off; others are problems."""
         found, wanted = {}, set(leaves)
         for module in list(table):
             parts = table.pop(module)
             if wanted - parts.keys():
                 lacks = ", ".join(sorted(wanted - parts.keys()))
                 self.problems.append(f"{module}: {lacks} is missing")
-            else:
+            elif self.fits(module, {leaf: parts[leaf] for leaf in leaves}):
                 found[module] = parts
             self.left += [parts[leaf].name for leaf in sorted(parts.keys() - wanted)]
         return found
+
+    def fits(self, module: str, parts: Parts) -> bool:
+        """Whether tensors have the axes of their leaves; what has not is a problem."""
+        try:
+            SHAPES.check(parts)
+        except Malformed as problem:
+            self.problems.append(f"{module}: {problem}")
+            return False
+        return True
 
     def finish(self) -> None:
         """Raises InputError with all problems found and every key that nothing claimed."""

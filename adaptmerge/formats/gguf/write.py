@@ -174,4 +174,6 @@ def _stream(
 
 def _add(writer: object, key: str, value: str | int | float) -> None:
     kind = {str: "add_string", int: "add_uint32", float: "add_float32"}[type(value)]
+    if isinstance(value, str):
+        value = value.encode("utf-8", "backslashreplace").decode()
     getattr(writer, kind)(key, value)

@@ -9,7 +9,6 @@ from adaptmerge.adapters.graph import Edit, Layer, Site
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.formats.peft.tuner import Malformed, Reading
-from adaptmerge.tensors.refs import TensorRef
 
 
 def added(
@@ -60,14 +59,6 @@ def integer(reading: Reading, name: str, module: str | None = None) -> int:
     if not isinstance(value, int) or value < 1:
         raise Malformed(f"{name} is {value!r}: expected a whole number of at least 1")
     return value
-
-
-def axes(leaf: str, ref: TensorRef, least: int, most: int | None = None) -> tuple[int, ...]:
-    """The shape of a tensor. Raises Malformed for another number of axes."""
-    if least <= len(ref.shape) <= (most or least):
-        return ref.shape
-    wanted = f"{least}" if most is None else f"{least} to {most}"
-    raise Malformed(f"{leaf} has shape {list(ref.shape)}: expected {wanted} axes")
 
 
 def refuse(reading: Reading, name: str, why: str) -> None:

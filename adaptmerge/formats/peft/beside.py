@@ -5,14 +5,15 @@ Nothing of it changes what the adapter computes; it tells whose rows may be aver
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Labels, Note
 from adaptmerge.adapters.stored_edits import Replace, ReplaceRows
+from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
+from adaptmerge.files.strict_json import object_in
 from adaptmerge.files.tensor_file import TensorFile
 
 MODEL_CONFIG = "config.json"
@@ -25,10 +26,9 @@ def model_config(listing: Listing, file: TensorFile) -> Mapping[str, Any]:
     if listing.single is None and listing.has(MODEL_CONFIG):
         return listing.json(MODEL_CONFIG)
     try:
-        found = json.loads(file.metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
+        return object_in(file.metadata.get(METADATA_KEY, "{}"), listing.origin)
+    except InputError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def labels_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from adaptmerge.adapters.graph import Kind
 from adaptmerge.adapters.module_paths import suffixes
 from adaptmerge.errors import InputError
 from adaptmerge.files.listing import Listing
+from adaptmerge.files.strict_json import object_in
 from adaptmerge.files.tensor_file import TensorFile
 from adaptmerge.formats.peft.config_problems import problems_of
 
@@ -55,15 +55,8 @@ def find_config(listing: Listing, file: TensorFile) -> Found:
 
 
 def _embedded(file: TensorFile, listing: Listing) -> Mapping[str, Any]:
-    try:
-        values = json.loads(file.metadata[METADATA_KEY])
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise InputError(
-            f"its metadata entry {METADATA_KEY!r} is not a JSON object", where=listing.origin
-        )
-    return values
+    where = f"{listing.origin} (metadata entry {METADATA_KEY!r})"
+    return object_in(file.metadata[METADATA_KEY], where)
 
 
 def _belongs(listing: Listing, file: TensorFile) -> bool:

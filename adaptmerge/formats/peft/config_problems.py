@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from adaptmerge.formats.peft.fields import common_problems
+
 # Variants of a LoRA, of which PEFT computes one at a time; and what the value of each must be.
 VARIANTS = {
     "alora_invocation_tokens": "a list of token ids",
@@ -31,7 +33,7 @@ MOVED_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 def problems_of(raw: Mapping[str, Any]) -> list[str]:
     """All fields that are missing or malformed, one sentence each."""
-    problems = []
+    problems = common_problems(raw)
     family = raw.get("peft_type", "LORA")
     if not isinstance(family, str):
         problems.append(f"peft_type is {family!r}: expected a name such as LORA")

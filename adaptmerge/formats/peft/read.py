@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from adaptmerge.adapters.graph import Edit, Kind, Note
 from adaptmerge.adapters.stored_edits import role_of
+from adaptmerge.errors import InputError
+from adaptmerge.formats.peft.additive import fits
+from adaptmerge.formats.peft.fields import own_problems
 from adaptmerge.formats.peft.keys import Keys
 from adaptmerge.formats.peft.saved import saved_edits
-from adaptmerge.formats.peft.tuner import COMMON, Malformed, Parts, Reading, families
+from adaptmerge.formats.peft.tuner import COMMON, Malformed, Parts, Reading, families, judge
 from adaptmerge.tensors.walk import refs_of
 
 LORA = "LORA"
@@ -17,10 +20,14 @@ LORA = "LORA"
 
 def edits_of(reading: Reading) -> list[Edit]:
     """The edits of an adapter. Raises InputError with all problems of config and tensors."""
+    tuner, config = reading.tuner, reading.config
+    wrong = own_problems(config.raw, tuner.maths, tuner.patterns)
+    if wrong:
+        raise InputError(wrong, where=config.where)
     reading.notes += reading.keys.notes()
     _judge_fields(reading)
-    tuner = reading.tuner
     if tuner.read is not None:
+        _check_all(reading)
         found = _guarded(reading, "", {}, partial(tuner.read, reading))
     else:
         assert tuner.module is not None
@@ -31,6 +38,17 @@ def edits_of(reading: Reading) -> list[Edit]:
     if tuner.peft_type != LORA:
         reading.notes += reading.ignored()
     return [*saved, *found]
+
+
+def _check_all(reading: Reading) -> None:
+    """Raises InputError with all tensors that are not as their family stores them."""
+    for module, parts in reading.keys.modules.items():
+        try:
+            reading.tuner.rules.check(parts)
+        except Malformed as problem:
+            reading.keys.problems.append(f"{module}: {problem}")
+    if reading.keys.problems:
+        raise InputError(reading.keys.problems, where=reading.keys.path)
 
 
 def _judge_saved(reading: Reading, saved: Sequence[Edit], adapted: Collection[str]) -> None:
@@ -55,8 +73,36 @@ def each_module(
     return [
         edit
         for module, parts in reading.keys.modules.items()
-        for edit in _guarded(reading, module, parts, partial(read, reading, module, parts))
+        for edit in _guarded(
+            reading, module, parts, partial(_checked, reading, module, parts, read)
+        )
     ]
+
+
+def _checked(
+    reading: Reading,
+    module: str,
+    parts: Parts,
+    read: Callable[[Reading, str, Parts], Sequence[Edit]],
+) -> Sequence[Edit]:
+    """The edits of a module. Raises Malformed where a tensor cannot be what the family stores, or where
+    they do not fit each other or the base."""
+    rules = reading.tuner.rules
+    rules.check(parts)
+    edits = read(reading, module, parts)
+    for edit in edits:
+        judge(reading.tuner, edit)
+    _fits_base(reading, module, rules.sizes(parts))
+    return edits
+
+
+def _fits_base(reading: Reading, module: str, sizes: Mapping[str, int]) -> None:
+    """Raises Malformed where the sides of the tensors are not those of the base's weight."""
+    weight = reading.weight(module)
+    if weight is None or len(weight.shape) != 2:
+        return
+    own = (sizes.get("out", weight.shape[0]), sizes.get("in", weight.shape[1]))
+    fits(reading, module, own)
 
 
 def _guarded(

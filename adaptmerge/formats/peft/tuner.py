@@ -10,14 +10,19 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
+from adaptmerge.adapters.weight_edits import factor_of
+from adaptmerge.errors import CannotStore
 from adaptmerge.formats.format import ReadOptions, WriteOptions
 from adaptmerge.formats.peft import tuners
 from adaptmerge.formats.peft.keys import PREFIX
+from adaptmerge.formats.shapes import Malformed as Malformed
+from adaptmerge.formats.shapes import Shapes
 from adaptmerge.tensors.refs import TensorRef
 
 if TYPE_CHECKING:
@@ -25,10 +30,6 @@ if TYPE_CHECKING:
     from adaptmerge.formats.peft.keys import Keys
 
 Parts = Mapping[str, TensorRef]
-
-
-class Malformed(ValueError):
-    """A module of an adapter is not what its family stores; one sentence without the module's name."""
 
 
 @dataclass
@@ -59,7 +60,12 @@ class Reading:
         from dataclasses import replace
 
         ref = self.keys.take(f"base_model.{name}") or self.keys.take(name)
-        return None if ref is None else replace(ref, shared=True)
+        return None if ref is None else replace(self.looked_at(name, ref), shared=True)
+
+    def looked_at(self, name: str, ref: TensorRef) -> TensorRef:
+        """A tensor that belongs to no module. Raises Malformed where it is not what the family stores."""
+        self.tuner.rules.check({name: ref})
+        return ref
 
     def weight(self, module: str, param: str = "weight") -> TensorRef | None:
         """The base's own parameter, (out, in); None without --base or where the base has none."""
@@ -116,6 +122,7 @@ class Tuner:
     r"""One family. leaves: regular expressions of its tensor names below a module ("hada_w1_a",
     r"adamss_A\.\d+"), without .weight and adapter names; a bias ends in ".bias".
 
+    shapes: leaf to the axes of its tensors, see `shapes`; they are looked at before any edit is made.
     module: the edits of one module from its tensors by leaf; raises Malformed. read: instead of module,
     all edits at once, for families without tensors per module.
     maths: config fields that change what is computed, with PEFT's defaults. training: those that do not.
@@ -130,6 +137,7 @@ class Tuner:
     peft_type: str
     summary: str
     leaves: tuple[str, ...] = ()
+    shapes: Mapping[str, str] = field(default_factory=dict)
     module: Callable[[Reading, str, Parts], Sequence[Edit]] | None = None
     read: Callable[[Reading], Sequence[Edit]] | None = None
     maths: Mapping[str, Any] = field(default_factory=dict)
@@ -146,6 +154,11 @@ class Tuner:
     as_lora: str = "exact"
     merges: str = ""
     refused: str = ""
+
+    @property
+    def rules(self) -> Shapes:
+        """What its tensors must be."""
+        return Shapes(self.shapes)
 
     @property
     def writable(self) -> bool:
@@ -167,6 +180,38 @@ COMMON = frozenset(
     | {"init_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type"}
     | {"peft_version", "revision", "target_modules", "task_type", "fan_in_fan_out"}
 )
+
+
+def judge(tuner: Tuner, edit: Edit) -> None:
+    """Raises ValueError where what an edit is made of cannot be computed with, or is no weight's."""
+    factor = factor_of(edit)
+    if factor is not None and min(factor.shape) < 1:
+        raise Malformed(f"is for a weight of {list(factor.shape)}")
+    try:
+        tuner.settings(edit)
+    except (IndexError, ZeroDivisionError) as problem:
+        raise Malformed(f"its parts do not fit each other ({problem})") from None
+
+
+def misshapen(edit: Edit, family: str) -> list[str]:
+    """What of an edit that another format holds is not as its family stores it, one sentence each."""
+    tuner = tuner_of(family)
+    if tuner is None:
+        return []
+    try:
+        parts = dict(tuner.tensors(edit)) if tuner.tensors else {}
+        with suppress(CannotStore):
+            parts |= tuner.shared([edit]).tensors if tuner.shared else {}
+        bare = {
+            name.removeprefix("base_model.").removesuffix(".weight"): ref
+            for name, ref in parts.items()
+        }
+        tuner.rules.check(bare)
+        tuner.rules.sizes(bare)
+        judge(tuner, edit)
+    except (ValueError, IndexError, TypeError, AssertionError) as problem:
+        return [f"its tensors are not those of {tuner.peft_type}: {problem}"]
+    return []
 
 
 @cache

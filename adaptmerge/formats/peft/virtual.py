@@ -30,7 +30,7 @@ def own(reading: Reading, name: str = TENSOR) -> TensorRef:
     found = reading.keys.take(name)
     if found is None:
         raise KeyError(name)
-    return found
+    return reading.looked_at(name, found)
 
 
 def parts(reading: Reading) -> int:

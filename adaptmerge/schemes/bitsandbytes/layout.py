@@ -17,13 +17,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from adaptmerge.bases.base import Base
+from adaptmerge.errors import InputError
+from adaptmerge.files.strict_json import object_in
+from adaptmerge.files.typed import Number, built
 from adaptmerge.lazy import torch
+from adaptmerge.schemes import affine
 from adaptmerge.schemes.bitsandbytes.codes import INT8_STEP
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.schemes.grids import BlockGrid
@@ -34,6 +37,7 @@ from adaptmerge.tensors.refs import TensorRef
 URL = "https://github.com/bitsandbytes-foundation/bitsandbytes"
 STATE = ".quant_state.bitsandbytes__"
 LOW, HIGH = -128, 127
+FLOATS = ("F16", "BF16", "F32", "F64")
 NOTHING = "its config says that bitsandbytes quantised it, but no weight is"
 
 
@@ -43,6 +47,17 @@ class State(NamedTuple):
     block: int
     shape: tuple[int, int]
     nested_block: int
+
+
+@dataclass(frozen=True)
+class Said:
+    """The JSON beside 4-bit codes."""
+
+    OPEN: ClassVar[bool] = True
+    blocksize: int
+    shape: tuple[int, int]
+    nested_blocksize: int = 256
+    nested_offset: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +120,7 @@ class FourBit:
 
     def _order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The codes by ascending value, and these values."""
-        table = self.table.read().float()
+        table = self.table.read().float().flatten()
         order = torch.argsort(table, stable=True)
         return order, table[order]
 
@@ -118,11 +133,12 @@ class FourBit:
 
     def _offset(self) -> float:
         """What is added to every absmax that is quantised again."""
-        return float(json.loads(_bytes(self.beside[0]).numpy().tobytes()).get("nested_offset", 0.0))
+        said = _said(self.beside[0])
+        return 0.0 if said is None else said.nested_offset
 
     def _map(self) -> torch.Tensor:
         assert self.nested is not None
-        return self.nested[1].read().float()
+        return self.nested[1].read().float().flatten()
 
     def _spread(self) -> torch.Tensor:
         """The scale of every absmax code."""
@@ -207,7 +223,7 @@ def _bytes(ref: TensorRef) -> torch.Tensor:
     return ref.read().reshape(-1).view(torch.uint8)
 
 
-def _config(base: Base) -> Mapping[str, Any]:
+def _config(base: Base) -> Mapping[str, object]:
     found = config_of(base)
     return found if found.get("quant_method") in ("bitsandbytes", None) else {}
 
@@ -248,28 +264,44 @@ def _four_bit(base: Base, module: str, state_name: str, problems: list[str]) -> 
     if lost or state is None:
         return None
     weight, absmax = tensors[name], tensors[f"{name}.absmax"]
-    count = state.shape[0] * state.shape[1]
+    count, table = state.shape[0] * state.shape[1], tensors[wanted[2]]
+    pair = (tensors[nested[0]], tensors[nested[1]]) if len(wanted) == 5 else None
+    wrong = [*_held_wrong(state, absmax, table, pair)]
+    if wrong:
+        problems += wrong
+        return None
     if weight.nbytes != (count + 1) // 2 or absmax.count != -(-count // state.block):
         problems.append(
             f"{name} has {weight.nbytes} bytes and {absmax.count} scales, expected {(count + 1) // 2} and "
             f"{-(-count // state.block)} for {list(state.shape)}"
         )
         return None
-    pair = (tensors[nested[0]], tensors[nested[1]]) if len(wanted) == 5 else None
-    table, beside = tensors[wanted[2]], (tensors[state_name],)
+    beside = (tensors[state_name],)
     return FourBit(module, state.shape, state, weight, absmax, table, pair, beside)
 
 
+def _held_wrong(
+    state: State, absmax: TensorRef, table: TensorRef, pair: tuple[TensorRef, TensorRef] | None
+) -> Iterator[str]:
+    """Scales and tables of another kind or size than they must be."""
+    yield from affine.held_wrong(table, FLOATS, 16)
+    yield from affine.held_wrong(absmax, FLOATS if pair is None else ("U8",), absmax.count)
+    if pair is not None:
+        yield from affine.held_wrong(pair[0], FLOATS, -(-absmax.count // state.nested_block))
+        yield from affine.held_wrong(pair[1], FLOATS, 256)
+
+
 def _state(ref: TensorRef) -> State | None:
+    said = _said(ref)
+    if said is None or min(said.blocksize, said.nested_blocksize, *said.shape) < 1:
+        return None
+    return State(said.blocksize, said.shape, said.nested_blocksize)
+
+
+def _said(ref: TensorRef) -> Said | None:
     try:
-        found = json.loads(_bytes(ref).numpy().tobytes())
-        rows, columns = found["shape"]
-        return State(
-            int(found["blocksize"]),
-            (int(rows), int(columns)),
-            int(found.get("nested_blocksize", 256)),
-        )
-    except (ValueError, KeyError, TypeError):
+        return built(Said, object_in(_bytes(ref).numpy().tobytes(), ref.name), ref.name)
+    except InputError:
         return None
 
 
@@ -288,6 +320,11 @@ def _eight_bits(base: Base, problems: list[str]) -> Iterator[EightBit]:
             continue
         if weight is None or len(weight.shape) != 2 or scale.count != weight.shape[0]:
             problems.append(f"{name} has no weight of as many rows beside it")
+            continue
+        wrong = affine.held_wrong(weight, ("I8",), weight.count)
+        wrong += affine.held_wrong(scale, FLOATS, scale.count)
+        if wrong or not weight.count:
+            problems += wrong or [f"{weight.name} has shape {list(weight.shape)} and no values"]
             continue
         shape = (weight.shape[0], weight.shape[1])
         mark_ref = base.tensors.get(f"{module}.weight_format")

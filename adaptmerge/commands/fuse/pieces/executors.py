@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from adaptmerge.commands.fuse.pieces.journal import to_record
+from adaptmerge.commands.fuse.pieces.journal import Record
 from adaptmerge.commands.fuse.pieces.layout import Shard
 from adaptmerge.commands.fuse.pieces.write import Advance, Settings, write_shard
 from adaptmerge.errors import AdaptmergeError, MissingExtra
-
-Record = dict[str, Any]
 
 
 class Job(NamedTuple):
@@ -38,9 +36,8 @@ class Executor(Protocol):
 def _written(job: Job, progress: Advance) -> Record:
     """Writes a shard and returns its record."""
     done = write_shard(job.shard, job.path, job.beside, job.settings, progress)
-    return to_record(
-        done.sha256, [line.choice for line in done.lines], [line.measured for line in done.lines]
-    )
+    choices = tuple(line.choice for line in done.lines)
+    return Record(done.sha256, choices, tuple(line.measured for line in done.lines))
 
 
 def local(jobs: Sequence[Job], progress: Advance) -> Iterator[tuple[Job, Record]]:

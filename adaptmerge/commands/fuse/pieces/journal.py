@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from adaptmerge.errors import AdaptmergeError
+from adaptmerge.files.disk import write_text, writing
 from adaptmerge.files.listing import sha256_of
+from adaptmerge.files.strict_json import read_object
+from adaptmerge.files.typed import built
 from adaptmerge.rounding.floats import Choice
 from adaptmerge.rounding.matrix import Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A finished shard: the sha256 of its file, what was chosen for each matrix, and its numbers."""
+
+    sha256: str
+    choices: tuple[Choice, ...]
+    measured: tuple[Measured, ...]
 
 
 class Journal:
@@ -20,41 +30,24 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def finished(self, name: str, path: Path) -> dict[str, Any] | None:
-        """The record of a shard, if its file still is what was recorded."""
+    def finished(self, name: str, path: Path, matrices: int) -> Record | None:
+        """The record of a shard of so many matrices, if its file still is what was recorded."""
+        entry = self._entry(name)
         try:
-            found: dict[str, Any] = json.loads(self._entry(name).read_text(encoding="utf-8"))
-            whole = found["sha256"] == sha256_of(path)
-        except (OSError, ValueError, KeyError, TypeError, AdaptmergeError):
+            found = built(Record, read_object(entry), str(entry))
+            whole = found.sha256 == sha256_of(path)
+        except AdaptmergeError:
             return None
-        return found if whole else None
+        fits = len(found.choices) == len(found.measured) == matrices
+        return found if whole and fits else None
 
-    def record(self, name: str, found: Mapping[str, Any]) -> None:
+    def record(self, name: str, found: Record) -> None:
         """Says that a shard is finished; appears whole or not at all."""
         entry = self._entry(name)
         part = entry.with_suffix(".part")
-        part.write_text(json.dumps(found), encoding="utf-8")
-        part.replace(entry)
+        write_text(part, json.dumps(asdict(found)))
+        with writing(entry):
+            part.replace(entry)
 
     def _entry(self, name: str) -> Path:
         return self._folder / f"{name}.json"
-
-
-def to_record(sha256: str, choices: list[Choice], measured: list[Measured]) -> dict[str, Any]:
-    """The record of a written shard as plain data."""
-    return {
-        "sha256": sha256,
-        "choices": [list(choice) for choice in choices],
-        "measured": [asdict(one) for one in measured],
-    }
-
-
-def from_record(found: Mapping[str, Any]) -> tuple[str, list[Choice], list[Measured]]:
-    """The record of a written shard, read back."""
-    choices = [Choice(rounding, tuple(gains)) for rounding, gains in found["choices"]]
-    measured = [Measured(**{k: _tupled(v) for k, v in one.items()}) for one in found["measured"]]
-    return str(found["sha256"]), choices, measured
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -26,7 +26,7 @@ from adaptmerge.lazy import torch
 from adaptmerge.parallel import ordered, short_turns, workers_default
 from adaptmerge.rounding.codes import CodedMatrix, choose_coded, requantise
 from adaptmerge.rounding.floats import Choice, choose, settle_rows
-from adaptmerge.rounding.matrix import Matrix, Measured
+from adaptmerge.rounding.matrix import Matrix, Measured, not_finite
 from adaptmerge.rounding.scales import SOLVE
 from adaptmerge.schemes.coded import CodedWeight
 from adaptmerge.tensors.dtypes import U8, DType
@@ -267,12 +267,9 @@ def _check_finite(lines: Sequence[Line]) -> None:
         sums = (line.measured.error, line.measured.weight, line.measured.delta)
         if all(map(math.isfinite, sums)):
             continue
-        bad = [
-            f"tensor {ref.name!r} of {line.matrix.site} holds NaN or infinity"
-            for ref in dict.fromkeys([line.matrix.weight, *line.matrix.refs])
-            if ref.dtype.is_float and not bool(torch.isfinite(ref.read().float()).all())
+        problems += not_finite(line.matrix) or [
+            f"{line.matrix.site}: the sum is beyond the range of its dtype"
         ]
-        problems += bad or [f"{line.matrix.site}: the sum is beyond the range of its dtype"]
     if problems:
         advice = "pass --allow nonfinite to fuse it all the same"
         raise InputError([*problems[:-1], f"{problems[-1]}; {advice}"])

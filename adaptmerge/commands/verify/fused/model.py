@@ -30,10 +30,11 @@ from adaptmerge.commands.verify.fused.figures import check_figures
 from adaptmerge.commands.verify.fused.reference import reference
 from adaptmerge.commands.verify.fused.weights import Looked, check_weights, look
 from adaptmerge.errors import InputError, UsageError
+from adaptmerge.files.typed import built
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
-from adaptmerge.merging.weights import rule_of
 from adaptmerge.parallel import Tell, untold
+from adaptmerge.runtime.inputs import CannotRun
 from adaptmerge.runtime.models import device_named, labels_of_heads, model_config
 from adaptmerge.schemes.view import View, view_of
 from adaptmerge.tensors.dtypes import F32
@@ -89,14 +90,10 @@ def options_in(report: FuseReport, original: str | None = None) -> FuseOptions:
         raise UsageError(
             "was fused with the original beside its base: pass --original DIR, what that was quantised from"
         )
-    said = dict(report.options)
-    rules = tuple(map(rule_of, said.pop("rules")))
-    said.pop("weights")
-    said["plain"] = None if said.get("plain") is None else tuple(said["plain"])
-    said["allow"] = frozenset(said["allow"]) | {"base", "loss"}
-    return FuseOptions(
-        **said, rules=rules, original=original if report.base.get("original") else None
-    )
+    said = {name: value for name, value in report.options.items() if name != "weights"}
+    said["allow"] = [*said["allow"], "base", "loss"]
+    said["original"] = original if report.base.get("original") else None
+    return built(FuseOptions, said, "options of the report")
 
 
 def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
@@ -188,7 +185,9 @@ def _forward(
         y_base, y_ref, y_noisy = bench.run_each(model, (against.base, wanted, noisy))
         del model
         bench = replace(bench, base=fused.values, layerwise=layerwise or fused.scheme is not None)
-        (y,) = bench.run_each(bench.model(), (None,))
+        (y,) = _outputs(bench)
+    except CannotRun as problem:
+        return Check("forward", UNDECIDABLE, "; ".join(problem.problems))
     except InputError as problem:
         return Check("forward", FAIL, f"cannot be run: {'; '.join(problem.problems[:2])}")
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
@@ -198,6 +197,14 @@ def _forward(
         )
     noise = compare(y_noisy, y_ref, y_base, F32).error
     return _judge(compare(y, y_ref, y_base, F32), noise, _arrived(y, y_ref, y_base))
+
+
+def _outputs(bench: Bench) -> list[torch.Tensor]:
+    """What the fused model computes. Raises InputError where it computes nothing, as the base does."""
+    try:
+        return bench.run_each(bench.model(), (None,))
+    except CannotRun as problem:
+        raise InputError(problem.problems) from None
 
 
 def _arrived(y: torch.Tensor, y_ref: torch.Tensor, y_base: torch.Tensor) -> float:

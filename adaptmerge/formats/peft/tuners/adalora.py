@@ -12,7 +12,7 @@ from typing import Any
 from adaptmerge.adapters.families.adalora import AdaLora
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import added, axes, integer, number, refuse
+from adaptmerge.formats.peft.additive import added, integer, number, refuse
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 
 # Fields of LoRA that AdaLoRA inherits and does not look at.
@@ -39,7 +39,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
             refuse(reading, name, why)
     up, singular, down = (parts[leaf] for leaf in ("lora_B", "lora_E", "lora_A"))
     initial = integer(reading, "init_r")
-    _check_rank(reading, module, axes("lora_A", down, 2)[0], initial)
+    _check_rank(reading, module, down.shape[0], initial)
     factor = AdaLora(up, singular, down, number(reading, "lora_alpha"), initial)
     return added(reading, module, factor)
 
@@ -108,6 +108,11 @@ def _adalora(edit: Add) -> AdaLora:
 TUNER = Tuner(
     "ADALORA",
     summary="B diag(E) A, singular values pruned in training",
+    shapes={
+        "lora_A": "r? in",
+        "lora_E": "r? 1",
+        "lora_B": "out r?",
+    },
     leaves=("lora_A", "lora_B", "lora_E"),
     module=module,
     tensors=tensors,

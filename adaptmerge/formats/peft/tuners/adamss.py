@@ -117,6 +117,11 @@ def shared(edits: Sequence[Edit]) -> Spelling:
 TUNER = Tuner(
     "ADAMSS",
     summary="a low-rank delta per cluster of output rows",
+    shapes={
+        r"adamss_A\.\d+": "_own r",
+        r"adamss_B\.\d+": "_rows _own",
+        "adamss_newB": "r _width",
+    },
     leaves=(r"adamss_A\.\d+", r"adamss_B\.\d+", "adamss_newB"),
     module=module,
     tensors=tensors,

@@ -48,6 +48,10 @@ def finish(edits: Sequence[AdaptionPrompt], config: dict[str, Any]) -> dict[str,
 TUNER = Tuner(
     "ADAPTION_PROMPT",
     summary="gated attention over learned prompts",
+    shapes={
+        "adaption_prompt": "1 tokens dimension",
+        "adaption_gate": "1",
+    },
     leaves=("adaption_prompt", "adaption_gate"),
     module=module,
     tensors=tensors,

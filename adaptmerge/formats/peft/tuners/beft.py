@@ -27,6 +27,9 @@ def tensors(edit: Edit) -> Parts:
 TUNER = Tuner(
     "BEFT",
     summary="a vector added to the bias",
+    shapes={
+        "beft_bias": "1 out",
+    },
     leaves=("beft_bias",),
     module=module,
     tensors=tensors,

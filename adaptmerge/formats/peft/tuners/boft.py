@@ -54,6 +54,10 @@ def shared(edits: Sequence[Boft]) -> Spelling:
 TUNER = Tuner(
     "BOFT",
     summary="W times a product of butterfly rotations, outputs scaled",
+    shapes={
+        "boft_R": "factors blocks b b",
+        "boft_s": "_out 1 | 1 _out",
+    },
     leaves=("boft_R", "boft_s"),
     module=module,
     tensors=tensors,

@@ -19,6 +19,9 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
 TUNER = Tuner(
     "BONE",
     summary="the former name of MiSS",
+    shapes={
+        "bone_block": "r _width | _blocks r r",
+    },
     leaves=("bone_block",),
     module=module,
     maths={"r": 64, "init_weights": True},

@@ -8,14 +8,13 @@ from typing import Any
 from adaptmerge.adapters.families.c3a import C3a
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import added, axes, expect
+from adaptmerge.formats.peft.additive import added, expect
 from adaptmerge.formats.peft.config import exactly
 from adaptmerge.formats.peft.tuner import Parts, Reading, Tuner
 
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     kernel = parts["c3a_kernel"]
-    axes("c3a_kernel", kernel, 3)
     expect(reading, "block_size", module, kernel.shape[2])
     return added(reading, module, C3a(kernel))
 
@@ -43,6 +42,9 @@ def _c3a(edit: Add) -> C3a:
 TUNER = Tuner(
     "C3A",
     summary="circulant blocks",
+    shapes={
+        "c3a_kernel": "_rows _columns b",
+    },
     leaves=("c3a_kernel",),
     module=module,
     tensors=tensors,

@@ -20,6 +20,9 @@ def finish(edits: Sequence[Prefix], config: dict[str, Any]) -> dict[str, Any]:
 TUNER = Tuner(
     "CARTRIDGE",
     summary="keys and values that every layer attends to, begun as those of a text",
+    shapes={
+        "prompt_embeddings": "tokens width",
+    },
     read=virtual.read_prefix("cartridge"),
     tensors=virtual.nothing,
     shared=virtual.prefix_spelling,

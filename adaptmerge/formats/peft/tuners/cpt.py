@@ -25,6 +25,9 @@ def finish(edits: Sequence[Prompt], config: dict[str, Any]) -> dict[str, Any]:
 TUNER = Tuner(
     "CPT",
     summary="virtual tokens before the input, trained from given tokens",
+    shapes={
+        "prompt_embeddings": "tokens dimension",
+    },
     read=virtual.read_prompt("cpt"),
     tensors=virtual.nothing,
     shared=virtual.prompt_spelling,

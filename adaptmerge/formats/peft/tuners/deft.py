@@ -58,6 +58,10 @@ def shared(edits: Sequence[Deft]) -> Spelling:
 TUNER = Tuner(
     "DEFT",
     summary="a projection of W removed, and another one injected",
+    shapes={
+        "deft_P": "out r",
+        "deft_R": "r in",
+    },
     leaves=("deft_P", "deft_R"),
     module=module,
     tensors=tensors,

@@ -8,7 +8,7 @@ from typing import Any
 from adaptmerge.adapters.families.delora import DeLora
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import added, axes, expect
+from adaptmerge.formats.peft.additive import added, expect
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 
 LEAVES = ("delora_B", "delora_A", "delora_lambda", "delora_w_norm")
@@ -16,7 +16,7 @@ LEAVES = ("delora_B", "delora_A", "delora_lambda", "delora_w_norm")
 
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     up, down, strength, widths = (parts[leaf] for leaf in LEAVES)
-    rank, _ = axes("delora_A", down, 2)
+    rank, _ = down.shape
     expect(reading, "r", module, rank)
     if strength.count != 1:
         raise Malformed(f"delora_lambda has {strength.count} values: expected one")
@@ -40,6 +40,12 @@ def _delora(edit: Add) -> DeLora:
 TUNER = Tuner(
     "DELORA",
     summary="B diag(lambda / (r |B| |A|)) A diag(|W|), norms by component and column",
+    shapes={
+        "delora_A": "r in",
+        "delora_B": "out r",
+        "delora_lambda": "1",
+        "delora_w_norm": "in",
+    },
     leaves=LEAVES,
     module=module,
     tensors=tensors,

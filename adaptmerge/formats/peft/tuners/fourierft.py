@@ -62,6 +62,9 @@ def finish(edits: Sequence[FourierFt], config: dict[str, Any]) -> dict[str, Any]
 TUNER = Tuner(
     "FOURIERFT",
     summary="the inverse Fourier transform of a few coefficients",
+    shapes={
+        "fourierft_spectrum": "n?",
+    },
     leaves=("fourierft_spectrum",),
     module=module,
     tensors=tensors,

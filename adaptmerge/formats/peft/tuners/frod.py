@@ -119,6 +119,13 @@ def _rate(edits: Sequence[Frod]) -> float:
 TUNER = Tuner(
     "FROD",
     summary="U (S + diag(l)) V^T with a V that layers share and U from W",
+    shapes={
+        "frod_lambda_l": "in",
+        "frod_lambda_s_values": "n?",
+        r"frod_V\..+": "in in",
+        r"frod_s_indices\..+": "whole: 2 n?",
+        r"frod_s_size\..+": "whole: 2",
+    },
     leaves=LEAVES,
     read=read,
     tensors=tensors,

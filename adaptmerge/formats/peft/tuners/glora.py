@@ -50,7 +50,11 @@ def _weight(reading: Reading, module: str, column: Support) -> TensorRef | None:
 
 def _support(parts: Parts, name: str) -> Support:
     if f"{name}.Xd" in parts:
-        return Support("lora", (parts[f"{name}.Xd"], parts[f"{name}.Xu"]))
+        down, up = parts[f"{name}.Xd"], parts[f"{name}.Xu"]
+        if down.shape[1] != up.shape[0]:
+            shapes = f"{name}.Xd {list(down.shape)} and {name}.Xu {list(up.shape)}"
+            raise Malformed(f"{shapes} do not multiply")
+        return Support("lora", (down, up))
     if f"{name}.zeros" in parts:
         return Support("none", (parts[f"{name}.zeros"],))
     value = parts[f"{name}.X"]
@@ -102,6 +106,16 @@ def _rank(ranks: set[int]) -> Mapping[str, int]:
 TUNER = Tuner(
     "GLORA",
     summary="W + W * A + B and b + b * D + E + W C",
+    shapes={
+        r"glora_[AB]\.Xd": "out _r",
+        r"glora_[AB]\.Xu": "_r in",
+        r"glora_C\.Xd": "in _r",
+        r"glora_C\.Xu": "_r 1",
+        r"glora_[AB]\.X": "1 | 1 1 | out 1",
+        r"glora_C\.X": "in 1",
+        r"glora_[DE]\.X": "1 | out",
+        r"glora_[A-E]\.zeros": "number: ...",
+    },
     leaves=(r"glora_[A-E]\.(?:Xd|Xu|X|zeros)",),
     module=module,
     tensors=tensors,

@@ -9,7 +9,7 @@ from typing import Any
 from adaptmerge.adapters.families.gralora import GraLora
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import added, axes, expect, number
+from adaptmerge.formats.peft.additive import added, expect, number
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 from adaptmerge.tensors.refs import TensorRef
 
@@ -21,7 +21,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     ups, downs = parts["gralora_B"], parts["gralora_A"]
     up, down = (parts[n] for n in GENERAL) if set(GENERAL) & parts.keys() else (None, None)
     rank = _rank(reading, module, ups, downs)
-    hybrid = 0 if down is None else axes(GENERAL[1], down, 2)[0]
+    hybrid = 0 if down is None else down.shape[0]
     expect(reading, "hybrid_r", module, hybrid)
     scale = number(reading, "alpha") / (rank + hybrid)
     return added(reading, module, GraLora(ups, downs, scale, up, down))
@@ -29,8 +29,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
 
 def _rank(reading: Reading, module: str, ups: TensorRef, downs: TensorRef) -> int:
     """The rank of the blocks together. Raises Malformed where the two are not k parts of one rank."""
-    blocks, rank, _ = axes("gralora_B", ups, 3)
-    axes("gralora_A", downs, 3)
+    blocks, rank, _ = ups.shape
     expect(reading, "r", module, rank)
     expect(reading, "gralora_k", module, blocks)
     if not rank or rank % blocks or (downs.shape[0], downs.shape[2]) != (blocks, rank):
@@ -64,6 +63,12 @@ def _gralora(edit: Add) -> GraLora:
 TUNER = Tuner(
     "GRALORA",
     summary="k by k blocks, each of rank r / k; with hybrid_r a LoRA beside them",
+    shapes={
+        "gralora_A": "k width r",
+        "gralora_B": "k r height",
+        "gralora_A_general": "h in",
+        "gralora_B_general": "out h",
+    },
     leaves=("gralora_A", "gralora_B", *GENERAL),
     module=module,
     tensors=tensors,

@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptmerge.adapters.families.hira import Hira
 from adaptmerge.adapters.graph import Edit, Layer, Site
-from adaptmerge.formats.peft.additive import axes, expect, fits
+from adaptmerge.formats.peft.additive import expect, fits
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 
 EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
@@ -23,22 +23,20 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     # PEFT 0.21 makes modules of rank r whatever rank_pattern says
     if rank != reading.setting("r"):
         expect(reading, "r", module, rank)
-    if edit.site.layer.kind != "embedding":  # the base may have been given other rows
-        fits(reading, module, (edit.up.shape[0], edit.down.shape[1]))
+    fits(reading, module, (edit.up.shape[0], edit.down.shape[1]))
     return [edit]
 
 
 def _embedding(module: str, parts: Parts) -> Hira:
-    for leaf in EMBEDDING:
-        axes(leaf, parts[leaf], 2)
     up, down = (parts[leaf].T for leaf in EMBEDDING)
     return Hira(Site(module, "weight", Layer("embedding")), up, down)
 
 
 def _layer(module: str, parts: Parts) -> Hira:
     up, down = parts["hira_B"], parts["hira_A"]
-    kernel = axes("hira_A", down, 2, 5)[2:]
-    axes("hira_B", up, len(down.shape))
+    kernel = down.shape[2:]
+    if any(side != 1 for side in up.shape[2:]):
+        raise Malformed(f"hira_B has shape {list(up.shape)}: expected a kernel of 1x1")
     layer = Layer("conv", kernel) if kernel else Layer()
     flat = down.reshape(down.shape[0], math.prod(down.shape[1:]))
     return Hira(Site(module, "weight", layer), up.reshape(*up.shape[:2]), flat)
@@ -63,6 +61,12 @@ def settings(edit: Hira) -> Mapping[str, Any]:
 TUNER = Tuner(
     "HIRA",
     summary="W + W * (B A), element by element",
+    shapes={
+        "hira_A": "r _in *",
+        "hira_B": "out r *",
+        "hira_embedding_A": "r _number",
+        "hira_embedding_B": "_dimension r",
+    },
     leaves=("hira_A", "hira_B", *EMBEDDING),
     module=module,
     tensors=tensors,

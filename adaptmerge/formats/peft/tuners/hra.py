@@ -36,6 +36,9 @@ def settings(edit: Hra) -> Mapping[str, Any]:
 TUNER = Tuner(
     "HRA",
     summary="W times a chain of Householder reflections",
+    shapes={
+        "hra_u": "in r",
+    },
     leaves=("hra_u",),
     module=module,
     tensors=tensors,

@@ -64,6 +64,9 @@ def _selects(target: str, modules: Iterable[str]) -> bool:
 TUNER = Tuner(
     "IA3",
     summary="diag(l) W or W diag(l)",
+    shapes={
+        "ia3_l": "_out 1 | 1 _n *",
+    },
     leaves=("ia3_l",),
     module=module,
     tensors=tensors,

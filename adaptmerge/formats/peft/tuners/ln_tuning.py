@@ -34,6 +34,9 @@ def tensors(edit: LnTuning) -> Parts:
 TUNER = Tuner(
     "LN_TUNING",
     summary="norm weights and biases, stored whole",
+    shapes={
+        r"ln_tuning_layers(\.bias)?": "n *",
+    },
     leaves=(LEAF,),
     module=module,
     tensors=tensors,

@@ -9,7 +9,7 @@ from typing import Any
 from adaptmerge.adapters.families.loha import LoHa
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
-from adaptmerge.formats.peft.additive import added, axes, expect, integer, kernel_of, number
+from adaptmerge.formats.peft.additive import added, expect, integer, kernel_of, number
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 
 SIDES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -19,7 +19,7 @@ CORES = ("hada_t1", "hada_t2")
 def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     """alpha / r times the product."""
     up_1, down_1, up_2, down_2 = (parts[leaf] for leaf in SIDES)
-    rank, _ = axes("hada_w1_b", down_1, 2)
+    rank, _ = down_1.shape
     expect(reading, "r", module, rank)
     scale = number(reading, "alpha", module) / integer(reading, "r", module)
     if not any(leaf in parts for leaf in CORES):
@@ -27,8 +27,6 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     if not reading.setting("use_effective_conv2d"):
         raise Malformed("hada_t1 or hada_t2 is stored, but use_effective_conv2d is not set")
     core_1, core_2 = (parts[leaf] for leaf in CORES)
-    for ref in (up_1, up_2, core_1, core_2):
-        axes(ref.name, ref, 2, 5)
     factor = LoHa(up_1.T, down_1, up_2.T, down_2, scale, core_1, core_2)
     return added(reading, module, factor, kernel_of(core_1.shape))
 
@@ -57,6 +55,10 @@ def _loha(edit: Add) -> LoHa:
 TUNER = Tuner(
     "LOHA",
     summary="(B1 A1) * (B2 A2), element by element",
+    shapes={
+        "hada_w[12]_[ab]": "_a _b",
+        "hada_t[12]": "r r *",
+    },
     leaves=(*SIDES, *CORES),
     module=module,
     tensors=tensors,

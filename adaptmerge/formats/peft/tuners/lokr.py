@@ -15,7 +15,7 @@ from adaptmerge.adapters.families.lokr import LoKr, side
 from adaptmerge.adapters.graph import Edit
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.errors import CannotStore
-from adaptmerge.formats.peft.additive import added, axes, expect, integer, kernel_of, number
+from adaptmerge.formats.peft.additive import added, expect, integer, kernel_of, number
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 from adaptmerge.tensors.refs import TensorRef
 
@@ -46,14 +46,12 @@ def _side(parts: Parts, name: str) -> tuple[TensorRef, ...]:
             raise Malformed(
                 f"{name} is stored whole and as {', '.join(extra)}: expected one of them"
             )
-        axes(name, parts[name], 2, 5)
         return (parts[name],)
     up, down = (parts[leaf] for leaf in low)
-    for leaf in low:
-        axes(leaf, parts[leaf], 2)
     if core not in parts:
         return up, down
-    axes(core, parts[core], 3, 5)
+    if len(parts[core].shape) < 3:
+        raise Malformed(f"{core} has shape {list(parts[core].shape)}: expected a kernel")
     return up.T, parts[core], down
 
 
@@ -135,6 +133,11 @@ def _lokr(edit: Add) -> LoKr:
 TUNER = Tuner(
     "LOKR",
     summary="kron(C, B A), either side whole or of low rank",
+    shapes={
+        "lokr_w[12]": "_a _b *",
+        "lokr_w[12]_[ab]": "_a _b",
+        "lokr_t2": "_r _q *",
+    },
     leaves=(
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
         *("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),

@@ -10,6 +10,15 @@ TUNER = Tuner(
     "LORA",
     takes=("init",),
     summary="scale * B @ A, and what DoRA, PiSSA, OLoRA, KaSA, BD-LoRA, QA-LoRA and aLoRA make of it",
+    shapes={
+        "lora_A": "_r? _in *",
+        "lora_B": "_out _r? *",
+        r"lora_B\.bias": "_out",
+        "lora_embedding_A": "_r? _number",
+        "lora_embedding_B": "_dimension _r?",
+        "lora_magnitude_vector": "_out | 1 _out *",
+        "lora_diag": "_r",
+    },
     leaves=(
         *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
         *("lora_diag", "lora_velora_embed", r"lora_monteclora_sampler\.[^.]+"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from adaptmerge.adapters.families.miss import Miss, MissBat
 from adaptmerge.adapters.graph import Edit, Site
-from adaptmerge.formats.peft.additive import axes, expect, refuse
+from adaptmerge.formats.peft.additive import expect, refuse
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 from adaptmerge.tensors.refs import TensorRef
 
@@ -30,7 +30,9 @@ def edit_of(reading: Reading, module: str, block: TensorRef) -> Edit:
 
 
 def _plain(reading: Reading, module: str, block: TensorRef) -> Miss:
-    rank, width = axes("the block", block, 2)
+    if len(block.shape) != 2:
+        raise Malformed(f"the block has shape {list(block.shape)}: expected 2 axes")
+    rank, width = block.shape
     expect(reading, "r", module, rank)
     tiled = reading.setting("init_weights") == "mini"
     if tiled:
@@ -68,6 +70,9 @@ _PLAIN: Mapping[str, Any] = {"init_weights": True}
 TUNER = Tuner(
     "MISS",
     summary="one block added to every shard of the inputs; bat: W M + M by blocks",
+    shapes={
+        "miss_block": "r _width | _blocks r r",
+    },
     leaves=("miss_block",),
     module=module,
     tensors=tensors,

@@ -66,6 +66,11 @@ TUNER = Tuner(
     "MULTITASK_PROMPT_TUNING",
     takes=("task",),
     summary="a prompt times a low-rank matrix per task; ?task=N takes one task's",
+    shapes={
+        "prompt_embeddings": "tokens dimension",
+        "prefix_task_cols": "tasks tokens rank",
+        "prefix_task_rows": "tasks rank dimension",
+    },
     read=read,
     tensors=virtual.nothing,
     shared=shared,

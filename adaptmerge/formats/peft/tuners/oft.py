@@ -140,6 +140,10 @@ def _near(edit: Oft, wanted: int) -> int:
 TUNER = Tuner(
     "OFT",
     summary="W times a block-diagonal rotation, by a Cayley transform or its series",
+    shapes={
+        "oft_R": "blocks values?",
+        "oft_embedding_R": "blocks values?",
+    },
     leaves=(LINEAR, EMBEDDING),
     module=module,
     tensors=tensors,

@@ -37,6 +37,11 @@ def settings(edit: Osf) -> Mapping[str, Any]:
 TUNER = Tuner(
     "OSF",
     summary="the weak singular directions of W replaced by trained ones",
+    shapes={
+        r"osf_svd_params\.U_low": "out k?",
+        r"osf_svd_params\.S_low": "k?",
+        r"osf_svd_params\.V_low": "k? in",
+    },
     leaves=tuple(leaf.replace(".", r"\.") for leaf in LEAVES),
     module=module,
     tensors=tensors,

@@ -8,6 +8,9 @@ from adaptmerge.formats.peft.tuner import Tuner
 TUNER = Tuner(
     "P_TUNING",
     summary="virtual tokens before the input, trained through a small network",
+    shapes={
+        "prompt_embeddings": "tokens dimension",
+    },
     read=virtual.read_prompt("p_tuning"),
     tensors=virtual.nothing,
     shared=virtual.prompt_spelling,

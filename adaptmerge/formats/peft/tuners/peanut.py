@@ -63,6 +63,11 @@ def settings(edit: Peanut) -> Mapping[str, Any]:
 TUNER = Tuner(
     "PEANUT",
     summary="a delta computed from W by a small network",
+    shapes={
+        "peanut_A": "r out",
+        "peanut_B": "out r",
+        r"peanut_(en|de)coders\.\d+": "r r",
+    },
     leaves=("peanut_A", "peanut_B", r"peanut_encoders\.\d+", r"peanut_decoders\.\d+"),
     module=module,
     tensors=tensors,

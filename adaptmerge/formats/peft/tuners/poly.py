@@ -59,6 +59,11 @@ TUNER = Tuner(
     "POLY",
     takes=("task",),
     summary="for each task another mean of several LoRAs",
+    shapes={
+        "poly_lora_A": "splits skills _part rank",
+        "poly_lora_B": "splits skills rank _part",
+        r"poly_router\.module_logits": "_tasks _choices",
+    },
     leaves=(DOWN, UP, r"poly_router\.module_logits"),
     module=module,
     tensors=tensors,

@@ -11,6 +11,9 @@ from adaptmerge.formats.peft.tuner import Tuner
 TUNER = Tuner(
     "PREFIX_TUNING",
     summary="keys and values that every layer attends to",
+    shapes={
+        "prompt_embeddings": "tokens width",
+    },
     read=virtual.read_prefix("prefix_tuning"),
     tensors=virtual.nothing,
     shared=virtual.prefix_spelling,

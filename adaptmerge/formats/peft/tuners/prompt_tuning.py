@@ -8,6 +8,9 @@ from adaptmerge.formats.peft.tuner import Tuner
 TUNER = Tuner(
     "PROMPT_TUNING",
     summary="virtual tokens before the input",
+    shapes={
+        "prompt_embeddings": "tokens dimension",
+    },
     read=virtual.read_prompt("prompt_tuning"),
     tensors=virtual.nothing,
     shared=virtual.prompt_spelling,

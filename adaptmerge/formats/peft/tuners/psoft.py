@@ -97,6 +97,10 @@ def settings(edit: Psoft) -> Mapping[str, Any]:
 TUNER = Tuner(
     "PSOFT",
     summary="W + B (R - I) A inside its strongest singular directions",
+    shapes={
+        "psoft_R": "_n? | r r",
+        r"psoft_R\.vector_[ab]": "r",
+    },
     leaves=(r"psoft_R\.vector_a", r"psoft_R\.vector_b", "psoft_R"),
     module=module,
     tensors=tensors,

@@ -33,6 +33,12 @@ def shared(edits: Sequence[Edit]) -> Spelling:
 TUNER = Tuner(
     "PVERA",
     summary="VeRA with random inner coordinates: its mean",
+    shapes={
+        "pvera_lambda_b": "out",
+        "pvera_lambda_d": "n",
+        "pvera_A": "n _in",
+        "pvera_B": "_out r",
+    },
     leaves=PVERA.leaves,
     read=read,
     tensors=tensors,

@@ -17,7 +17,7 @@ from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
 from adaptmerge.tensors.compare import same_values
-from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.refs import TensorRef, bounded, computed
 
 SHORT, LONG = "randlora_A", "randlora_B"
 WEIGHTS, COLUMNS = "randlora_lambda", "randlora_gamma"
@@ -56,7 +56,7 @@ def _drawn(reading: Reading) -> tuple[TensorRef, TensorRef]:
         reading.notes.append(Note(Kind.ASSUMED, what))
     key, rank = seed(reading, "projection_prng_key"), integer(reading, "r")
     nodes = [RandBases(key, rank, small, large, style, side) for side in ("short", "long")]
-    first, second = (computed(node, shared=True) for node in nodes)
+    first, second = (bounded(computed(node, shared=True)) for node in nodes)
     return first, second
 
 
@@ -165,6 +165,12 @@ def _fields(node: RandBases) -> Mapping[str, Any]:
 TUNER = Tuner(
     "RANDLORA",
     summary="a weighted sum of fixed random low-rank matrices, of full rank",
+    shapes={
+        "randlora_lambda": "r n",
+        "randlora_gamma": "n _small",
+        "randlora_A": "r 1 _small",
+        "randlora_B": "_large n r",
+    },
     leaves=(SHORT, LONG, WEIGHTS, COLUMNS),
     read=read,
     tensors=tensors,

@@ -49,6 +49,10 @@ def settings(edit: Road) -> Mapping[str, Any]:
 TUNER = Tuner(
     "ROAD",
     summary="outputs turned and scaled pair by pair",
+    shapes={
+        "road_theta": "n",
+        "road_alpha": "n",
+    },
     leaves=("road_theta", "road_alpha"),
     module=module,
     tensors=tensors,

@@ -39,6 +39,10 @@ def settings(edit: Shira) -> Mapping[str, Any]:
 TUNER = Tuner(
     "SHIRA",
     summary="values at chosen places of the weight",
+    shapes={
+        "shira_weight": "n?",
+        "shira_indices": "number: 2 n?",
+    },
     leaves=("shira_weight", "shira_indices"),
     module=module,
     tensors=tensors,

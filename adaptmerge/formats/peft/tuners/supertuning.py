@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptmerge.adapters.families.supertuning import Supertuning
 from adaptmerge.adapters.graph import Edit, Kind, Note, Site
-from adaptmerge.formats.peft.additive import axes, expect, fits, number
+from adaptmerge.formats.peft.additive import expect, fits, number
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Tuner
 from adaptmerge.tensors.refs import TensorRef
 
@@ -36,8 +36,8 @@ def _pair(
     if not set(SIDES) & parts.keys() and not reading.setting("r"):
         return None, None, None
     up, down = (parts[leaf] for leaf in SIDES)
-    height, rank = axes(SIDES[0], up, 2)
-    _, width = axes(SIDES[1], down, 2)
+    height, rank = up.shape
+    _, width = down.shape
     expect(reading, "r", module, down.shape[0])
     expect(reading, "r", module, rank)
     fits(reading, module, (height, width))
@@ -82,6 +82,12 @@ def settings(edit: Supertuning) -> Mapping[str, Any]:
 TUNER = Tuner(
     "SUPERTUNING",
     summary="values at the largest weights; with r a LoRA beside them",
+    shapes={
+        "supertuning_values": "n?",
+        "supertuning_indices": "whole: n?",
+        "supertuning_lora_A": "r in",
+        "supertuning_lora_B": "out r",
+    },
     leaves=("supertuning_indices", "supertuning_values", *SIDES),
     module=module,
     tensors=tensors,

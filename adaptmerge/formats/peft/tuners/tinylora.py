@@ -191,6 +191,12 @@ def _factor(edit: Add) -> TinyLora:
 TUNER = Tuner(
     "TINYLORA",
     summary="B (sum of v_i P_i) A, P random, B and A the base's singular sides",
+    shapes={
+        "tinylora_A": "_r _in",
+        "tinylora_B": "_out _r",
+        "tinylora_P": "u r r",
+        r"tinylora_v\..+": "u",
+    },
     leaves=(UP, DOWN, MIXED),
     read=read,
     tensors=tensors,

@@ -48,6 +48,9 @@ def finish(edits: Sequence[ReplaceRows], config: dict[str, Any]) -> dict[str, An
 TUNER = Tuner(
     "TRAINABLE_TOKENS",
     summary="rows of an embedding replaced",
+    shapes={
+        "trainable_tokens_delta": "tokens _dimension",
+    },
     leaves=("trainable_tokens_delta",),
     module=module,
     tensors=tensors,

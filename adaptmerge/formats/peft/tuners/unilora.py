@@ -14,7 +14,7 @@ from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.refs import TensorRef, bounded, computed
 
 VECTOR = "unilora_theta_d"
 LEAVES = ("unilora_indices_B", "unilora_scales_B", "unilora_indices_A", "unilora_scales_A")
@@ -74,7 +74,7 @@ def _given_out(reading: Reading, vector: TensorRef) -> list[Edit]:
     start = 0
     for module, (out, width) in shapes.items():
         scales = UniScales(places, dtypes[module])
-        both = [computed(node, shared=True) for node in (places, scales)]
+        both = [bounded(computed(node, shared=True)) for node in (places, scales)]
         middle, stop = start + rank * width, start + rank * (width + out)
         down = [ref.slice(0, start, middle).reshape(rank, width) for ref in both]
         up = [ref.slice(0, middle, stop).reshape(out, rank) for ref in both]
@@ -124,6 +124,13 @@ def _factor(edit: Add) -> UniLora:
 TUNER = Tuner(
     "UNILORA",
     summary="B A, every entry of which is one of a single vector",
+    shapes={
+        "unilora_theta_d": "d",
+        "unilora_indices_B": "whole: out r",
+        "unilora_scales_B": "out r",
+        "unilora_indices_A": "whole: r in",
+        "unilora_scales_A": "r in",
+    },
     leaves=LEAVES,
     read=read,
     tensors=tensors,

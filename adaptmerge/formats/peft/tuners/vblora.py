@@ -61,6 +61,10 @@ def _choice(reading: Reading, parts: Parts, leaf: str, bank: TensorRef) -> BankL
     indices, weights = parts[leaf + INDICES], parts[leaf + WEIGHTS]
     _check_shape(leaf + INDICES, indices, topk, "topk")
     _check_shape(leaf + WEIGHTS, weights, topk - 1, "topk - 1")
+    if indices.shape[:2] != weights.shape[:2]:
+        raise Malformed(
+            f"{leaf}{INDICES} {list(indices.shape)} and {leaf}{WEIGHTS} {list(weights.shape)} are no pair"
+        )
     return BankChoice(indices, weights)
 
 
@@ -102,6 +106,12 @@ def _factor(edit: Add) -> VbLora:
 TUNER = Tuner(
     "VBLORA",
     summary="B A, put together from vectors of one bank",
+    shapes={
+        "vblora_logits_[AB]": "_a _b _vectors",
+        "vblora_logits_[AB]_topk_indices": "whole: _a _b _topk",
+        "vblora_logits_[AB]_topk_weights": "_a _b _topk?",
+        "vblora_vector_bank": "vectors length",
+    },
     leaves=tuple(leaf + end for leaf in (DOWN, UP) for end in ("", INDICES, WEIGHTS)),
     read=read,
     tensors=tensors,

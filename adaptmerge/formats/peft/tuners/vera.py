@@ -14,7 +14,7 @@ from adaptmerge.formats.peft.additive import integer
 from adaptmerge.formats.peft.read import each_module
 from adaptmerge.formats.peft.shared import seed, uncut
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
-from adaptmerge.tensors.refs import TensorRef, computed
+from adaptmerge.tensors.refs import TensorRef, bounded, computed
 
 
 class Style(NamedTuple):
@@ -76,7 +76,7 @@ def _drawn(reading: Reading, style: Style) -> tuple[TensorRef, TensorRef]:
     shape_down = style.rows * rank, max(width for _, width in shapes)
     shape_up = max(out for out, _ in shapes), rank
     pair = [KaimingPair(key, shape_down, shape_up, side) for side in ("down", "up")]
-    down, up = (computed(node, shared=True) for node in pair)
+    down, up = (bounded(computed(node, shared=True)) for node in pair)
     return down, up
 
 
@@ -125,6 +125,12 @@ def shared(edits: Sequence[Edit], style: Style = VERA) -> Spelling:
 TUNER = Tuner(
     "VERA",
     summary="diag(b) B diag(d) A, B and A shared by all sites",
+    shapes={
+        "vera_lambda_b": "out",
+        "vera_lambda_d": "n",
+        "vera_A": "n _in",
+        "vera_B": "_out r",
+    },
     leaves=VERA.leaves,
     read=read,
     tensors=tensors,

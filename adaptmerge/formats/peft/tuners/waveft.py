@@ -55,6 +55,9 @@ def settings(edit: WaveFt) -> Mapping[str, Any]:
 TUNER = Tuner(
     "WAVEFT",
     summary="the inverse wavelet transform of a few coefficients",
+    shapes={
+        "waveft_spectrum": "n?",
+    },
     leaves=("waveft_spectrum",),
     module=module,
     tensors=tensors,

@@ -1,0 +1,42 @@
+"""Bases of numbers that are none, or not finite: refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from fuse.layers import MODULE, layer
+from fuse.models import fuse
+from safetensors.torch import save_file
+
+from adaptmerge.errors import CannotStore, InputError
+
+
+@pytest.mark.parametrize("quant", ["same", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_a_base_of_other_numbers_is_refused(quant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Integers that no scheme reads are codes of one that is not known."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    weights = {f"{module}.weight": torch.ones(12, 9) for module in samples.MODULES}
+    weights[f"{samples.MODULES[0]}.weight"] = torch.ones(12, 9).to(dtype)
+    save_file(weights, base / "model.safetensors")
+    adapter = samples.adapter(tmp_path / "a", 1)
+    with pytest.raises(CannotStore, match="in the base, expected floating-point numbers"):
+        fuse(base, [adapter], tmp_path / "out", quant=quant)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("allow", [{"base", "loss"}, {"base", "loss", "nonfinite"}])
+def test_codes_hold_only_finite_values(allow: set[str], tmp_path: Path) -> None:
+    base = layer(tmp_path / "base", "nf4", 24, 64)
+    sides = samples.random_sides(1, modules=[MODULE], shape=(24, 64))
+    sides[MODULE][0][0, 0] = torch.nan
+    adapter = samples.write(tmp_path / "a", sides)
+    expected = f"lora_A.weight' of {MODULE} holds NaN or infinity; codes have no such value"
+    with pytest.raises(InputError, match=expected):
+        fuse(base, [adapter], tmp_path / "out", allow=frozenset(allow))
