@@ -50,5 +50,12 @@ def ordered(
             future.cancel()
 
 
+Tell = Callable[[str, int, int], None]  # told what is worked on, what is done and how much there is
+
+
+def untold(what: str, done: int, total: int) -> None:
+    """A callback of that kind that says nothing."""
+
+
 def silent(done: int, total: int) -> None:
     """A progress callback that says nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -25,10 +26,10 @@ CHANGES: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def damaged(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """All tensors with one of them changed, and what was changed, once for each change and kind of tensor."""
+    """All tensors with one of them changed, and how: once for each change and kind of tensor."""
     seen = set()
     for name, value in tensors.items():
-        kind = name.rpartition("layers.")[2].partition(".")[2] or name
+        kind = re.sub(r"\d+|[a-z]+_proj", "", name)
         for said, change in CHANGES.items():
             if (kind, said) in seen:
                 continue

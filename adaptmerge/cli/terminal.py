@@ -101,22 +101,35 @@ def cell(value: object) -> str:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A callback (done, total) behind a bar on stderr, shown only once a run takes over a second."""
+    with steps() as tell:
+        yield lambda done, total: tell(what, done, total)
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """The same for work of several kinds: (what is worked on now, done, total), 0 for an unknown total."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda what, done, total: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     bar = Progress(console=Console(stderr=True), transient=True)
     started = time.monotonic()
-    task = bar.add_task(what, total=None)
+    task = bar.add_task("", total=None)
 
-    def advance(done: int, total: int) -> None:
+    def tell(what: str, done: int, total: int) -> None:
         if not bar.live.is_started and time.monotonic() - started > PATIENCE:
             bar.start()
-        bar.update(task, completed=done, total=total)
+        bar.update(task, description=_short(what), completed=done, total=total or None)
 
     try:
-        yield advance
+        yield tell
     finally:
         bar.stop()
+
+
+def _short(what: str) -> str:
+    """At most half of a line, with the end of a long name."""
+    most = WIDTH // 2
+    return what if len(what) <= most else f"…{what[1 - most :]}"

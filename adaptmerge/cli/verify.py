@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptmerge.cli.options import base_option, device_option, json_option, named_paths
-from adaptmerge.cli.terminal import filled, print_json, table
+from adaptmerge.cli.terminal import filled, print_json, steps, table
 from adaptmerge.errors import AdaptmergeError, OutputError
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def _judged(output: Path, questions: Questions, junit: Path | None) -> Verdict:
     from adaptmerge.commands import verify as library
 
     try:
-        verdict = library.verify(output, questions)
+        with steps() as tell:
+            verdict = library.verify(output, questions, tell)
     except AdaptmergeError as problem:
         if junit:
             failed = library.Check("verify", library.FAIL, "; ".join(problem.problems))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptmerge.adapters.graph import Bundle, Edit
 from adaptmerge.bases.base import Base
@@ -95,13 +95,27 @@ class Output:
             write_safetensors(path, tensors, metadata)
 
 
+class Answer(NamedTuple):
+    """What a library's layer adds to its outputs for given inputs (count, in), and the rounding in that,
+    relative to what is added."""
+
+    given: torch.Tensor
+    added: torch.Tensor
+    noise: float
+
+
 @dataclass(frozen=True, slots=True)
 class Oracle:
-    """A format's own library, asked for the truth: deltas and outputs of an adapter as it loads it."""
+    """A format's own library, asked for the truth: deltas and outputs of an adapter as it loads it.
+
+    answers: what its layers add for so many random inputs each, by site; None where layers cannot be asked
+    one by one.
+    """
 
     package: str
     deltas: Callable[[Any, Path], dict[str, torch.Tensor]]
     forward: Callable[[Any, Path, Mapping[str, Any]], torch.Tensor]
+    answers: Callable[[Any, Path, int], dict[str, Answer] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from adaptmerge.adapters.weight_edits import WeightEdit, factor_of
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.runtime.editing import Editing, apply_edits, canonical_shape, zero_bias
+from adaptmerge.runtime.embeddings import embeddings_of
 from adaptmerge.runtime.places import hook_activation, is_activation
 from adaptmerge.runtime.replicate import replicated
 
@@ -105,10 +106,7 @@ def editings(
 
 def _tie_rows(model: torch.nn.Module, placed: dict[str, Editing]) -> None:
     """Rows of an input embedding that the head shares are replaced in the head, too, as PEFT does."""
-    inner, outer = (
-        getattr(model, name, lambda: None)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-    )
+    inner, outer = embeddings_of(model)
     if inner is None or outer is None or inner.weight is not outer.weight:
         return
     found = [_rows(editing) for editing in placed.values() if editing.module is inner]

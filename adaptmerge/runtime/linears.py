@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
+from adaptmerge.runtime.embeddings import embeddings_of
 from adaptmerge.runtime.models import in_one_sentence, model_class, model_config, quietly
 
 
@@ -58,7 +59,7 @@ def ties_head(base_dir: Path) -> bool | None:
         model: Any = _without_weights(base_dir)
     except InputError:
         return None
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    inner, outer = embeddings_of(model)
     if inner is None or outer is None:
         return False
     said = (model.config, model.config.get_text_config())  # a part of a composite model may lack it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from adaptmerge.bases.base import GGUF
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import Listing
 from adaptmerge.lazy import torch
+from adaptmerge.parallel import Tell
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 UNLIKELY = 12_289  # labels: no dimension of a model is so by chance
@@ -64,6 +65,14 @@ def load_model(
         fit_heads(model, adapter)
         loaded: torch.nn.Module = model.to(device).eval()
     return loaded
+
+
+def twin(model: torch.nn.Module) -> torch.nn.Module:
+    """Modules of its own around the same weights: what is put into one model is not in the other."""
+    known: dict[int, Any] = {id(value): value for value in model.buffers()}
+    for value in model.parameters():
+        known[id(value)] = torch.nn.Parameter(value.detach(), requires_grad=False)
+    return copy.deepcopy(model, known)
 
 
 def model_config(base_dir: Path) -> Any:
@@ -296,6 +305,30 @@ def outputs_of(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> to
         outputs = model(**{name: value.to(device) for name, value in inputs.items()})
     first: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
     return first.float().cpu()
+
+
+@contextmanager
+def watched(model: torch.nn.Module, tell: Tell) -> Iterator[None]:
+    """While active, `tell` hears of each layer that begins its forward."""
+    layers = [
+        (f"{path}.{name}", layer)
+        for path, owner in model.named_modules()
+        if isinstance(owner, torch.nn.ModuleList)
+        for name, layer in owner.named_children()
+        if path.count(".") < 3
+    ]
+
+    def told(number: int) -> Callable[..., None]:
+        return lambda *_: tell(f"outputs of {layers[number][0]}", number, len(layers))
+
+    handles = [
+        layer.register_forward_pre_hook(told(number)) for number, (_, layer) in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

@@ -65,8 +65,9 @@ def _together(
         for module in parted:
             undo.enter_context(module.active())
         outputs = outputs_of(model, wide)
-    if outputs.shape[0] % count:
-        raise _Inseparable
+    rows = {value.shape[0] for value in wide.values()}
+    if outputs.shape[0] % count or rows & set(outputs.shape[1:]):
+        raise _Inseparable  # as where each text is compared with each image
     return list(torch.chunk(outputs, count))
 
 

@@ -14,6 +14,7 @@ from adaptmerge.adapters.families.prefix import Prefix
 from adaptmerge.adapters.families.prompt import Prompt
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
+from adaptmerge.runtime.embeddings import embeddings_of
 
 Given = dict[str, Any]  # the arguments of a forward by name
 IGNORED = -100  # the label that losses leave out
@@ -131,7 +132,7 @@ def _cached(model: torch.nn.Module) -> torch.nn.Module:
 
 def _embeddings(model: torch.nn.Module) -> Any:
     """The input embeddings. Raises InputError for models that are not of text."""
-    found = getattr(model, "get_input_embeddings", lambda: None)()
+    found, _ = embeddings_of(model)
     if found is None:
         raise InputError(
             f"{type(model).__name__} has no input embeddings: virtual tokens are for the text models "

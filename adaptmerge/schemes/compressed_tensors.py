@@ -248,8 +248,8 @@ def _levels(
     sides: list[int] = stated.read().flatten().tolist() if stated is not None and whole else []
     if len(sides) != 2 or sides[0] != rows:
         where = weight.name.removesuffix("packed")
-        kind = "missing" if stated is None else f"{stated.dtype} {list(stated.shape)}"
-        raise InputError(f"{where}shape is {sides or kind}, expected [{rows}, in]")
+        held = "missing" if stated is None else f"{stated.dtype} {list(stated.shape)}"
+        raise InputError(f"{where}shape is {sides or held}, expected [{rows}, in]")
     return Ints(_bits(weight, sides[1], group), packed=True), (rows, sides[1])
 
 

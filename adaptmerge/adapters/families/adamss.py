@@ -8,8 +8,10 @@ from typing import ClassVar
 from adaptmerge.adapters.families.seeded import global_seed
 from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Expanded, Factor, Leaf, Product
+from adaptmerge.algebra.linalg import working
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import DType
+from adaptmerge.tensors.places import places_in
 from adaptmerge.tensors.refs import TensorRef, computed, join
 
 SEEDED = 123456789  # of the k-means that PEFT clusters rows with
@@ -32,9 +34,10 @@ class Scattered:
         return self.parts[0].dtype
 
     def read(self) -> torch.Tensor:
-        parts = [part.read() for part in self.parts]
+        parts = [working(part.read()) for part in self.parts]
         blocks: torch.Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        placed: torch.Tensor = torch.empty_like(blocks).index_copy(0, self.rows.read(), blocks)
+        rows = places_in(self.rows, len(blocks))
+        placed: torch.Tensor = torch.empty_like(blocks).index_copy(0, rows, blocks)
         return placed
 
 

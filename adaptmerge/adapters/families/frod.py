@@ -9,6 +9,7 @@ from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.places import places_in
 from adaptmerge.tensors.refs import TensorRef
 
 NOTHING = 1e-12  # columns of W V^-T shorter than this have no direction
@@ -36,7 +37,7 @@ class Frod:
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         basis = self.basis.read().to(weight)
         core = torch.diag(self.scales.read().to(weight))
-        rows, columns = self.places.read().to(weight.device)
+        rows, columns = places_in(self.places, *core.shape).to(weight.device)
         core = core.index_put((rows, columns), self.couplings.read().to(weight), accumulate=True)
         return _directions(weight, basis) @ core @ basis.T
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra.factors import Factor
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.places import places_in
 from adaptmerge.tensors.refs import TensorRef
 
 
@@ -30,14 +30,5 @@ class Shira:
         return None
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.places.read().long().to(weight.device)
-        if not (_within(rows, weight.shape[0]) and _within(columns, weight.shape[1])):
-            raise InputError(
-                f"tensor {self.places.name!r} has places outside of a weight of {list(weight.shape)}: is "
-                "it for another model?"
-            )
+        rows, columns = places_in(self.places, *weight.shape).to(weight.device)
         return weight.index_put((rows, columns), self.values.read().to(weight), accumulate=True)
-
-
-def _within(places: torch.Tensor, count: int) -> bool:
-    return not places.numel() or (int(places.min()) >= 0 and int(places.max()) < count)

@@ -8,8 +8,8 @@ from typing import ClassVar
 from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.algebra.low_rank import LowRank
-from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.places import places_in
 from adaptmerge.tensors.refs import TensorRef
 
 
@@ -53,11 +53,5 @@ class Supertuning:
 
     def _places(self, flat: torch.Tensor) -> torch.Tensor:
         if self.places is not None:
-            places = self.places.read().long().to(flat.device)
-            if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < len(flat):
-                raise InputError(
-                    f"tensor {self.places.name!r} has places outside of a weight of {len(flat)} "
-                    "values: is it for another model?"
-                )
-            return places
+            return places_in(self.places, len(flat)).to(flat.device)
         return torch.topk(flat.abs(), self.values.count, largest=self.largest).indices

@@ -10,6 +10,7 @@ from adaptmerge.algebra.factors import Expanded, Factor
 from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import F64, I64, DType
+from adaptmerge.tensors.places import places_in
 from adaptmerge.tensors.refs import TensorRef, computed
 
 
@@ -47,7 +48,10 @@ class UniSide:
         return F64
 
     def read(self) -> torch.Tensor:
-        return self.vector.read().double()[self.places.read()] * self.scales.read().double()
+        return (
+            self.vector.read().double()[places_in(self.places, self.vector.count)]
+            * self.scales.read().double()
+        )
 
 
 @dataclass(frozen=True, slots=True)

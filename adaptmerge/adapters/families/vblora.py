@@ -9,6 +9,7 @@ from adaptmerge.algebra.factors import Expanded, Factor
 from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import F64, DType
+from adaptmerge.tensors.places import places_in
 from adaptmerge.tensors.refs import TensorRef, computed
 
 
@@ -23,8 +24,8 @@ class BankLogits:
     def grid(self) -> tuple[int, ...]:
         return self.values.shape[:-1]
 
-    def chosen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and indices, both (a, b, topk)."""
+    def chosen(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and indices, both (a, b, topk), of so many vectors."""
         logits, indices = self.values.read().double().topk(self.topk, dim=-1)
         return torch.softmax(logits, dim=-1), indices
 
@@ -40,11 +41,11 @@ class BankChoice:
     def grid(self) -> tuple[int, ...]:
         return self.indices.shape[:-1]
 
-    def chosen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and indices, both (a, b, k)."""
+    def chosen(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and indices, both (a, b, k), of so many vectors."""
         weights = self.weights.read().double()
         last = 1 - weights.sum(-1, keepdim=True)
-        return torch.cat([weights, last], dim=-1), self.indices.read().long()
+        return torch.cat([weights, last], dim=-1), places_in(self.indices, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class BankSide:
         return F64
 
     def read(self) -> torch.Tensor:
-        weights, indices = self.choice.chosen()
+        weights, indices = self.choice.chosen(self.bank.shape[0])
         mixed = (weights.unsqueeze(-1) * self.bank.read().double()[indices]).sum(-2)
         return (mixed if self.side == "down" else mixed.transpose(1, 2)).reshape(self.shape)
 

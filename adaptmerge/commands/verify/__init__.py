@@ -32,6 +32,8 @@ from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationF
 from adaptmerge.formats.inputs import Input, InputSpec, open_input
 from adaptmerge.merging.align import align, in_one_layout
 from adaptmerge.outputs.report import Report, load_report
+from adaptmerge.parallel import Tell, untold
+from adaptmerge.runtime.inputs import CannotRun
 from adaptmerge.runtime.models import device_named
 from adaptmerge.schemes.view import open_values
 from adaptmerge.tensors.dtypes import BY_NAME
@@ -63,14 +65,17 @@ class Questions:
     fuse: FuseOptions = FuseOptions()
 
 
-def verify(output: Path, questions: Questions = Questions()) -> Verdict:
-    """The verdict on an output with a report. Raises InputError when it cannot be examined at all."""
+def verify(output: Path, questions: Questions = Questions(), tell: Tell = untold) -> Verdict:
+    """The verdict on an output with a report; `tell` hears what is looked at.
+
+    Raises InputError when it cannot be examined at all.
+    """
     if not output.exists():
         raise InputError(
             "does not exist: give the folder or file that was written", where=str(output)
         )
     if questions.adapters or is_fused(output):
-        return _of_fused(output, questions)
+        return _of_fused(output, questions, tell)
     report = load_report(output)
     problems = malformed(report)
     if problems:
@@ -85,7 +90,7 @@ def verify(output: Path, questions: Questions = Questions()) -> Verdict:
         checks += _of_adapter(name, found)
     if inputs is None:
         return Verdict(output.name, checks, TRUSTED)
-    merge = _Merge(report, questions, base, inputs, results)
+    merge = _Merge(report, questions, base, inputs, results, tell)
     more, trusted = _against_promises(merge, fits=not _failed(checks, "base"))
     return Verdict(output.name, [*checks, *more], trusted)
 
@@ -99,6 +104,7 @@ class _Merge:
     base: Base | None
     inputs: Sequence[Input]
     results: Mapping[str, Input]
+    tell: Tell
 
     @property
     def edits(self) -> list[Edit]:
@@ -116,7 +122,7 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
     references = {}
     for name, result in merge.results.items():
         own = [item for item in promised if item.line.adapter in ("", name)]
-        check, expected = check_weights(merge.report, own, result.adapter)
+        check, expected = check_weights(merge.report, own, result.adapter, merge.tell)
         labels = {owner_of(item.edit): item.labels for item in own if item.labels is not None}
         checks += _of_adapter(name, [check, *check_labels(labels, result.adapter)])
         references[name] = result.adapter.with_edits(expected)
@@ -138,11 +144,11 @@ def _promises(merge: _Merge) -> list[Promised]:
     return promises(merge.report, in_one_layout(named, merge.base, layout), merge.base)
 
 
-def _of_fused(output: Path, questions: Questions) -> Verdict:
+def _of_fused(output: Path, questions: Questions, tell: Tell) -> Verdict:
     """The verdict on a model that adapters were fused into."""
     from adaptmerge.commands.verify.fused.model import options_in, verify_fused
 
-    how: Any = {"device": questions.device, "layerwise": questions.layerwise}
+    how: Any = {"device": questions.device, "layerwise": questions.layerwise, "tell": tell}
     if questions.adapters:
         options = replace(questions.fuse, allow=questions.fuse.allow | {"loss"})
         return verify_fused(output, questions.base, questions.adapters, options, None, **how)
@@ -296,22 +302,28 @@ def _model_checks(
     merge: _Merge, base: Base, expected: Mapping[str, Adapter]
 ) -> tuple[list[Check], str]:
     """The checks of outputs of the real model, and what has to be trusted."""
-    from adaptmerge.commands.verify import forward
+    try:
+        return _run(merge, _bench(merge, base), expected)
+    except CannotRun as problem:
+        return [Check("forward", UNDECIDABLE, "; ".join(problem.problems))], UNPROVEN
 
-    bench = _bench(merge, base)
+
+def _run(merge: _Merge, bench: Bench, expected: Mapping[str, Adapter]) -> tuple[list[Check], str]:
+    from adaptmerge.commands.verify import forward, native
+
     dtype = BY_NAME[merge.report.output["dtype"].upper()]
     checks: list[Check] = []
     asked = False
     for name, result in merge.results.items():
         ours = forward.check_forward(bench, expected[name], result.adapter, dtype)
         found = [ours.check]
-        asked = forward.installed(result.format) and not bench.layerwise
+        asked = native.installed(result.format) and not bench.layerwise
         if asked:
-            found.append(forward.check_native_output(bench, result, ours, dtype))
+            found.append(native.check_native_output(bench, result, ours, dtype))
         checks += _of_adapter(name, found)
     if not asked:
         return checks, UNPROVEN
-    readings = forward.check_native_inputs(replace(bench, device="cpu"), merge.inputs)
+    readings = native.check_native_inputs(replace(bench, device="cpu"), merge.inputs)
     proved = [c for c in readings if c.status == PASS]
     trusted = "" if len(proved) == len(merge.inputs) else UNPROVEN
     return [*checks, *readings], trusted
@@ -326,4 +338,4 @@ def _bench(merge: _Merge, base: Base) -> Bench:
     trained = sorted({token for edit in merge.edits for token in trained_tokens(edit)})
     # weights that stand for quantised ones are streamed: live quantised layers would be another code path
     layerwise = merge.questions.layerwise or base.on_disk is not None
-    return forward.Bench.of(base, device, layerwise, invoking + trained)
+    return forward.Bench.of(base, device, layerwise, invoking + trained, merge.tell)

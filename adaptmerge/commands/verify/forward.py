@@ -1,4 +1,4 @@
-"""Oracles 2 and 3: outputs of the real model with the result, against the promise and the own library.
+"""Oracle 2: outputs of the real model with the result, against those with what was promised.
 
 Errors are relative to the adapter's effect, |y - y_ref| / |y_ref - y_base|: relative to the outputs they
 would look small even for an adapter that was never applied.
@@ -6,22 +6,18 @@ would look small even for an adapter that was never applied.
 
 from __future__ import annotations
 
-import importlib.util
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from adaptmerge import runtime
-from adaptmerge.adapters.graph import Adapter, Site
-from adaptmerge.adapters.weight_edits import WeightEdit, delta_on
+from adaptmerge.adapters.graph import Adapter, Edit
+from adaptmerge.adapters.weight_edits import delta_of, norms_rows
 from adaptmerge.bases.base import Base
-from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, within
-from adaptmerge.formats.format import Format
-from adaptmerge.formats.inputs import Input
+from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, within
+from adaptmerge.errors import AdaptmergeError
 from adaptmerge.lazy import torch
-from adaptmerge.merging.resolve import WHOLE
+from adaptmerge.parallel import Tell, untold
 from adaptmerge.tensors.dtypes import DType
 
 FIXED = {"F64": 1e-5, "F32": 1e-5, "F16": 2e-3, "BF16": 2e-2}
@@ -54,25 +50,59 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Bench:
-    """A base model and inputs to run it on; `model()` gives a fresh one, `run` the outputs."""
+    """A base model and inputs to run it on; `model()` gives it, `run` the outputs."""
 
     base: Base
     device: str
     layerwise: bool
     inputs: Mapping[str, Any]
+    tell: Tell = untold
+    loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, base: Base, device: str, layerwise: bool, tokens: Sequence[int] = ()) -> Bench:
+    def of(
+        cls,
+        base: Base,
+        device: str,
+        layerwise: bool,
+        tokens: Sequence[int] = (),
+        tell: Tell = untold,
+    ) -> Bench:
         """`tokens` are some that the inputs should have: those that were trained."""
-        inputs = runtime.example_inputs(base.config, first=tokens)
+        inputs = runtime.inputs_for(base.path, tokens)
         placed = {name: value.to(device) for name, value in inputs.items()}
-        return cls(base, device, layerwise, placed)
+        return cls(base, device, layerwise, placed, tell)
 
     def model(self, adapter: Adapter | None = None) -> Any:
-        """The base in float32, whole or streamed layer by layer, with places for an adapter's heads."""
+        """The base in float32 with places for an adapter's heads: modules of its own, around weights that
+        models of adapters share which leave these alone."""
+        if self.layerwise or (adapter is not None and not all(map(_shares, adapter.edits))):
+            return self.fresh_model(adapter)
+        key = str(self.base.path), self.device
+        if key not in self.loaded:
+            self.loaded[key] = self.fresh_model()
+        return runtime.twin(self.loaded[key])
+
+    def fresh_model(self, adapter: Adapter | None = None) -> Any:
+        """The base in float32, whole or streamed layer by layer, with weights of its own."""
+        self.tell(f"loading {self.base.path.name}", 0, 0)
         if self.layerwise:
             return runtime.stream_model(self.base, device=self.device)
         return runtime.load_model(self.base.path, self.device, adapter=adapter)
+
+    def run_each(self, model: Any, adapters: Sequence[Adapter | None]) -> list[torch.Tensor]:
+        """Outputs of the model with each adapter (None: none). Raises CannotRun where it has none without,
+        either."""
+        try:
+            with runtime.watched(model, self.tell):
+                return runtime.outputs_of_each(model, self.inputs, adapters)
+        except AdaptmergeError:
+            raise
+        except Exception:
+            why = runtime.ran(model, self.inputs)
+            if why is None:
+                raise
+            raise runtime.CannotRun(why) from None
 
     def run(self, model: Any, adapter: Adapter | None = None) -> torch.Tensor:
         """Outputs of the model, with the adapter attached if one is given."""
@@ -80,6 +110,11 @@ class Bench:
             return runtime.outputs_of(model, self.inputs)
         with runtime.attach(model, adapter):
             return runtime.outputs_of(model, self.inputs)
+
+
+def _shares(edit: Edit) -> bool:
+    """Whether a library that loads it has no reason to change weights of the base, or to make new ones."""
+    return delta_of(edit) is not None or norms_rows(edit)
 
 
 class Forward(NamedTuple):
@@ -93,7 +128,7 @@ class Forward(NamedTuple):
 def check_forward(bench: Bench, expected: Adapter, output: Adapter, dtype: DType) -> Forward:
     """The check of the output read by adaptmerge."""
     model = bench.model(expected)
-    y_base, y_ref, y = runtime.outputs_of_each(model, bench.inputs, (None, expected, output))
+    y_base, y_ref, y = bench.run_each(model, (None, expected, output))
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
     if y.shape != y_ref.shape:
         detail = f"outputs are of shape {list(y.shape)}, promised were {list(y_ref.shape)}"
@@ -144,75 +179,3 @@ def judge(name: str, found: Comparison) -> Check:
         return Check(name, UNDECIDABLE, detail, numbers)
     detail = f"error {found.error:.2e} of the effect, tolerance {found.tolerance:.1e}"
     return Check(name, PASS if within(found.error, found.tolerance) else FAIL, detail, numbers)
-
-
-def installed(form: Format) -> bool:
-    """Whether the format's own library can be asked."""
-    return form.oracle is not None and importlib.util.find_spec(form.oracle.package) is not None
-
-
-def check_native_output(bench: Bench, result: Input, ours: Forward, dtype: DType) -> Check:
-    """The output loaded and run by its format's own library, against the reference."""
-    oracle, path = result.format.oracle, result.path
-    assert oracle is not None
-    name = f"forward in {oracle.package}"
-    model = bench.model(result.adapter)
-
-    def ask() -> Check:
-        y = oracle.forward(model, path, bench.inputs)
-        return judge(name, compare(y, ours.y_ref, ours.y_base, dtype))
-
-    return _guarded(name, ask)
-
-
-def check_native_inputs(bench: Bench, inputs: Sequence[Input]) -> list[Check]:
-    """Our reading of every input against its own library's deltas, where that is installed."""
-    checks = []
-    for item in inputs:
-        oracle = item.format.oracle
-        if oracle is not None and installed(item.format):
-            name = f"input {item.name} in {oracle.package}"
-            checks.append(_guarded(name, partial(_reading, name, bench, item)))
-    return checks
-
-
-def _guarded(name: str, ask: Callable[[], Check]) -> Check:
-    """The library's own refusal is a finding, not a crash."""
-    try:
-        return ask()
-    except Exception as problem:  # noqa: BLE001 - any failure of a foreign library
-        return Check(name, FAIL, f"the library cannot load it: {type(problem).__name__}: {problem}")
-
-
-def _reading(name: str, bench: Bench, item: Input) -> Check:
-    assert item.format.oracle is not None
-    model = bench.model(item.adapter)
-    adapter = runtime.as_built(model, item.adapter)
-    theirs = item.format.oracle.deltas(model, item.path)
-    ours = {
-        str(site): delta_on(edits, weight)
-        for site, edits in _weight_edits(adapter)
-        if (weight := bench.base.weight(site)) is not None
-    }
-    if not theirs or item.spec.alpha is not None:
-        return Check(name, SKIPPED, "the library has no deltas to compare with")
-    problems = [f"{site}: read by one of the two only" for site in sorted(set(ours) ^ set(theirs))]
-    worst = 0.0
-    for module in sorted(set(ours) & set(theirs)):
-        mine = ours[module].dense()
-        delta = theirs[module].to(mine)
-        off = float((mine - delta).norm()) / (float(delta.norm()) or 1.0)
-        worst = max(worst, off) if math.isfinite(off) else math.inf
-        if not within(off, FIXED["F32"]):
-            problems.append(f"{module}: read {off:.2e} away from the library's delta")
-    if problems:
-        return Check(name, FAIL, "; ".join(problems[:3]), {"worst": worst, "problems": problems})
-    return Check(name, PASS, f"{len(theirs)} deltas are read alike", {"worst": worst})
-
-
-def _weight_edits(adapter: Adapter) -> Iterator[tuple[Site, list[Any]]]:
-    """The edits that act on weights of modules and experts, by site; parameters stored whole aside."""
-    for site, edits in adapter.sites().items():
-        acting = [edit for edit in edits if isinstance(edit, WeightEdit) and edit.kind not in WHOLE]
-        if acting and (site.param == "weight" or site.expert is not None):
-            yield site, acting

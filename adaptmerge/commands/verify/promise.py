@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from adaptmerge.adapters.graph import Adapter, Edit, Labels, Site, fields_of
 from adaptmerge.adapters.module_paths import other_versions
@@ -24,7 +24,7 @@ from adaptmerge.adapters.weight_edits import (
 )
 from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, Rows
-from adaptmerge.algebra.forms import form_of
+from adaptmerge.algebra.forms import Form, form_of
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.stored import policies_in, promised_edit, promised_labels
@@ -57,6 +57,26 @@ class Promised:
     weight: TensorRef | None = None
     by_value: bool = False
     labels: Labels | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AddedTo:
+    """A delta on one base's weight, of which rows of that weight are a part."""
+
+    kind: ClassVar[str] = "add"
+    site: Site
+    factor: Factor
+    weight: TensorRef
+
+    def delta(self) -> Factor | None:
+        return self.factor
+
+    def form_on(self, weight: torch.Tensor) -> Form | None:
+        """The delta; the weight at hand is the base's own."""
+        return form_of(self.factor, self.weight)
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        return Add(self.site, self.factor).apply(weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,5 +355,5 @@ def expected_edit(promised: Promised, factor: Factor | None) -> Edit:
     if factor is None or promised.by_value:
         return promised.edit
     if promised.weight is not None:
-        return Add(promised.edit.site, factor)
+        return AddedTo(promised.edit.site, factor, promised.weight)
     return refitted(promised.edit, factor)

@@ -31,7 +31,7 @@ from adaptmerge.commands.verify.promise import (
 )
 from adaptmerge.lazy import torch
 from adaptmerge.outputs.report import Report
-from adaptmerge.parallel import Progress, ordered, short_turns, silent, workers_default
+from adaptmerge.parallel import Tell, ordered, short_turns, untold, workers_default
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.refs import TensorRef
 from adaptmerge.tensors.walk import refs_of
@@ -53,14 +53,14 @@ class SiteFinding(NamedTuple):
 
 
 def check_weights(
-    report: Report, promised: Sequence[Promised], output: Adapter, progress: Progress = silent
+    report: Report, promised: Sequence[Promised], output: Adapter, tell: Tell = untold
 ) -> tuple[Check, list[Edit]]:
     """The check of all sites, and the promised edits for oracle 2: truncated where the output is."""
     stored = {key_of(edit): edit for edit in output.edits}
     problems = _twice(output) + _dtypes(report, promised, stored)
     audit = auditor(report)
     pairs = [(item, stored.pop(line_key(item.line), None)) for item in promised]
-    found = list(_in_parallel(lambda pair: _site(*pair, audit), pairs, progress))
+    found = list(_in_parallel(lambda pair: _site(*pair, audit), pairs, tell))
     losses = [one.loss for one in found if one.loss is not None]
     problems += [problem for one in found for problem in one.problems]
     unasked = [edit for edit in stored.values() if not _does_nothing(edit)]
@@ -78,13 +78,13 @@ Pair = tuple[Promised, "Edit | None"]
 
 
 def _in_parallel(
-    look: Callable[[Pair], SiteFinding], pairs: Sequence[Pair], progress: Progress
+    look: Callable[[Pair], SiteFinding], pairs: Sequence[Pair], tell: Tell
 ) -> Iterator[SiteFinding]:
     """The findings in order, sites side by side."""
     workers = workers_default()
     with one_thread_each(), short_turns(), ThreadPoolExecutor(max_workers=workers) as pool:
-        for count, found in enumerate(ordered(pool, workers, look, pairs), 1):
-            progress(count, len(pairs))
+        for count, found in enumerate(ordered(pool, workers, look, pairs)):
+            tell(f"weights of {pairs[count][0].line.site}", count + 1, len(pairs))
             yield found
 
 

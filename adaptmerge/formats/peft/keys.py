@@ -82,7 +82,11 @@ class Keys:
         for key in sorted(self.refs):
             if not TOKENS.match(key):
                 module, _, param = SAVED.sub(".", key).rpartition(".")
-                if module and param:
+                dtype = self.refs[key].dtype
+                if dtype.torch_name is None or dtype.name == "C64":
+                    del self.refs[key]
+                    self.problems.append(f"tensor {key!r} has values of {dtype}: expected numbers")
+                elif module and param:
                     yield module, param, self.refs.pop(key)
 
     def _drop_copies(self) -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.files.safetensors import read_header
-from adaptmerge.formats.format import Oracle
+from adaptmerge.formats.format import Answer, Oracle
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS
 from adaptmerge.lazy import torch
+
+NOISE = 16.0  # units in the last place of outputs that rounding may move them by
+SEEN = 1e-3  # of what is added, above which rounding is too much to tell readings apart
 
 
 @contextmanager
@@ -72,6 +75,70 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
     return {name: delta for name, delta in found.items() if bool(delta.any())}
 
 
+def answers(model: Any, path: Path, count: int) -> dict[str, Answer] | None:
+    """What PEFT's own layers add for `count` random inputs each, by site.
+
+    None where an adapted module is no linear, or computes otherwise than on its input alone. The base's
+    weights are as before afterwards.
+    """
+    from peft import PeftModel
+
+    _untie(model)
+    with _quietly(), _as_folder(path) as folder:
+        if _config(folder).get("layer_replication"):
+            return None
+        # what PEFT would initialise, at some cost, is in the file
+        wrapped = PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=True).eval()
+    if any(value.is_meta for value in wrapped.parameters()):
+        return None
+    adapted = {} if wrapped.active_peft_config.is_prompt_learning else _adapted(wrapped)
+    if not adapted or _stacks(wrapped):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name in adapted:
+        layer = wrapped.base_model.model.get_submodule(name)
+        try:
+            answer = _asked(layer, count, generator)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+            return None
+        if answer is None:
+            return None
+        found[name] = answer
+    return {name: answer for name, answer in found.items() if bool(answer.added.any())}
+
+
+def _asked(layer: Any, count: int, generator: torch.Generator) -> Answer | None:
+    """Random inputs of a linear and what is added for them, in float64 where the model's own dtype is too
+    coarse to tell; None for other modules."""
+    base = layer.get_base_layer()
+    kind = type(base).__name__
+    if kind not in ("Linear", "Conv1D"):
+        return None
+    width = base.weight.shape[0 if kind == "Conv1D" else 1]
+    given = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    with torch.no_grad(), _quietly():
+        narrow = given.to(base.weight.dtype)
+        found = _answer(narrow, base(narrow), layer(narrow))
+        if found.noise <= SEEN:
+            return found
+        plain = torch.func.functional_call(base, _wide(base), (given,))
+        return _answer(given, plain, torch.func.functional_call(layer, _wide(layer), (given,)))
+
+
+def _answer(given: torch.Tensor, plain: torch.Tensor, moved: torch.Tensor) -> Answer:
+    added = moved - plain
+    size = float(added.norm())
+    eps = torch.finfo(plain.dtype).eps
+    return Answer(given, added, NOISE * eps * float(moved.norm()) / size if size else 0.0)
+
+
+def _wide(module: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a module, those of floats in float64."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {n: value.double() if value.is_floating_point() else value for n, value in tensors}
+
+
 def _untie(model: Any) -> None:
     """Gives a head that shares its embedding's weight one of its own: PEFT would merge both into it."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -122,4 +189,4 @@ def forward(model: Any, path: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
     return outputs
 
 
-ORACLE = Oracle("peft", deltas, forward)
+ORACLE = Oracle("peft", deltas, forward, answers)

@@ -31,6 +31,8 @@ from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.typed import built
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
+from adaptmerge.parallel import Tell, untold
+from adaptmerge.runtime.inputs import CannotRun
 from adaptmerge.runtime.models import device_named, labels_of_heads, model_config
 from adaptmerge.schemes.view import View, view_of
 from adaptmerge.tensors.dtypes import F32
@@ -57,6 +59,7 @@ def verify_fused(
     *,
     device: str,
     layerwise: bool,
+    tell: Tell = untold,
 ) -> Verdict:
     """The verdict on a fused model. report: what it says of itself; None for one of another tool."""
     if base is None:
@@ -66,9 +69,9 @@ def verify_fused(
     checks = [] if report is None else [*_files(output, report), *_base(plan, report)]
     if any(check.status == FAIL and check.name == "base" for check in checks):
         return Verdict(output.name, checks, TRUSTED)
-    found = look(plan, fused)
+    found = look(plan, fused, tell)
     checks += [_config(plan, fused), check_weights(found, report)]
-    checks.append(_forward(plan, fused, found, device, layerwise=layerwise))
+    checks.append(_forward(plan, fused, found, device, layerwise=layerwise, tell=tell))
     return Verdict(output.name, checks, TRUSTED)
 
 
@@ -176,7 +179,9 @@ def _noisy(adapter: Adapter, found: Looked, settled: Collection[Site]) -> Adapte
     return adapter.with_edits((*adapter.edits, *noise))
 
 
-def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwise: bool) -> Check:
+def _forward(
+    plan: FusePlan, fused: View, found: Looked, device: str, *, layerwise: bool, tell: Tell
+) -> Check:
     """The fused model's outputs against the base's with the adapters attached."""
     name = device_named(device)
     against = reference(plan, fused)
@@ -185,13 +190,15 @@ def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwi
     try:
         # quantised weights are run as their values: live quantised layers are another code path
         streamed = layerwise or plan.view.scheme is not None
-        bench = Bench.of(plan.view.values, name, streamed, tokens)
+        bench = Bench.of(plan.view.values, name, streamed, tokens, tell)
         model = bench.model(wanted)
-        y_base, y_ref = bench.run(model, against.base), bench.run(model, wanted)
-        y_noisy = bench.run(model, _noisy(wanted, found, against.settled))
+        noisy = _noisy(wanted, found, against.settled)
+        y_base, y_ref, y_noisy = bench.run_each(model, (against.base, wanted, noisy))
         del model
         bench = replace(bench, base=fused.values, layerwise=layerwise or fused.scheme is not None)
-        y = bench.run(bench.model())
+        (y,) = _outputs(bench)
+    except CannotRun as problem:
+        return Check("forward", UNDECIDABLE, "; ".join(problem.problems))
     except InputError as problem:
         return Check("forward", FAIL, f"cannot be run: {'; '.join(problem.problems[:2])}")
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
@@ -201,6 +208,14 @@ def _forward(plan: FusePlan, fused: View, found: Looked, device: str, *, layerwi
         )
     noise = compare(y_noisy, y_ref, y_base, F32).error
     return _judge(compare(y, y_ref, y_base, F32), noise, _arrived(y, y_ref, y_base))
+
+
+def _outputs(bench: Bench) -> list[torch.Tensor]:
+    """What the fused model computes. Raises InputError where it computes nothing, as the base does."""
+    try:
+        return bench.run_each(bench.model(), (None,))
+    except CannotRun as problem:
+        raise InputError(problem.problems) from None
 
 
 def _arrived(y: torch.Tensor, y_ref: torch.Tensor, y_base: torch.Tensor) -> float:

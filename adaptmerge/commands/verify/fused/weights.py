@@ -33,7 +33,7 @@ from adaptmerge.commands.verify.fused.agreement import (
     compare_coded,
     compare_stored,
 )
-from adaptmerge.parallel import ordered, workers_default
+from adaptmerge.parallel import Tell, ordered, untold, workers_default
 from adaptmerge.rounding.error_feedback import NEAREST
 from adaptmerge.rounding.matrix import PIECE, Matrix
 from adaptmerge.schemes.coded import named
@@ -67,14 +67,15 @@ class Looked:
     problems: list[str] = field(default_factory=list)
 
 
-def look(plan: FusePlan, view: View) -> Looked:
+def look(plan: FusePlan, view: View, tell: Tell = untold) -> Looked:
     """Every tensor of a fused model against what the plan says of it."""
     fused = view.on_disk
     found = Looked()
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     with one_thread_each(), ThreadPoolExecutor(workers_default()) as pool:
         work = partial(_look_at, view=view)
-        for one in ordered(pool, workers_default(), work, tensors):
+        for count, one in enumerate(ordered(pool, workers_default(), work, tensors)):
+            tell(f"weights of {tensors[count].name}", count + 1, len(tensors))
             found.findings += one.findings
             found.copied += one.copied
             found.cast += one.cast

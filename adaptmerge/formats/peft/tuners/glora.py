@@ -50,7 +50,11 @@ def _weight(reading: Reading, module: str, column: Support) -> TensorRef | None:
 
 def _support(parts: Parts, name: str) -> Support:
     if f"{name}.Xd" in parts:
-        return Support("lora", (parts[f"{name}.Xd"], parts[f"{name}.Xu"]))
+        down, up = parts[f"{name}.Xd"], parts[f"{name}.Xu"]
+        if down.shape[1] != up.shape[0]:
+            shapes = f"{name}.Xd {list(down.shape)} and {name}.Xu {list(up.shape)}"
+            raise Malformed(f"{shapes} do not multiply")
+        return Support("lora", (down, up))
     if f"{name}.zeros" in parts:
         return Support("none", (parts[f"{name}.zeros"],))
     value = parts[f"{name}.X"]
@@ -110,7 +114,7 @@ TUNER = Tuner(
         r"glora_[AB]\.X": "1 | 1 1 | out 1",
         r"glora_C\.X": "in 1",
         r"glora_[DE]\.X": "1 | out",
-        r"glora_[A-E]\.zeros": "any: ...",
+        r"glora_[A-E]\.zeros": "number: ...",
     },
     leaves=(r"glora_[A-E]\.(?:Xd|Xu|X|zeros)",),
     module=module,

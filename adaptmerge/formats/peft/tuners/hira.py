@@ -23,8 +23,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     # PEFT 0.21 makes modules of rank r whatever rank_pattern says
     if rank != reading.setting("r"):
         expect(reading, "r", module, rank)
-    if edit.site.layer.kind != "embedding":  # the base may have been given other rows
-        fits(reading, module, (edit.up.shape[0], edit.down.shape[1]))
+    fits(reading, module, (edit.up.shape[0], edit.down.shape[1]))
     return [edit]
 
 

@@ -61,6 +61,10 @@ def _choice(reading: Reading, parts: Parts, leaf: str, bank: TensorRef) -> BankL
     indices, weights = parts[leaf + INDICES], parts[leaf + WEIGHTS]
     _check_shape(leaf + INDICES, indices, topk, "topk")
     _check_shape(leaf + WEIGHTS, weights, topk - 1, "topk - 1")
+    if indices.shape[:2] != weights.shape[:2]:
+        raise Malformed(
+            f"{leaf}{INDICES} {list(indices.shape)} and {leaf}{WEIGHTS} {list(weights.shape)} are no pair"
+        )
     return BankChoice(indices, weights)
 
 
