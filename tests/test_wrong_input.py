@@ -182,7 +182,7 @@ def changed(leaf: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
             changed("lora_B", torch.ones(12, 4)),
             f"{Q}: lora_A [3, 9] has rank 3 and lora_B [12, 4] has rank 4: they must be equal",
         ),
-        (changed("lora_B", torch.ones(12)), f"{Q}: lora_A [3, 9] and lora_B [12] are no pair"),
+        (changed("lora_B", torch.ones(12)), f"{Q}: lora_B has shape [12]: expected (out, r"),
         (changed("lora_B", torch.ones(12, 3, 1)), "are no pair"),
     ],
     ids=["no B", "no A", "ranks", "vector", "dimensions"],
