@@ -42,7 +42,10 @@ SHOWN = 3
 SUMMED = 1e-9  # relative: what sums of the report's own numbers may differ by
 MEASURED = 1e-4  # relative: norms and cosines, of which the merge computes products in float32
 UNSEEN = ("versions", "sources of inputs")  # what no file can tell
-NOTES, MOVED = "notes", "shares of codes that moved"  # what decides nothing, and is said in JSON only
+NOTES, MOVED = (
+    "notes",
+    "shares of codes that moved",
+)  # what decides nothing, and is said in JSON only
 
 
 @dataclass(frozen=True)
