@@ -20,6 +20,7 @@ from adaptmerge.commands.extract.tuned import Difference
 from adaptmerge.commands.verify.checks import within
 from adaptmerge.commands.verify.extracted import is_extraction
 from adaptmerge.commands.verify.promise import Promised
+from adaptmerge.errors import AdaptmergeError
 from adaptmerge.lazy import torch
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.methods.registry import method_named
@@ -88,8 +89,17 @@ def _malformed_options(report: Report) -> list[str]:
         "allow": isinstance(allow, list) and all(isinstance(word, str) for word in allow),
         "heads": heads is None or isinstance(heads, (str, Mapping)),
         "rules": isinstance(said.get("rules", []), list),
+        "budget": _is_budget(said.get("budget")),
     }
     return [f"{name} is {said.get(name)!r}" for name, is_right in right.items() if not is_right]
+
+
+def _is_budget(said: Any) -> bool:
+    try:
+        Budget(**said)
+    except (TypeError, ValueError, AdaptmergeError):
+        return False
+    return True
 
 
 def _malformed_line(line: SiteLine) -> list[str]:
