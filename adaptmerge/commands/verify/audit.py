@@ -21,10 +21,12 @@ from adaptmerge.commands.verify.checks import within
 from adaptmerge.commands.verify.extracted import is_extraction
 from adaptmerge.commands.verify.measure import Measured, in_coordinates
 from adaptmerge.commands.verify.promise import Promised
+from adaptmerge.errors import AdaptmergeError
 from adaptmerge.lazy import torch
+from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs.report import Report, SiteLine
-from adaptmerge.tensors.dtypes import BY_NAME
+from adaptmerge.tensors.dtypes import BY_NAME, SPELLINGS
 
 TOLERANCE = 1e-5  # of the delta, as for the deltas themselves
 PROBES = 8  # random vectors that look for what a truncation should have kept
@@ -58,6 +60,10 @@ def malformed(report: Report) -> list[str]:
         for name, digest in (report.files or {}).items()
         if not _is_digest(digest)
     ]
+    problems += _malformed_options(report)
+    base: Any = report.base
+    if not (base is None or isinstance(base, Mapping)):
+        problems.append(f"the base is {base!r}")
     if problems:
         return problems
     known = set(report.options["weights"])
@@ -65,7 +71,36 @@ def malformed(report: Report) -> list[str]:
         problems.append(f"the weights are not those of its inputs ({', '.join(sorted(known))})")
     if str(report.output["dtype"]).upper() not in BY_NAME:
         problems.append(f"the dtype is {report.output['dtype']!r}")
+    kinds = {*method_named(report.method).rules, *WHOLE}
+    problems += [
+        f"{line.site}: kind is {line.kind!r}"
+        for line in report.sites
+        if line.action != "pass" and line.kind not in kinds
+    ]
     return problems + [p for line in report.sites for p in _malformed_line(line)]
+
+
+def _malformed_options(report: Report) -> list[str]:
+    """What of the options is none that could be asked for."""
+    said = report.options if isinstance(report.options, Mapping) else {}
+    allow, heads = said.get("allow", []), said.get("heads")
+    right = {
+        "dtype": said.get("dtype") in (None, *SPELLINGS),
+        "form": said.get("form") is None or isinstance(said["form"], str),
+        "allow": isinstance(allow, list) and all(isinstance(word, str) for word in allow),
+        "heads": heads is None or isinstance(heads, (str, Mapping)),
+        "rules": isinstance(said.get("rules", []), list),
+        "budget": _is_budget(said.get("budget")),
+    }
+    return [f"{name} is {said.get(name)!r}" for name, is_right in right.items() if not is_right]
+
+
+def _is_budget(said: Any) -> bool:
+    try:
+        Budget(**said)
+    except (TypeError, ValueError, AdaptmergeError):
+        return False
+    return True
 
 
 def _malformed_line(line: SiteLine) -> list[str]:
@@ -209,6 +244,8 @@ def not_optimal(report: Report, item: Promised, whole: Factor, stored: Factor, l
     cap, pair = _cap(report, item), as_low_rank(stored)
     if not loss.excess or cap is None or pair is None or _budget(report).spectral:
         return False
+    if not math.isfinite(loss.excess):  # NaN has no spectrum
+        return True
     up, down = pair.up.read().double() * pair.scale, pair.down.read().double()
     kept: list[float] = thin_spectrum(up, down)[0].tolist()
     least = kept[cap - 1] if len(kept) >= cap else 0.0
@@ -216,20 +253,21 @@ def not_optimal(report: Report, item: Promised, whole: Factor, stored: Factor, l
     if form is not None:
         whole, up, down = in_coordinates(form, up, down)
     beside, largest = _rest(whole, up, down)
-    angle = loss.room + torch.finfo(pair.up.dtype.torch).eps * len(kept) * loss.size
-    if is_extraction(report):
+    angle = exact = loss.room + torch.finfo(pair.up.dtype.torch).eps * len(kept) * loss.size
+    if is_extraction(report):  # of whose directions one side is exact for the other, which is found
         angle += NEAR * loss.apart
-    return not (within(beside, 4 * angle) and within(largest, least + angle))
+    near = within(min(beside), 4 * exact) and within(max(beside), 4 * angle)
+    return not (near and within(largest, least + angle))
 
 
-def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[float, float]:
-    """What of whole - up @ down lies in the spaces of `up` and `down`, and a lower bound of its norm
-    in its largest direction, from two passes over its rows."""
+def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[tuple[float, float], float]:
+    """What of whole - up @ down lies in the space of `up` and in that of `down`, and a lower bound of its
+    norm in its largest direction, from two passes over its rows."""
     left, right = _basis(up), _basis(down.T)
     seeded = torch.Generator().manual_seed(0)
     count = min(PROBES, *whole.shape)
     start = torch.randn(whole.shape[1], count, generator=seeded, dtype=torch.float64)
-    probes, largest, beside = torch.linalg.qr(start).Q, 0.0, 0.0
+    probes, largest, beside = torch.linalg.qr(start).Q, 0.0, (0.0, 0.0)
     for _ in range(2):
         below = torch.zeros(left.shape[1], whole.shape[1], dtype=torch.float64)
         turned, squared = torch.zeros_like(probes), 0.0
@@ -238,7 +276,7 @@ def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[float, f
             below += left[slice(*rows)].T @ rest
             squared += float((rest @ right).square().sum())
             turned += rest.T @ (rest @ probes)
-        beside = max(float(below.norm()), math.sqrt(squared))
+        beside = float(below.norm()), math.sqrt(squared)
         largest = math.sqrt(float(torch.linalg.matrix_norm(probes.T @ turned, 2)))
         probes = torch.linalg.qr(turned).Q
     return beside, largest

@@ -32,7 +32,7 @@ def check_figures(plan: FusePlan, found: Looked, report: FuseReport) -> Check:
     if lines is None:
         return Check("report", FAIL, "the tensors are not those that it is about")
     again = report_of(plan, lines, {}, {item.name: {} for item in plan.inputs})
-    problems = [*_inputs(again, report), *_differences(_plain(report), _plain(again), "", 0.0)]
+    problems = [*_inputs(again, report), *_differences(_plain(report), _plain(again), "", 1.0)]
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if problems[SHOWN:] else ""
         return Check("report", FAIL, "; ".join(problems[:SHOWN]) + more, {"problems": problems})
