@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "ADAPTMERGE_DEBUG", "1"
-)  # what nothing foresaw fails a test, and is no sentence
+os.environ.setdefault("ADAPTMERGE_DEBUG", "1")  # what nothing foresaw is raised
 
 settings.register_profile(
     "thorough",  # 100 examples, as hypothesis has it

@@ -25,8 +25,8 @@ from adaptmerge.cli import (
     verify,
 )
 from adaptmerge.cli.completion import with_completion
-from adaptmerge.cli.terminal import print_problems, report_error
-from adaptmerge.cli.unforeseen import arguments_of, foreseen, unforeseen
+from adaptmerge.cli.last_resort import arguments_of, foreseen, unforeseen
+from adaptmerge.cli.terminal import escape_what_has_no_character, print_problems, report_error
 from adaptmerge.errors import AdaptmergeError, did_you_mean
 from adaptmerge.lazy import without_logs
 
@@ -97,6 +97,7 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="adaptmerge")
 def main() -> None:
     """Merge, convert and verify adapter checkpoints (LoRA and its kin)."""
+    escape_what_has_no_character()
 
 
 for command in (

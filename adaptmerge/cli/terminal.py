@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import textwrap
 import time
@@ -22,9 +23,21 @@ NARROWEST = 16  # columns that a cell which may wrap keeps in any case
 PATIENCE = 1.0  # seconds before a progress bar appears
 
 
+def escape_what_has_no_character() -> None:
+    """Streams escape from now on what their encoding lacks, as half a pair of UTF-16 that a name holds."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    click.echo(dump(value))
+    text = dump(value)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = dump(value, ascii_only=True)
+    click.echo(text)
 
 
 def print_problems(problems: Sequence[str], where: str | None = None) -> None:

@@ -84,9 +84,10 @@ def capped(problems: list[str], limit: int = 10) -> list[str]:
     return [*problems[:limit], f"and {len(problems) - limit} more problems"]
 
 
-def dump(value: Any) -> str:
+def dump(value: Any, *, ascii_only: bool = False) -> str:
     """The value as JSON text, sorted and indented; a number that JSON lacks (NaN, infinity) is null."""
-    return json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False, default=str)
+    plain = _plain(value)
+    return json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=ascii_only, default=str)
 
 
 def _plain(value: Any) -> Any:
