@@ -20,6 +20,7 @@ from gpu.pretended import DEVICE, pretended
 from tiers import first_of
 
 from adaptmerge import runtime
+from adaptmerge.adapters.graph import Adapter
 from adaptmerge.bases.open import open_base
 from adaptmerge.commands import verify
 from adaptmerge.commands.combine import combine
@@ -102,14 +103,13 @@ def test_families_compute_there_what_they_do_on_the_cpu(
     try:
         base = open_base(str(found.base))
         adapter = open_input(InputSpec(str(found.path)), base).adapter
-        outputs = [outputs_on("cpu", base.path, adapter)]
+        ours = outputs_on("cpu", base.path, adapter)
     except InputError as problem:
         pytest.skip(f"no model that runs alone: {problem}")
-    outputs.append(outputs_on(device, base.path, adapter))
-    assert torch.allclose(*outputs, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(ours, outputs_on(device, base.path, adapter), rtol=1e-3, atol=1e-3)
 
 
-def outputs_on(device: str, base: Path, adapter: runtime.Adapter) -> torch.Tensor:
+def outputs_on(device: str, base: Path, adapter: Adapter) -> torch.Tensor:
     model = runtime.load_model(base, device, adapter=adapter)
     with runtime.attach(model, adapter):
         return runtime.outputs_of(model, runtime.example_inputs(open_base(str(base)).config))
