@@ -31,23 +31,23 @@ class There(torch.Tensor):
     """A tensor on the device; what it holds is on the CPU."""
 
     held: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> There:
-        made: There = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: There = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
             strides=held.stride(),
             storage_offset=held.storage_offset(),
             dtype=held.dtype,
-            device=DEVICE,
+            device=torch.device(DEVICE),
         )
         made.held = held
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _run(func, args, kwargs or {})
@@ -68,6 +68,9 @@ class Above(TorchFunctionMode):
             return func(*args, **{**given, "device": "cpu"}).to(given["device"])
         if func in GUARDED and isinstance(args[0], There):
             return tree_map(_placed, func(*tree_map(_held, args)))
+        if func is torch.Tensor.copy_ and isinstance(args[0], There):
+            args[0].held.copy_(_held(args[1]))
+            return args[0]
         return func(*args, **given)
 
 

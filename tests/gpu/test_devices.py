@@ -20,6 +20,7 @@ from gpu.pretended import DEVICE, pretended
 from tiers import first_of
 
 from adaptmerge import runtime
+from adaptmerge.adapters.graph import Adapter
 from adaptmerge.bases.open import open_base
 from adaptmerge.commands import verify
 from adaptmerge.commands.combine import combine
@@ -33,6 +34,15 @@ pytest.importorskip("peft")
 REAL, PRETENDED = "accelerator", "pretended"
 Tiny = Callable[[str], Path]
 FAMILIES = [name for name, case in all_cases().items() if case.model != "conv"]
+
+
+@pytest.fixture(scope="module")
+def in_nf4(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that an adapter was fused into, quantised anew."""
+    output = tmp_path_factory.mktemp("nf4") / "out"
+    lossy = {"quant": "nf4", "max_loss": 100.0, "allow": frozenset({"loss"})}
+    fuse(tiny("base"), [tiny("lora-r8-perl")], output, **lossy)
+    return output
 
 
 @pytest.fixture(params=[pytest.param(REAL, marks=pytest.mark.gpu), PRETENDED])
@@ -87,11 +97,9 @@ def test_a_merge_verifies_there(
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_model_fused_into_nf4_verifies_there(
-    layerwise: bool, device: str, tiny: Tiny, tmp_path: Path
+    layerwise: bool, in_nf4: Path, device: str, tiny: Tiny
 ) -> None:
-    lossy = {"quant": "nf4", "max_loss": 100.0, "allow": frozenset({"loss"})}
-    fuse(tiny("base"), [tiny("lora-r8-perl")], tmp_path / "out", **lossy)
-    assert_passes(tmp_path / "out", tiny, ["lora-r8-perl"], layerwise=layerwise)
+    assert_passes(in_nf4, tiny, ["lora-r8-perl"], layerwise=layerwise)
 
 
 @pytest.mark.parametrize("name", first_of(FAMILIES, lambda name: all_cases()[name].config))
@@ -102,14 +110,14 @@ def test_families_compute_there_what_they_do_on_the_cpu(
     try:
         base = open_base(str(found.base))
         adapter = open_input(InputSpec(str(found.path)), base).adapter
-        outputs = [outputs_on("cpu", base.path, adapter)]
+        here = outputs_on("cpu", base.path, adapter)
     except InputError as problem:
         pytest.skip(f"no model that runs alone: {problem}")
-    outputs.append(outputs_on(device, base.path, adapter))
-    assert torch.allclose(*outputs, rtol=1e-3, atol=1e-3)
+    there = outputs_on(device, base.path, adapter)
+    assert torch.allclose(there, here, rtol=1e-3, atol=1e-3)
 
 
-def outputs_on(device: str, base: Path, adapter: runtime.Adapter) -> torch.Tensor:
+def outputs_on(device: str, base: Path, adapter: Adapter) -> torch.Tensor:
     model = runtime.load_model(base, device, adapter=adapter)
     with runtime.attach(model, adapter):
         return runtime.outputs_of(model, runtime.example_inputs(open_base(str(base)).config))
