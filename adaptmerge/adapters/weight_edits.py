@@ -13,7 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 from adaptmerge.adapters.graph import Edit, Site, fits
-from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Rows, Sum, Term, whole_term
+from adaptmerge.algebra.factors import (
+    Diag,
+    Factor,
+    Leaf,
+    Misshapen,
+    Product,
+    Rows,
+    Sum,
+    Term,
+    whole_term,
+)
 from adaptmerge.algebra.forms import Form, form_of, norms_beside
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.algebra.moved import moved_norms
@@ -295,6 +305,9 @@ def delta_on(edits: Sequence[Edit], weight: TensorRef) -> Factor:
         if delta is not None:
             return delta
         if isinstance(edits[0], FactoredOnBase):
+            if len(weight.shape) != 2:
+                found = f"found {list(weight.shape)} in the base"
+                raise Misshapen(f"{weight.name}: a matrix has two dimensions, {found}")
             return edits[0].on(weight)
     return Effect(tuple(edits), weight)
 

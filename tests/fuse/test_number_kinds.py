@@ -48,6 +48,19 @@ def test_a_base_without_values_is_refused(quant: str, tmp_path: Path) -> None:
         fuse(base, [adapter], tmp_path / "out", **lossy)
 
 
+def test_a_vector_where_a_matrix_belongs_is_refused(tmp_path: Path) -> None:
+    """GPT-2 stores its matrices as (in, out): they are turned."""
+    base, name = tmp_path / "base", "transformer.h.0.attn.c_attn"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    save_file({f"{name}.weight": torch.ones(9)}, base / "model.safetensors")
+    biases = {f"{samples.PREFIX}{name}.weight": torch.ones(9)}
+    config = {"modules_to_save": ["c_attn"], "tensors": biases}
+    adapter = samples.write(tmp_path / "a", {}, **config)  # type: ignore[arg-type]  # of two kinds
+    with pytest.raises((CannotStore, InputError), match="expected a matrix"):
+        fuse(base, [adapter], tmp_path / "out", allow=frozenset({"base", "loss"}))
+
+
 @pytest.mark.parametrize("allow", [{"base", "loss"}, {"base", "loss", "nonfinite"}])
 def test_codes_hold_only_finite_values(allow: set[str], tmp_path: Path) -> None:
     base = layer(tmp_path / "base", "nf4", 24, 64)

@@ -115,11 +115,16 @@ def _pickled(table: dict[Any, Any], name: str, random: Random) -> Any:
         lambda: json_changes.odd(random),
     ]
     if isinstance(value, torch.Tensor):
+        value = torch.atleast_1d(value)
         made += [
             *(lambda: value.to(torch.complex64), lambda: value.to(torch.int64), lambda: value > 0),
             *(lambda: value[:0], lambda: value.flatten(), lambda: torch.nn.Parameter(value, False)),
             *(lambda: torch.full_like(value, float("nan")), lambda: [value], value.to_sparse),
-            *(lambda: value.expand(2, *value.shape), lambda: value.reshape(-1)[0], value.t),
+            *(
+                lambda: value.expand(2, *value.shape),
+                lambda: value.reshape(-1)[0],
+                lambda: value.reshape(-1, 1),
+            ),
         ]
     return random.choice(made)()
 

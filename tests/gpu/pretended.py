@@ -68,6 +68,9 @@ class Above(TorchFunctionMode):
             return func(*args, **{**given, "device": "cpu"}).to(given["device"])
         if func in GUARDED and isinstance(args[0], There):
             return tree_map(_placed, func(*tree_map(_held, args)))
+        if func is torch.Tensor.copy_ and isinstance(args[0], There):
+            args[0].held.copy_(_held(args[1]))
+            return args[0]
         return func(*args, **given)
 
 

@@ -36,6 +36,15 @@ Tiny = Callable[[str], Path]
 FAMILIES = [name for name, case in all_cases().items() if case.model != "conv"]
 
 
+@pytest.fixture(scope="module")
+def in_nf4(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that an adapter was fused into, quantised anew."""
+    output = tmp_path_factory.mktemp("nf4") / "out"
+    lossy = {"quant": "nf4", "max_loss": 100.0, "allow": frozenset({"loss"})}
+    fuse(tiny("base"), [tiny("lora-r8-perl")], output, **lossy)
+    return output
+
+
 @pytest.fixture(params=[pytest.param(REAL, marks=pytest.mark.gpu), PRETENDED])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where a test computes."""
@@ -88,11 +97,9 @@ def test_a_merge_verifies_there(
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_model_fused_into_nf4_verifies_there(
-    layerwise: bool, device: str, tiny: Tiny, tmp_path: Path
+    layerwise: bool, in_nf4: Path, device: str, tiny: Tiny
 ) -> None:
-    lossy = {"quant": "nf4", "max_loss": 100.0, "allow": frozenset({"loss"})}
-    fuse(tiny("base"), [tiny("lora-r8-perl")], tmp_path / "out", **lossy)
-    assert_passes(tmp_path / "out", tiny, ["lora-r8-perl"], layerwise=layerwise)
+    assert_passes(in_nf4, tiny, ["lora-r8-perl"], layerwise=layerwise)
 
 
 @pytest.mark.parametrize("name", first_of(FAMILIES, lambda name: all_cases()[name].config))
@@ -103,10 +110,11 @@ def test_families_compute_there_what_they_do_on_the_cpu(
     try:
         base = open_base(str(found.base))
         adapter = open_input(InputSpec(str(found.path)), base).adapter
-        ours = outputs_on("cpu", base.path, adapter)
+        here = outputs_on("cpu", base.path, adapter)
     except InputError as problem:
         pytest.skip(f"no model that runs alone: {problem}")
-    assert torch.allclose(ours, outputs_on(device, base.path, adapter), rtol=1e-3, atol=1e-3)
+    there = outputs_on(device, base.path, adapter)
+    assert torch.allclose(there, here, rtol=1e-3, atol=1e-3)
 
 
 def outputs_on(device: str, base: Path, adapter: Adapter) -> torch.Tensor:

@@ -32,8 +32,10 @@ from adaptmerge.merging.settle import Settled, SiteStats
 from adaptmerge.parallel import Progress, ordered, short_turns
 from adaptmerge.tensors.dtypes import DType
 from adaptmerge.tensors.refs import TensorRef
+from adaptmerge.tensors.walk import refs_of
 
 UNIFORM = 12.0  # the variance of a uniform error is its width squared over this
+DAMAGED = ": is the checkpoint damaged?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +137,23 @@ def _matrix(step: Step) -> torch.Tensor:
 
 def _refuse(step: Step) -> None:
     factor = _difference(step)
-    bad = [ref for ref in (factor.base, factor.tuned) if not bool(torch.isfinite(ref.read()).all())]
+    bad = [ref for ref in (factor.base, factor.tuned) if not _finite(ref.read())]
     if bad:
         names = " and ".join("the base" if ref is factor.base else "the tuned model" for ref in bad)
-        sentence = f"holds NaN or infinity in {names}: is the checkpoint damaged?"
+        sentence = f"holds NaN or infinity in {names}{DAMAGED}"
         raise InputError(sentence, where=str(step.site))
+
+
+def _finite(value: torch.Tensor) -> bool:
+    return bool(value.float().isfinite().all())
 
 
 def _compute(step: Step, allotted: int | None, budget: Budget, dtype: DType) -> Found:
     if step.action == "pass":
+        if not all(_finite(ref.read()) for ref in refs_of(step.edit) if ref.dtype.is_float):
+            raise InputError(
+                f"holds NaN or infinity in the tuned model{DAMAGED}", where=str(step.site)
+            )
         return Found(None, _stats(step, 0.0, None))
     matrix = _matrix(step)
     found, rank = _leading(step, matrix, allotted, budget)
@@ -152,6 +162,9 @@ def _compute(step: Step, allotted: int | None, budget: Budget, dtype: DType) -> 
     left = residual(matrix, up, down)
     cut = rank < found.usable or not found.whole and found.squared_tail(rank) > found.floor**2
     pair = rounded(up, down, dtype, left if cut else 0.0)
+    if not (_finite(pair.up) and _finite(pair.down)):
+        sentence = f"the two models differ by values beyond the range of {dtype}{DAMAGED}"
+        raise InputError(sentence, where=str(step.site))
     if not cut:
         pair = replace(pair, rounding=math.hypot(pair.rounding, left))
     noise = rounding_of(_difference(step).tuned)

@@ -132,17 +132,9 @@ class _Landing:
 
     def land(self, name: str, here: Here) -> None:
         """Makes the tensors that one parameter is stored as."""
-        stored = self.bases.values.tensors.get(name)
-        if stored is not None and not stored.dtype.is_float:
-            self.problems.append(
-                f"{name} is {stored.dtype} in the base, expected floating-point numbers: is the base "
-                "quantised in a way that its config.json does not say?"
-            )
-            return
-        if stored is not None and not stored.count:
-            self.problems.append(
-                f"{name} has no values in the base: its shape is {list(stored.shape)}"
-            )
+        unfit = self._unfit(name, here)
+        if unfit is not None:
+            self.problems.append(f"{name} {unfit}")
             return
         plain, anew = self.wishes.plain, self.wishes.anew
         coded = {} if self.wishes.wide is not None else self._coded_in(name, here)
@@ -156,6 +148,26 @@ class _Landing:
         else:
             tensor = _Writing(self.bases, self.wishes, self.found).tensor(name, here)
             self.parts[tensor.name] = tensor
+
+    def _unfit(self, name: str, here: Here) -> str | None:
+        """Why nothing can be done to a parameter as the base stores it, if nothing can."""
+        stored = self.bases.values.tensors.get(name)
+        if stored is None:
+            return None
+        shape = list(stored.shape)
+        if not stored.dtype.is_float:
+            return (
+                f"is {stored.dtype} in the base, expected floating-point numbers: is the base quantised "
+                "in a way that its config.json does not say?"
+            )
+        if not stored.count:
+            return f"has no values in the base: its shape is {shape}"
+        transposed = None in here and here[None].place.transposed
+        return (
+            f"is of shape {shape} in the base, expected a matrix"
+            if transposed and len(shape) != 2
+            else None
+        )
 
     def finished(self) -> Targets:
         """All that was made. Raises CannotStore with all that cannot be."""

@@ -1,4 +1,4 @@
-"""Matrices that cannot be decomposed end in a sentence that names the site."""
+"""Values that are not finite, and matrices without a decomposition, end in a sentence that names them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import samples
 import torch
-from safetensors.torch import save_file
+from made import model
+from safetensors.torch import load_file, save_file
 from strategies import ref_of
 
+from adaptmerge.adapters.families.psoft import Psoft
 from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.weight_edits import delta_on
 from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Leaf
 from adaptmerge.bases.open import open_base
@@ -53,10 +56,50 @@ def test_values_that_are_not_finite_have_no_rank(budget: tuple[str, str], tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        (
+            "mlp.up_proj",
+            torch.nan,
+            "holds NaN or infinity in the tuned model: is",
+        ),
+        (
+            "mlp.up_proj",
+            3.4e38,
+            "differ by values beyond the range of f32: is",
+        ),
+        (
+            "input_layernorm",
+            torch.inf,
+            "holds NaN or infinity in the tuned model: is",
+        ),
+    ],
+)
+def test_what_is_extracted_is_finite(
+    tensor: str, value: float, message: str, tmp_path: Path
+) -> None:
+    for name, tuned in (("base", 0.0), ("tuned", 1.0)):
+        model(tmp_path / name, tuned)
+    path = tmp_path / "tuned" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"model.layers.0.{tensor}.weight"].fill_(value)
+    save_file(tensors, path)
+    line = (str(tmp_path / "base"), str(tmp_path / "tuned"), "-o", str(tmp_path / "out"))
+    outcome = console.run("extract", *line, "--rank", "2")
+    assert outcome.code == 1
+    assert f"model.layers.0.{tensor}: " in outcome.stderr
+    assert message in " ".join(outcome.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_shapes_that_do_not_go_together_end_in_a_sentence() -> None:
     """Whoever builds a factor of what a file holds: readers that check shapes say more, and first."""
     with pytest.raises(InputError, match="a matrix has two dimensions"):
         Leaf(ref_of(np.ones(3)))
+    psoft = Psoft(Site("model.x", "weight"), ref_of(np.ones((2, 2))), None, None)
+    with pytest.raises(InputError, match=r"two dimensions, found \[12\] in the base"):
+        delta_on([psoft], ref_of(np.ones(12)))
 
 
 def test_narrow_floats_are_looked_at_for_nan(tmp_path: Path) -> None:
