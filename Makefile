@@ -10,7 +10,7 @@ PYTEST := $(QUIET_ENV) $(SINGLE_THREADED) $(BIN)/python -m pytest
 TINY := fixtures/tinyllama
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-times test-oracles lint format bench clean
+.PHONY: help setup demo test test-full test-times test-oracles lint format gpu-check bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,10 @@ lint: $(VENV)/.installed ## ruff check, ruff format --check, mypy --strict
 format: $(VENV)/.installed ## let ruff sort imports and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+gpu-check: $(VENV)/.installed ## verify on an accelerator what is verified on the CPU, and time both
+	$(PYTEST) -q tests/gpu
+	$(QUIET_ENV) $(BIN)/python -m bench.gpu $(ARGS)
 
 bench: $(VENV)/.installed ## measure speed and memory (docs/performance.md)
 	$(QUIET_ENV) $(BIN)/python -m bench $(ARGS)

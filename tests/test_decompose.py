@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import console
+import numpy as np
 import pytest
 import samples
 import torch
 from safetensors.torch import save_file
+from strategies import ref_of
 
 from adaptmerge.algebra import decompose
+from adaptmerge.algebra.factors import Leaf
 from adaptmerge.bases.base import Site
 from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError
@@ -48,6 +51,35 @@ def test_values_that_are_not_finite_have_no_rank(budget: tuple[str, str], tmp_pa
     assert outcome.code == 1
     assert outcome.stderr.startswith(f"error: {samples.MODULES[0]}: a matrix holds NaN or infinity")
     assert not (tmp_path / "out").exists()
+
+
+def test_shapes_that_do_not_go_together_end_in_a_sentence() -> None:
+    """Whoever builds a factor of what a file holds: readers that check shapes say more, and first."""
+    with pytest.raises(InputError, match="a matrix has two dimensions"):
+        Leaf(ref_of(np.ones(3)))
+
+
+def test_narrow_floats_are_looked_at_for_nan(tmp_path: Path) -> None:
+    sides = samples.random_sides(1)
+    for a, b in sides.values():
+        a[0, 0] = b[0, 0] = torch.nan
+    narrow = {m: (a.to(torch.float8_e5m2), b) for m, (a, b) in sides.items()}
+    bad = samples.write(tmp_path / "bad", narrow)
+    outcome = console.run("convert", str(bad), "-o", str(tmp_path / "out"), "--to", "native")
+    assert outcome.code == 1
+    assert "lora_A.weight' of" in outcome.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_have(word: str, tmp_path: Path) -> None:
+    """They would be in the output, which other readers of JSON then refuse."""
+    path = samples.adapter(tmp_path / "a", 1) / samples.CONFIG
+    path.write_text(path.read_text().replace("{", f'{{"megatron_config": [{word}], ', 1))
+    outcome = console.run("convert", str(path.parent), "-o", str(tmp_path / "out"))
+    assert outcome.code == 1
+    assert "'megatron_config' is" in outcome.stderr
+    assert "which is no number in JSON" in outcome.stderr
 
 
 def test_a_weight_without_rows_is_one(tmp_path: Path) -> None:

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from adaptmerge.algebra.linalg import working
+from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import F64, DType
 from adaptmerge.tensors.refs import TensorRef, computed
 
 Rows = tuple[int, int] | None
+
+
+class Misshapen(InputError, ValueError):
+    """Matrices of shapes that do not go together: of a file that fits nothing, or not its config."""
 
 
 class Term(NamedTuple):
@@ -52,9 +57,7 @@ class Leaf:
 
     def __post_init__(self) -> None:
         if len(self.ref.shape) != 2:
-            raise ValueError(
-                f"{self.ref.name}: a matrix has two dimensions, found {self.ref.shape}"
-            )
+            raise Misshapen(f"{self.ref.name}: a matrix has two dimensions, found {self.ref.shape}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,7 +99,7 @@ class Product:
     def __post_init__(self) -> None:
         for left, right in zip(self.parts, self.parts[1:], strict=False):
             if left.shape[1] != right.shape[0]:
-                raise ValueError(f"shapes {left.shape} and {right.shape} do not multiply")
+                raise Misshapen(f"shapes {left.shape} and {right.shape} do not multiply")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,7 +148,7 @@ class Sum:
 
     def __post_init__(self) -> None:
         if len({part.shape for part in self.parts}) != 1:
-            raise ValueError(f"shapes {[part.shape for part in self.parts]} do not add")
+            raise Misshapen(f"shapes {[part.shape for part in self.parts]} do not add")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -170,7 +173,7 @@ class Hadamard:
 
     def __post_init__(self) -> None:
         if self.left.shape != self.right.shape:
-            raise ValueError(f"shapes {self.left.shape} and {self.right.shape} differ")
+            raise Misshapen(f"shapes {self.left.shape} and {self.right.shape} differ")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -215,7 +218,7 @@ class Place:
     def __post_init__(self) -> None:
         ends = (self.row + self.block.shape[0], self.column + self.block.shape[1])
         if ends[0] > self.shape[0] or ends[1] > self.shape[1]:
-            raise ValueError(f"block {self.block.shape} at {self.row}, {self.column} is outside")
+            raise Misshapen(f"block {self.block.shape} at {self.row}, {self.column} is outside")
 
     def dense(self, rows: Rows = None) -> torch.Tensor:
         start, stop = rows or (0, self.shape[0])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from adaptmerge.errors import InputError
@@ -56,7 +57,20 @@ def parse(text: bytes | str) -> tuple[Any, list[str]]:
         raise ValueError("nested too deeply") from None
     if _is_deep(value):
         raise ValueError(f"nested more than {DEEPEST} levels deep")
-    return value, [f"key {quoted(key)} appears {count} times" for key, count in repeated.items()]
+    problems = [f"key {quoted(key)} appears {count} times" for key, count in repeated.items()]
+    return value, [*problems, *_not_finite(value)]
+
+
+def _not_finite(value: Any, place: str = "it") -> Iterator[str]:
+    """A sentence for each number that JSON has no word for, though many writers and readers have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is {value}, which is no number in JSON"
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _not_finite(part, quoted(key))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _not_finite(part, place)
 
 
 def _is_deep(value: Any) -> bool:

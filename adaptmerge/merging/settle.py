@@ -226,7 +226,7 @@ def _nonfinite(step: Step, stats: SiteStats) -> list[str]:
         f"{member.adapter}: tensor {ref.name!r} of {step.site} holds NaN or infinity"
         for member in step.members
         for ref in _unseen(member.edit, clean)
-        if ref.dtype.is_float and ref.dtype.bits >= 16 and not _finite(ref.read())
+        if ref.dtype.is_float and ref.dtype.bits >= 8 and not _finite(ref.read())
     ]
 
 
@@ -247,7 +247,7 @@ def _unseen(edit: Edit, clean: bool) -> list[TensorRef]:
 
 
 def _finite(value: torch.Tensor) -> bool:
-    return bool(torch.isfinite(value).all())
+    return bool(torch.isfinite(value.float() if value.itemsize < 2 else value).all())
 
 
 def _matrix(

@@ -31,6 +31,23 @@ def test_a_base_of_other_numbers_is_refused(quant: str, dtype: torch.dtype, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("quant", ["same", "nf4"])
+def test_a_base_without_values_is_refused(quant: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    weights = {f"{module}.weight": torch.ones(12, 9) for module in samples.MODULES}
+    weights["model.layers.2.self_attn.q_proj.weight"] = torch.ones(0, 9)
+    save_file(weights, base / "model.safetensors")
+    adapter = samples.adapter(tmp_path / "a", 1)
+    lossy = {"quant": quant, "max_loss": 100.0, "allow": frozenset({"base", "loss"})}
+    if quant == "same":  # nothing is done to it
+        fuse(base, [adapter], tmp_path / "out", **lossy)
+        return
+    with pytest.raises(CannotStore, match="q_proj.weight has no values in the base"):
+        fuse(base, [adapter], tmp_path / "out", **lossy)
+
+
 @pytest.mark.parametrize("allow", [{"base", "loss"}, {"base", "loss", "nonfinite"}])
 def test_codes_hold_only_finite_values(allow: set[str], tmp_path: Path) -> None:
     base = layer(tmp_path / "base", "nf4", 24, 64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from operator import index
 from random import Random
 from typing import Any, NamedTuple
 
@@ -64,8 +65,8 @@ def changed(content: bytes, random: Random) -> tuple[bytes, str]:
     metadata = header.pop("__metadata__", None)
     try:
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = Held(entry["dtype"], tuple(entry["shape"]), data[begin:end])
+            begin, end = map(index, entry["data_offsets"])
+            tensors[name] = Held(entry["dtype"], tuple(map(index, entry["shape"])), data[begin:end])
     except (AttributeError, KeyError, TypeError, ValueError):
         return content, "no tensors any more"
     if not tensors:

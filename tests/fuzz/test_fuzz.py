@@ -11,7 +11,7 @@ from fuzz.command import SEED
 pytest.importorskip("peft")
 pytest.importorskip("gguf")
 FEW, MANY = 200, 2000
-STEP = 25  # cases of one test
+STEP = 20  # cases of one test
 
 
 def blocks(first: int, end: int) -> list[range]:

@@ -135,6 +135,11 @@ class _Landing:
                 "quantised in a way that its config.json does not say?"
             )
             return
+        if stored is not None and not stored.count:
+            self.problems.append(
+                f"{name} has no values in the base: its shape is {list(stored.shape)}"
+            )
+            return
         plain, anew = self.wishes.plain, self.wishes.anew
         coded = {} if self.wishes.wide is not None else self._coded_in(name, here)
         if plain is not None and name in plain.growth:
