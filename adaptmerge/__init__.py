@@ -1,4 +1,4 @@
-"""Read, merge, convert and verify adapter checkpoints.
+"""Read, merge, convert, fuse and verify adapter checkpoints: the command line without the terminal.
 
 The names below are the public API; each is imported on first use, so `import adaptmerge` is instant.
 """
@@ -13,11 +13,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from adaptmerge.algebra.fit import Budget
     from adaptmerge.bases.open import open_base
+    from adaptmerge.commands.calibrate import Calibration, calibrate
     from adaptmerge.commands.combine import Options, combine
-    from adaptmerge.commands.extract import Extraction
+    from adaptmerge.commands.extract import Extraction, extract
+    from adaptmerge.commands.fuse import FuseOptions, FuseReport, fuse
+    from adaptmerge.commands.in_memory import Combined, combine_in_memory
     from adaptmerge.commands.recipe import load_recipe
-    from adaptmerge.commands.verify import Questions, Verdict
-    from adaptmerge.commands.verify.difference import difference
+    from adaptmerge.commands.verify import Check, Questions, Verdict, verify
+    from adaptmerge.commands.verify.difference import Difference, difference
     from adaptmerge.errors import (
         AdaptmergeError,
         CannotMerge,
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
         UsageError,
         VerificationFailed,
     )
-    from adaptmerge.formats.inputs import InputSpec, open_input, open_inputs, parse_input
+    from adaptmerge.formats.in_memory import from_state_dict
+    from adaptmerge.formats.inputs import Input, InputSpec, open_input, open_inputs, parse_input
+    from adaptmerge.formats.peft.live import from_peft
     from adaptmerge.formats.registry import formats
     from adaptmerge.merging.weights import SiteRule, parse_rule
     from adaptmerge.methods.registry import methods
@@ -38,11 +43,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "algebra.fit": ("Budget",),
     "bases.open": ("open_base",),
+    "commands.calibrate": ("Calibration", "calibrate"),
     "commands.combine": ("Options", "combine"),
-    "commands.extract": ("Extraction",),
+    "commands.extract": ("Extraction", "extract"),
+    "commands.fuse": ("FuseOptions", "FuseReport", "fuse"),
+    "commands.in_memory": ("Combined", "combine_in_memory"),
     "commands.recipe": ("load_recipe",),
-    "commands.verify": ("Questions", "Verdict"),
-    "commands.verify.difference": ("difference",),
+    "commands.verify": ("Check", "Questions", "Verdict", "verify"),
+    "commands.verify.difference": ("Difference", "difference"),
     "errors": (
         "AdaptmergeError",
         "CannotMerge",
@@ -53,7 +61,9 @@ _HOMES = {
         "UsageError",
         "VerificationFailed",
     ),
-    "formats.inputs": ("InputSpec", "open_input", "open_inputs", "parse_input"),
+    "formats.in_memory": ("from_state_dict",),
+    "formats.inputs": ("Input", "InputSpec", "open_input", "open_inputs", "parse_input"),
+    "formats.peft.live": ("from_peft",),
     "formats.registry": ("formats",),
     "merging.weights": ("SiteRule", "parse_rule"),
     "methods.registry": ("methods",),
@@ -65,9 +75,16 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaptmergeError",
     "Budget",
+    "Calibration",
     "CannotMerge",
     "CannotStore",
+    "Check",
+    "Combined",
+    "Difference",
     "Extraction",
+    "FuseOptions",
+    "FuseReport",
+    "Input",
     "InputError",
     "InputSpec",
     "MissingExtra",
@@ -80,9 +97,15 @@ __all__ = [
     "Verdict",
     "VerificationFailed",
     "attach",
+    "calibrate",
     "combine",
+    "combine_in_memory",
     "difference",
+    "extract",
     "formats",
+    "from_peft",
+    "from_state_dict",
+    "fuse",
     "load_recipe",
     "load_report",
     "methods",
@@ -91,6 +114,7 @@ __all__ = [
     "open_inputs",
     "parse_input",
     "parse_rule",
+    "verify",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from adaptmerge.errors import AdaptmergeError
@@ -39,3 +40,12 @@ def collect(package: str, constant: str) -> dict[str, Any]:
             )
         table[item.name] = item
     return table
+
+
+class Registry(ModuleType):
+    """A package that, when called, gives all that its `registry` finds: the public function of its name
+    works whichever of the two was imported last."""
+
+    def __call__(self) -> Any:
+        registry = importlib.import_module(f"{self.__name__}.registry")
+        return getattr(registry, self.__name__.rpartition(".")[2])()

@@ -16,6 +16,7 @@ raised together: `problems` holds one sentence each.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 
@@ -83,7 +84,15 @@ class VerificationFailed(AdaptmergeError):
     exit_code = 3
 
 
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The one of `known` that a word was meant to be, where one is near: a number in it is meant as it is,
+    so that int4 is never taken for int8."""
+    numbers = set(re.findall(r"\d+", word))
+    fitting = [other for other in known if numbers <= set(re.findall(r"\d+", other))]
+    return next(iter(difflib.get_close_matches(word, fitting, n=1, cutoff=0.6)), None)
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A sentence fragment that suggests the closest of `known`, or lists them."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    close = nearest(word, known)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"

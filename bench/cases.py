@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bench.combining import EXPERTS, LAYER
 from bench.data import Data
 from bench.shapes import BYTES, HIDDEN, SHAPES, TENSORS
 from bench.worker import RANK, WORKERS
@@ -94,12 +95,14 @@ def rows(sizes: Sizes) -> list[Row]:
     """The table, as far as it does not depend on measured values."""
     few, some, many = _depths(sizes)
     site = f"{sizes.square}x{sizes.square}"
-    start = "starting Python"
+    start, copied = "starting Python", ("copying the inputs", "experts-copy")
     gigabytes = f"{sizes.file_bytes / 1e9:.2f}"
     usual, extreme = (f"{14 * layers:,} tensors" for layers in (sizes.layers, sizes.file_layers))
     return [
         Row(f"`svd`, {many} layers", "svd", "its bare algebra", "bare", "< 2.5 s"),
         Row(f"`linear`, {many} layers", "linear", "copying the inputs", "copy", "<= 2 x"),
+        Row(f"`linear` of 2 DoRA and a LoRA, {LAYER}", "dora", "its norms", "dora-norms", "-"),
+        Row(f"`linear`, 2 layers of {EXPERTS} experts", "experts", *copied, "-"),
         Row(f"`svd`, one {site} site", "site", "PEFT", "peft", ">= 2000 x faster", faster=True),
         Row(f"memory, {some} layers", f"memory-{some}", f"{few} layers", f"memory-{few}", "1 x"),
         Row(
@@ -194,6 +197,9 @@ def _merges(data: Data, sizes: Sizes) -> list[Case]:
     def inputs() -> list[str]:
         return data.adapters(2, sizes.layers)
 
+    def three() -> list[str]:
+        return [*data.doras(2), data.adapters(3, 1)[2]]
+
     def warm_up() -> str:
         return data.adapters(1, 1)[0]
 
@@ -210,6 +216,10 @@ def _merges(data: Data, sizes: Sizes) -> list[Case]:
         Case("bare", "s", lambda: _worker("bare", warm_up(), *inputs())),
         Case("linear", "s", partial(merge, "linear")),
         Case("copy", "s", lambda: _worker("copy", data.output("copy"), *inputs())),
+        Case("dora", "s", lambda: _worker("dora", data.layer(), data.output("dora"), *three())),
+        Case("dora-norms", "s", lambda: _worker("dora-norms", data.layer(), *three())),
+        Case("experts", "s", lambda: _worker("experts", data.output("experts"), *data.experts(2))),
+        Case("experts-copy", "s", lambda: _worker("copy", data.output("copy"), *data.experts(2))),
         Case("site", "s", site),
         Case("peft", "s", lambda: _worker("peft", str(sizes.square)), most=sizes.peft_rounds),
     ]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from bench.combining import make_dora, make_experts, make_layer
 from bench.models import make_model, make_model_adapter
 from bench.nf4_model import SCALE, make_nf4_model
 from bench.shapes import CONFIG, make_adapter, make_large, squares
@@ -32,6 +33,19 @@ class Data:
     def large(self, layers: int, rank: int) -> str:
         """One adapter of that many layers and that rank."""
         return self._once(f"large-{layers}-{rank}", partial(make_large, layers=layers, rank=rank))
+
+    def layer(self) -> str:
+        """A base of one layer."""
+        return self._once("layer", make_layer, "config.json")
+
+    def doras(self, count: int) -> list[str]:
+        """`count` DoRAs of that layer."""
+        make = partial(make_dora, base=Path(self.layer()))
+        return [self._once(f"dora-{i}", partial(make, seed=i)) for i in range(count)]
+
+    def experts(self, count: int) -> list[str]:
+        """`count` adapters of stacked experts."""
+        return [self._once(f"experts-{i}", partial(make_experts, seed=i)) for i in range(count)]
 
     def model(self, size: str) -> str:
         """A base model of that size."""

@@ -92,12 +92,12 @@ def _index(folder: Path, size: str, count: int) -> None:
         total += (folder / name).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": table}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config(size)))
+    (folder / "config.json").write_text(json.dumps(config(SIZES[size])))
 
 
-def config(size: str) -> dict[str, object]:
+def config(size: tuple[int, int, int, int, int]) -> dict[str, object]:
     """The config.json of a Llama of that size."""
-    hidden, kv, ffn, layers, heads = SIZES[size]
+    hidden, kv, ffn, layers, heads = size
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

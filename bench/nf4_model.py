@@ -80,7 +80,7 @@ def make_nf4_model(folder: Path, *, size: str) -> Path:
         linear = any(name.endswith(f".{end}.weight") for end in linears)
         tensors |= _nf4(name, value) if linear else {name: value.to(torch.bfloat16)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    said = {**config(size), "quantization_config": QUANTISATION}
+    said = {**config(SIZES[size]), "quantization_config": QUANTISATION}
     (folder / "config.json").write_text(json.dumps(said))
     return folder
 

@@ -36,6 +36,30 @@ def merge(method: str, warm_up: str, output: str, *inputs: str) -> float:
     return _timed(lambda: _combine(method, inputs, output))
 
 
+def dora(base: str, output: str, *inputs: str) -> float:
+    """Seconds of one thread that combine() takes of DoRAs and LoRAs with their base."""
+    _combine("linear", inputs, f"{output}-warm-up", base=base, jobs=1)
+    _settle([*inputs, base], output)
+    return _worked(lambda: _combine("linear", inputs, output, base=base, jobs=1))
+
+
+def dora_norms(base: str, *inputs: str) -> float:
+    """The same of the arithmetic alone, with reading the base."""
+    from bench.combining import norms_of
+
+    torch.set_num_threads(1)
+    folders = list(map(Path, inputs))
+    norms_of(Path(base), folders)
+    return _worked(lambda: norms_of(Path(base), folders))
+
+
+def experts(output: str, *inputs: str) -> float:
+    """Seconds of combine() of adapters of experts."""
+    _combine("linear", inputs, f"{output}-warm-up")
+    _settle(inputs, output)
+    return _timed(lambda: _combine("linear", inputs, output))
+
+
 def bare(warm_up: str, *inputs: str) -> float:
     """Seconds of the same merge's algebra alone, from memory, without files."""
     _bare([warm_up, warm_up])()
@@ -151,13 +175,27 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _combine(method: str, inputs: Sequence[str], output: str) -> None:
+def _worked(work: Callable[[], object]) -> float:
+    """Seconds of processor time."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def _combine(
+    method: str,
+    inputs: Sequence[str],
+    output: str,
+    base: str | None = None,
+    jobs: int = WORKERS,
+) -> None:
     # imported here: memory() counts what that takes
     from adaptmerge.commands.combine import Options, combine
     from adaptmerge.formats.inputs import InputSpec
 
     specs = [InputSpec(source) for source in inputs]
-    combine(specs, Path(output), Options(method=method, jobs=WORKERS, force=True))
+    options = Options(method=method, jobs=jobs, force=True, base=base)
+    combine(specs, Path(output), options)
 
 
 def _fuse(rounding: str, inputs: Sequence[str], output: str) -> None:
@@ -243,6 +281,9 @@ def _dropped(output: str) -> Iterator[None]:
 
 MEASURES: dict[str, Callable[..., float]] = {
     "merge": merge,
+    "dora": dora,
+    "dora-norms": dora_norms,
+    "experts": experts,
     "bare": bare,
     "copy": copy,
     "peft": peft,

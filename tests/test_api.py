@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import adaptmerge
 
 
@@ -22,3 +24,17 @@ def test_import_is_light() -> None:
     code = "import sys, adaptmerge; print(sorted({'torch', 'click', 'numpy'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("first", ["", "import adaptmerge.methods.registry, adaptmerge.formats"])
+@pytest.mark.parametrize("name", ["methods", "formats"])
+def test_what_is_registered_is_given_at_every_call(name: str, first: str) -> None:
+    """Whether the function or the package of its name was imported last."""
+    code = f"""
+{first}
+import adaptmerge
+from adaptmerge import {name}
+counts = [len(adaptmerge.{name}()) for _ in range(3)] + [len({name}()), len(adaptmerge.{name}())]
+assert len(set(counts)) == 1 and counts[0] > 3, counts
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -112,6 +112,14 @@ def test_every_command_has_help(name: str, option: str) -> None:
     assert found.code == 0
     assert main.commands[name].help
     assert "Usage: adaptmerge " + name in found.stdout
+    assert max(map(len, found.stdout.splitlines())) <= 80
+
+
+def test_the_commands_are_listed_in_whole_sentences() -> None:
+    shown = run("--help").stdout
+    assert "..." not in shown.partition("Commands:")[2].partition("Examples:")[0]
+    assert all(re.search(rf"^  {name} +[A-Z].*\.$", shown, re.MULTILINE) for name in COMMANDS)
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from strategies import ref_of
 
+from adaptmerge.adapters.graph import Site
 from adaptmerge.algebra import decompose
 from adaptmerge.algebra.factors import Leaf
-from adaptmerge.bases.base import Site
 from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError
 

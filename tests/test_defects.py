@@ -212,7 +212,7 @@ def test_mixed_dtypes_become_float32_and_dtype_decides(tmp_path: Path) -> None:
 def test_a_short_list_of_weights_is_refused(tmp_path: Path) -> None:
     """PEFT zips: the last adapter is left out without a word."""
     paths = [adapter(tmp_path / f"a{seed}", seed) for seed in (1, 2)]
-    with pytest.raises(UsageError, match="--weights has 1 numbers for 2 inputs"):
+    with pytest.raises(UsageError, match="--weights has 1 number for 2 inputs"):
         combine([InputSpec(str(p)) for p in paths], tmp_path / "out", Options(weights="0.7"))
 
 

@@ -175,6 +175,25 @@ def done(*arguments: str) -> str:
     return outcome.stdout
 
 
+def test_the_python_page_does_what_it_says(
+    tmp_path: Path, fixtures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "fixtures").symlink_to(fixtures, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text_of(DOCS / "python.md"), re.DOTALL)
+    assert len(blocks) > 5
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, "python.md", "exec"), names)
+
+
+def test_the_python_page_names_all_that_is_public() -> None:
+    page = text_of(DOCS / "python.md")
+    shown = set(re.findall(r"\w+", page))
+    assert not [name for name in adaptmerge.__all__ if name not in shown]
+
+
 def test_the_method_in_the_docs_works(install: Install, fixtures: Path, tmp_path: Path) -> None:
     install("adding-a-method.md", "rescaled", "METHOD")
     assert re.search(r"^rescaled ", done("methods"), re.MULTILINE)

@@ -373,11 +373,12 @@ def test_a_resized_vocabulary_is_kept_whole(family: str, tmp_path: Path) -> None
     assert verify(tmp_path / "out", Questions(str(base), {"tuned": str(tuned)})).status == "pass"
 
 
-def test_an_embedding_that_other_modules_share_is_noted(tmp_path: Path) -> None:
+def test_an_embedding_of_a_class_that_is_not_known_is_noted(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, "bert")
-    changed(tuned, dict, architectures=["BertForMaskedLM"])
+    for folder in (base, tuned):
+        changed(folder, dict, architectures=["OurOwn"], model_type="of_our_own")
     report = extract(str(base), str(tuned), tmp_path / "out", rank(RANK))
-    assert any(n.kind == "assumed" and "ties it to other modules" in n.what for n in report.notes)
+    assert any(n.kind == "assumed" and "has no class of this model" in n.what for n in report.notes)
 
 
 def test_an_added_head_is_kept_whole_with_its_labels(tmp_path: Path) -> None:

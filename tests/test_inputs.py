@@ -40,6 +40,14 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("xx:.5", spec("xx", weight=0.5)),
         ("x.bin?alpha=32", spec("x.bin", alpha=32.0)),
         ("sql=x.bin:0.7?alpha=32", spec("x.bin", "sql", 0.7, 32.0)),
+        ("sql=x.bin?alpha=32:0.7", spec("x.bin", "sql", 0.7, 32.0)),
+        ("hf://org/name", spec("org/name")),
+        ("sql=hf://org/name@v1/sub/folder:2", spec("org/name@v1//sub/folder", "sql", 2.0)),
+        ("https://huggingface.co/org/name:0.5", spec("org/name", weight=0.5)),
+        (
+            "https://huggingface.co/org/name/resolve/v1/x.safetensors?download=true&alpha=8:0.5",
+            spec("org/name@v1//x.safetensors", None, 0.5, 8.0),
+        ),
         ("a-b.c_2=x", spec("x", "a-b.c_2")),
         ("org/name", spec("org/name")),
         ("org/name:0.5", spec("org/name", weight=0.5)),
@@ -60,6 +68,11 @@ def test_the_grammar(text: str, expected: InputSpec) -> None:
     assert parse_input(text) == expected
 
 
+def test_a_weight_before_and_after_the_options_is_one_too_many() -> None:
+    with pytest.raises(UsageError, match="two weights, 0.5 and 0.3"):
+        parse_input("x.bin:0.5?alpha=16:0.3")
+
+
 @pytest.mark.parametrize(
     ("exists", "text", "expected"),
     [
@@ -72,6 +85,7 @@ def test_the_grammar(text: str, expected: InputSpec) -> None:
         ("what?alpha=3", "what?alpha=3", spec("what?alpha=3")),
         ("a", "a:0.5", spec("a", weight=0.5)),  # no drive letter when it exists
         ("b", "a=b", spec("b", "a")),
+        ("a?alpha=3:1", "a?alpha=3:1", spec("a?alpha=3:1")),
     ],
 )
 def test_what_exists_is_read_as_written(
@@ -100,7 +114,7 @@ def test_another_folder_decides_for_recipes(empty_folder: Path) -> None:
         ("xx?", "option ''"),
         ("xx?alpha=big", "alpha: 'big' is not a finite number"),
         ("xx?alpha=nan", "alpha: 'nan' is not a finite number"),
-        ("xx?alpha=1&rank=2", "option 'rank': did you mean 'task'?"),
+        ("xx?alpha=1&rank=2", "option 'rank': known: alpha"),
     ],
 )
 def test_what_cannot_be_meant(text: str, message: str) -> None:

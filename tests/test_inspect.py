@@ -69,3 +69,63 @@ def test_scales_of_modules_that_are_absent_do_not_fit(tmp_path: Path) -> None:
     said = run("inspect", str(path), "--base", BASE).stdout
     assert "0 of 1 modules fit" in said
     assert "is not in the base" in said
+
+
+def test_scales_count_once_though_they_act_on_biases_too(tmp_path: Path) -> None:
+    """T5 has no biases: what is counted is what PEFT trains."""
+    path = tmp_path / "ia3"
+    path.mkdir()
+    keys = [
+        f"base_model.model.{side}.block.{n}.layer.0.SelfAttention.k.ia3_l"
+        for side in ("encoder", "decoder")
+        for n in range(12)
+    ]
+    save_file({key: torch.ones(32, 1) for key in keys}, path / WEIGHTS)
+    config = {"peft_type": "IA3", "target_modules": ["k"], "feedforward_modules": []}
+    (path / CONFIG).write_text(json.dumps(config))
+    said = run("inspect", str(path)).stdout
+    assert "768 parameters in 24 sites" in said
+    assert "bias" not in said
+    assert said.count("block.*.layer.0.SelfAttention.k") == 2
+    assert "\nblocks 0-11\n" in said
+    (found,) = json.loads(run("inspect", str(path), "--json").stdout)
+    assert [family["numbers"] for family in found["families"]] == 2 * [{"blocks": "0-11"}]
+
+
+def test_experts_are_grouped_as_experts(tmp_path: Path) -> None:
+    module = "model.layers.{}.mlp.experts.{}.up_proj"
+    path = lora(tmp_path / "moe", *(module.format(n, e) for n in range(3) for e in range(3)))
+    said = run("inspect", str(path)).stdout
+    assert said.count("up_proj") == 1
+    assert "\nlayers 0-2\nexperts 0-2\n" in said
+
+
+def test_numbers_that_are_missing_show(tmp_path: Path) -> None:
+    q, v = "model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj"
+    modules = [*(q.format(n) for n in (0, 1, 2, 7)), *(v.format(n) for n in (1, 2))]
+    said = run("inspect", str(lora(tmp_path / "some", *modules))).stdout
+    assert "layers 0-2, 7 of self_attn.q_proj\nlayers 1-2 of self_attn.v_proj\n" in said
+
+
+def test_a_number_that_is_always_the_same_stays(tmp_path: Path) -> None:
+    said = run("inspect", str(lora(tmp_path / "one", "model.layers.5.self_attn.q_proj"))).stdout
+    assert "model.layers.5.self_attn.q_proj" in said
+    assert "2 parameters in 1 site\n" in said
+
+
+@pytest.mark.parametrize(
+    ("module", "likely"),
+    [
+        ("base.lm.model.layers.0.self_attn.q_proj", "base.lm.* of the adapter seems to be * of"),
+        ("llm.layers.0.self_attn.q_proj", "llm.* of the adapter seems to be model.* of the base"),
+    ],
+)
+def test_the_likely_prefix_is_said(module: str, likely: str, tmp_path: Path) -> None:
+    said = run("inspect", str(lora(tmp_path / "a", module)), "--base", BASE).stdout
+    assert "0 of 1 modules fit" in said
+    assert likely in said
+
+
+def test_no_prefix_is_made_up(tmp_path: Path) -> None:
+    path = lora(tmp_path / "a", "transformer.blocks.0.attn.wq")
+    assert "seems" not in run("inspect", str(path), "--base", BASE).stdout

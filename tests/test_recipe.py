@@ -27,7 +27,9 @@ def recipe(folder: Path, text: str) -> Recipe:
 
 
 def refusal(folder: Path, text: str, kind: type[AdaptmergeError] = UsageError) -> list[str]:
-    """The problems of a recipe, without the folder."""
+    """The problems of a recipe, without the folder, in which the inputs a, b and xx lie."""
+    for name in ("a", "b", "xx"):
+        (folder / name).mkdir(exist_ok=True)
     with pytest.raises(kind) as caught:
         recipe(folder, text)
     assert type(caught.value) is kind
@@ -216,7 +218,7 @@ sites:
     problems = refusal(tmp_path, text)
     expected = {
         2: "method: no method is named 'liner': did you mean 'linear'?",
-        3: "dtype: 'bf61': did you mean 'bf16'?",
+        3: "dtype: 'bf61': known: bf16",
         4: "to: no format is named 'peff': did you mean 'peft'?",
         5: "heads: no input is named 'chta': did you mean 'chat'?",
         6: "allow[0]: 'bas': did you mean 'base'?",
@@ -234,7 +236,7 @@ sites:
     [
         ("method: linear", "recipe.yaml:1: inputs: is missing"),
         ("inputs: []", "inputs: List should have at least 1 item"),
-        ("inputs: [a, b]\nweights: [1]", "recipe.yaml:2: weights: has 1 numbers for 2 inputs"),
+        ("inputs: [a, b]\nweights: [1]", "recipe.yaml:2: weights: has 1 number for 2 inputs"),
         ("inputs: [a, b]\nweights: {a: 1}", "recipe.yaml:2: weights: gives 'b' no number"),
         ("inputs: [xx:1, b]\nweights: last:1", "recipe.yaml:2: weights: weights are given both"),
         ("inputs: [a, b]\nweights: last:3", "recipe.yaml:2: weights: --weights last:3: there"),
@@ -260,7 +262,7 @@ def test_values_that_cannot_be_meant(tmp_path: Path, text: str, problem: str) ->
     [
         ("inputs: [a]\ninputs: [b]", "recipe.yaml:2: the key 'inputs' is also on line 1: keep one"),
         (
-            "inputs: [a]\nsites:\n- match: x\n  match: y",
+            "inputs: [a]\nsites:\n- match: x\n  match: y\n  weights: {a: 1}",
             "recipe.yaml:4: the key 'match' is also on line 3: keep one",
         ),
         ("a: [b\nc: d", "recipe.yaml:2: is not YAML: expected ',' or ']'"),
@@ -310,3 +312,56 @@ def test_locked_inputs(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="has no file 'weights.bin' that is read"):
         locked(tmp_path, **good, weights__bin="0" * 64)
+
+
+def test_addresses_of_the_hub_are_sources(tmp_path: Path) -> None:
+    text = """
+inputs:
+  - hf://org/name@v1/sub
+  - source: https://huggingface.co/org/other
+    weight: 0.5
+  - https://example.org/x.safetensors
+"""
+    sources = [spec.source for spec in recipe(tmp_path, text).specs()]
+    assert sources == ["org/name@v1//sub", "org/other", "https://example.org/x.safetensors"]
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    """Keys, values, names, words, repeated keys and inputs that are not there."""
+    text = """
+inputs:
+  - a
+  - nowhere
+method: lineer
+rank: many
+dytpe: bf16
+to: peftt
+energy: 0.5
+energy: 0.6
+allow: [bas]
+sites:
+  - match: "*"
+    weights: {c: 1}
+"""
+    found = refusal(tmp_path, text)
+    for line, said in (
+        (4, "inputs[1]: nowhere: does not exist"),
+        (5, "method: no method is named 'lineer': did you mean 'linear'?"),
+        (6, "rank: expected a valid integer"),
+        (7, "dytpe: unknown key: did you mean 'dtype'?"),
+        (8, "to: no format is named 'peftt': did you mean 'peft'?"),
+        (10, "the key 'energy' is also on line 9: keep one"),
+        (11, "allow[0]: 'bas': did you mean 'base'?"),
+        (14, "sites[0].weights.c: no input is named 'c'"),
+    ):
+        assert any(text.startswith(f"recipe.yaml:{line}: {said}") for text in found), (line, found)
+    assert len(found) == 8
+
+
+def test_inputs_that_are_wrong_do_not_hide_words_that_are(tmp_path: Path) -> None:
+    found = refusal(tmp_path, "inputs: [a, 3]\nmethod: lineer\nrank: many")
+    assert [line.partition(": ")[2].partition(":")[0] for line in found] == [
+        "inputs[1]",
+        "method",
+        "rank",
+    ]

@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from console import run
 from fuse.tiny import cut
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -237,7 +239,7 @@ def test_changed_and_missing_inputs_fail(tiny: Path, tmp_path: Path) -> None:
     combine([InputSpec(str(tmp_path / "a"))], tmp_path / "out")
     rewrite(tmp_path / "a", lambda tensors: tensors[f"{Q0}.lora_A.weight"].mul_(2))  # type: ignore[arg-type]
     verdict = library.verify(tmp_path / "out")
-    assert statuses(verdict) == {"inputs": library.FAIL}
+    assert statuses(verdict) == {"inputs": library.FAIL, "files": library.PASS}
     assert "changed" in verdict.checks[0].detail
     shutil.rmtree(tmp_path / "a")
     verdict = library.verify(tmp_path / "out")
@@ -288,6 +290,46 @@ def test_junit_names_failures(tiny: Path, tmp_path: Path) -> None:
     assert int(suite.attrib["failures"]) >= 1
     failed = {case.attrib["name"] for case in suite if case.find("failure") is not None}
     assert "weights" in failed
+
+
+@pytest.mark.parametrize(
+    ("junit", "said"),
+    [("nowhere/verify.xml", "its folder does not exist"), ("here", "is a folder: name a file")],
+)
+def test_a_junit_file_that_cannot_be_is_refused_before_any_work(
+    junit: str, said: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    asked: list[object] = []
+    monkeypatch.setattr(library, "verify", lambda *questions: asked.append(questions))
+    outcome = run("verify", str(tmp_path), "--junit", str(tmp_path / junit))
+    assert outcome.code == 1
+    assert said in outcome.stderr
+    assert not asked
+
+
+@pytest.mark.parametrize(("damaged", "code"), [(False, 1), (True, 3)])
+def test_the_verdict_is_shown_though_the_junit_file_is_lost(
+    damaged: bool, code: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may fill meanwhile; a verification that failed is the worse news."""
+    out = merged(tiny, tmp_path / "out")
+    if damaged:
+        zero_one_site(out)
+    write, junit = Path.write_text, tmp_path / "verify.xml"
+
+    def full(path: Path, *given: Any, **named: Any) -> int:
+        if path == junit:
+            raise OSError(28, "No space left on device")
+        return write(path, *given, **named)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    names = ("lora-r8-shakespeare", "lora-r8-cheaders")
+    inputs = [word for name in names for word in ("--input", f"{name}={tiny / name}")]
+    outcome = run("verify", str(out), *inputs, "--junit", str(junit))
+    assert outcome.code == code
+    assert f"out: {'fail' if damaged else 'pass'}" in outcome.stdout
+    assert "verify.xml: cannot be written: No space left on device" in outcome.stderr
 
 
 def test_diff_of_equal_and_unequal_adapters(tiny: Path, tmp_path: Path) -> None:

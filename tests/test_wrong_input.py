@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from console import run
 from safetensors.torch import save_file
 from samples import (
     CONFIG,
@@ -154,7 +155,8 @@ def test_no_config_and_no_weights(good: Path, tmp_path: Path) -> None:
 def test_a_training_folder_points_to_its_checkpoints(good: Path, tmp_path: Path) -> None:
     adapter(tmp_path / "run" / "checkpoint-30", 2)
     problem = refused_alone(tmp_path, tmp_path / "run", good)
-    assert "it has training checkpoints: name one, e.g. checkpoint-30" in problem
+    assert "is the folder of a training run" in problem
+    assert "the adapter is in checkpoint-30: give ./run/checkpoint-30" in problem
 
 
 # Tensors
@@ -180,7 +182,7 @@ def changed(leaf: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
             changed("lora_B", torch.ones(12, 4)),
             f"{Q}: lora_A [3, 9] has rank 3 and lora_B [12, 4] has rank 4: they must be equal",
         ),
-        (changed("lora_B", torch.ones(12)), f"{Q}: lora_A [3, 9] and lora_B [12] are no pair"),
+        (changed("lora_B", torch.ones(12)), f"{Q}: lora_B has shape [12]: expected (out, r"),
         (changed("lora_B", torch.ones(12, 3, 1)), "are no pair"),
     ],
     ids=["no B", "no A", "ranks", "vector", "dimensions"],
@@ -348,7 +350,7 @@ def test_the_base_decides_about_prefixes(good: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"weights": "1,2,3"}, "--weights has 3 numbers for 2 inputs: give one each"),
-        ({"weights": "1"}, "--weights has 1 numbers for 2 inputs"),
+        ({"weights": "1"}, "--weights has 1 number for 2 inputs"),
         ({"weights": "1,nan"}, "'nan' is not a finite number"),
         ({"weights": "last:3"}, "there are 2 inputs, keep 1 to 2"),
         ({"method": "liner"}, "no method is named 'liner': did you mean 'linear'?"),
@@ -356,7 +358,7 @@ def test_the_base_decides_about_prefixes(good: Path, tmp_path: Path) -> None:
         ({"dtype": "int8"}, "--dtype int8: expected bf16"),
         ({"ranks": "some"}, "--ranks some: expected uniform or per-site"),
         ({"heads": "goood"}, "--heads goood: no input has that name (good, other)"),
-        ({"allow": frozenset({"everything"})}, "--allow everything: expected base or nonfinite"),
+        ({"allow": frozenset({"everything"})}, "--allow everything: expected base, nonfinite"),
     ],
 )
 def test_options(options: dict[str, Any], message: str, good: Path, tmp_path: Path) -> None:
@@ -425,3 +427,24 @@ def test_strict_notes_write_nothing(good: Path, tmp_path: Path) -> None:
         AdaptmergeError, tmp_path, lambda: merge(lone, output=tmp_path / "out", strict=True)
     )
     assert "no config was found: alpha = r is assumed" in problem
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("fuse good base", "is an adapter: a model belongs here"),
+        ("inspect good --base good", "is an adapter: a model belongs here"),
+        ("verify base", "is a model without a report: say what should be in it, with --adapter"),
+        ("run good", "is a folder: give a recipe"),
+        ("combine good --to safetensors", "write -o NAME.safetensors for one file"),
+        ("combine good --allow x", "expected base, nonfinite, approximate or labels"),
+    ],
+)
+def test_what_was_mixed_up_is_said(
+    command: str, said: str, good: Path, fixtures: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "base").symlink_to(fixtures / "tinyllama" / "base", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    outcome = run(*command.split())
+    assert outcome.code in (1, 2)
+    assert said in outcome.stderr

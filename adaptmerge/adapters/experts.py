@@ -133,21 +133,37 @@ def _apart(edit: Edit, style: Style) -> list[Edit]:
 
 def _all_fused(edits: Sequence[Edit], count: int) -> list[Edit]:
     """Gate and up as one block-diagonal edit where the first of them was; rank adds up."""
-    gathered: dict[Site, dict[str, Edit]] = {}
-    for edit in edits:
-        found = matrix_of(edit.site.module) if edit.site.param == "weight" else None
-        if found is not None:
-            gathered.setdefault(found.fused, {})[found.part] = edit
+    gathered = _gathered(edits)
     most = max((site.expert or 0 for site in gathered), default=-1) + 1
     layer = Layer("experts", stacked=max(count, most))
     result: list[Edit] = []
     for edit in edits:
-        found = matrix_of(edit.site.module) if edit.site.param == "weight" else None
+        found = _of_expert(edit)
         if found is None:
             result.append(edit)
-        elif parts := gathered.pop(found.fused, None):
-            result.append(_together(replace(found.fused, layer=layer), parts))
+        elif groups := gathered.pop(found.fused, None):
+            site = replace(found.fused, layer=layer)
+            result += [_together(site, parts) for parts in groups]
     return result
+
+
+def _gathered(edits: Sequence[Edit]) -> dict[Site, list[dict[str, Edit]]]:
+    """Edits by the stacked site that has them: of several edits of one matrix the n-th of each part go
+    together, so that none takes another's place."""
+    gathered: dict[Site, list[dict[str, Edit]]] = {}
+    for edit in edits:
+        if (found := _of_expert(edit)) is not None:
+            groups = gathered.setdefault(found.fused, [])
+            free = next((parts for parts in groups if found.part not in parts), None)
+            if free is None:
+                groups.append(free := {})
+            free[found.part] = edit
+    return gathered
+
+
+def _of_expert(edit: Edit) -> ExpertMatrix | None:
+    """The matrix of one expert's module that an edit is of."""
+    return matrix_of(edit.site.module) if edit.site.param == "weight" else None
 
 
 def _together(site: Site, edits: Mapping[str, Edit]) -> Edit:

@@ -86,13 +86,22 @@ def exact_suffixes(
     return sorted(shortest, key=lambda s: (s.count("."), natural_key(s)))
 
 
-# Modules whose rows are the tokens of a vocabulary: no labels, and not to be stacked.
-VOCABULARY = (
-    "embed_tokens",
-    "lm_head",
-    "wte",
-    "word_embeddings",
-    "shared",
-    "embed_in",
-    "embed_out",
+# What embeddings and heads whose rows are the tokens of a vocabulary are called: no labels, and not to be
+# stacked. A model's class knows better (`bases/ties.py`); these are for where there is none.
+INPUTS = (
+    *(
+        "embed_tokens",
+        "wte",
+        "word_embeddings",
+        "word_embedding",
+        "shared",
+        "embed_in",
+        "embeddings",
+    ),
+    *("tok_embeddings", "tokens_embed"),
 )
+OUTPUTS = (
+    *("lm_head", "embed_out", "proj_out", "output_embeddings", "output_projection", "lm_loss"),
+    *("vocab_projector", "generator_lm_head"),
+)
+VOCABULARY = INPUTS + OUTPUTS

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 from adaptmerge.adapters.graph import Edit, Site, fits
 from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Rows, Sum, Term, whole_term
-from adaptmerge.algebra.forms import Form, form_of
-from adaptmerge.algebra.linalg import moved_norms
+from adaptmerge.algebra.forms import Form, form_of, norms_beside
 from adaptmerge.algebra.low_rank import as_low_rank
+from adaptmerge.algebra.moved import moved_norms
+from adaptmerge.algebra.weight_rows import rows_of
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.caches import remembered
 from adaptmerge.tensors.dtypes import F64, DType
@@ -82,8 +83,10 @@ class Dora:
         form = form_of(self.factor)
         if form is None or self.axis == 0:
             return None
-        norms = moved_norms(weight, form.up, form.down, self.axis)
-        by = self.magnitude.read().double().flatten() / norms
+        norms = norms_beside(weight, form := form.on(weight.device))
+        if norms is None:
+            return None
+        by = self.magnitude.read().to(norms).flatten() / norms
         return Form(form.up * by[:, None], form.down, by - 1.0)
 
     def on(self, weight: TensorRef) -> Factor:
@@ -124,10 +127,27 @@ def share_of(edit: Dora, weight: TensorRef) -> torch.Tensor:
 
 def norms_of(weight: TensorRef, factor: Factor, axis: int) -> torch.Tensor:
     """|W + delta| over an axis, float64."""
+    return moved_norms(rows_of(weight, axis), *_moves(factor, axis))
+
+
+def expect_norms(weight: TensorRef, factors: Sequence[Factor], axis: int) -> None:
+    """Has one pass over the weight serve the norms of several deltas, in a block of `read_once`."""
+    for factor in factors:
+        rows_of(weight, axis).expect(_moves(factor, axis)[1])
+
+
+def _moves(factor: Factor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rows are moved by (columns, for axis 0): how far each, and in which directions."""
     terms = factor.thin()
     up = torch.cat([term.up.double() * term.scale for term in terms], dim=1)
     down = torch.cat([term.down.double() for term in terms])
-    return moved_norms(weight.read(), up, down, axis)
+    return (up, down) if axis else (down.T, up.T)
+
+
+def normed_axis(edit: Edit) -> int:
+    """The axis of its weight that an edit norms over; that of the inputs, where it does not."""
+    found: int = getattr(edit, "axis", 1)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from adaptmerge.lazy import torch
 def _existing() -> Iterator[None]:
     try:
         yield
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
         raise InputError(
             "a matrix holds NaN or infinity, or has no inverse, so that it cannot be decomposed: inspect "
             "--values names such tensors"

@@ -25,6 +25,10 @@ from adaptmerge.algebra.factors import (
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef
 
+ROWS = 512  # of a weight, looked at in float64 at once
+LEFT = (
+    1e-6  # share of a squared row that is left of it, below which the expansion of its norm is weak
+)
 THIN = 4  # a rank of at most this part of the shorter side is worth two sides
 
 
@@ -61,6 +65,11 @@ class Form(NamedTuple):
     down: torch.Tensor
     rows: torch.Tensor | None = None
 
+    def on(self, device: torch.device) -> Form:
+        """The form with its tensors there."""
+        rows = None if self.rows is None else self.rows.to(device)
+        return Form(self.up.to(device), self.down.to(device), rows)
+
     def times(self, scale: float) -> Form:
         """The form scaled."""
         rows = None if self.rows is None else self.rows * scale
@@ -95,6 +104,21 @@ def _form(factor: Any, weight: TensorRef | None) -> Form:
     if THIN * rank_bound(factor) > min(factor.shape):
         raise _NotThin
     return Form(*_sides(factor))
+
+
+def norms_beside(weight: torch.Tensor, form: Form) -> torch.Tensor | None:
+    """|W + up @ down| of each row, float64, with W in float64 by some rows at a time; None where the delta
+    takes away nearly all of a row, so that what is left would be rounding."""
+    up, down = form.up, form.down
+    inside = ((up @ (down @ down.T)) * up).sum(1)
+    squares, crossed = torch.empty_like(inside), torch.empty_like(inside)
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        block = weight[rows].double()
+        squares[rows] = block.square().sum(1)
+        crossed[rows] = ((block @ down.T) * up[rows]).sum(1)
+    moved = squares + 2 * crossed + inside
+    return moved.sqrt() if bool((moved >= LEFT * (squares + inside)).all()) else None
 
 
 def _nothing(shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,10 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from adaptmerge.algebra import decompose
 from adaptmerge.lazy import torch
 
+PLAIN = 40  # the largest entries of a column between 2^-PLAIN and 2^PLAIN have squares in float32
+FARTHEST = 1000  # a power of two that float64 holds
 ROWS = 1 << 20  # entries of a weight that are looked at in float64 at once
 NOISE = 2.0  # singular values below NOISE * eps * sqrt(max(m, n)) * (sum of the inputs' norms) are rounding
 
@@ -36,28 +39,8 @@ def working(value: torch.Tensor) -> torch.Tensor:
 
 def product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
     """|up @ down|_F by two r x r Gram matrices; for pairs that do not cancel."""
-    squared = (up.T @ up).double() * (down @ down.T).double()
-    return math.sqrt(max(float(squared.sum()), 0.0))
-
-
-def moved_norms(
-    weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, axis: int
-) -> torch.Tensor:
-    """|W + up @ down| over an axis, float64, without forming the sum: from |W|, W down^T and the cores."""
-    up, down = up.double(), down.double()
-    if axis == 0:
-        return _row_norms(weight.T, down.T, up.T)
-    return _row_norms(weight, up, down)
-
-
-def _row_norms(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    squared = ((up @ (down @ down.T)) * up).sum(1)
-    step = max(1, ROWS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        block = weight[rows].double()
-        squared[rows] += block.square().sum(1) + 2 * ((block @ down.T) * up[rows]).sum(1)
-    return squared.clamp(min=0).sqrt()
+    inner = gram(up, down, torch.ones(1, up.shape[1], dtype=torch.float64))
+    return float(inner.scales) * math.sqrt(max(float(inner.products), 0.0))
 
 
 def side_by_side(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
@@ -67,10 +50,38 @@ def side_by_side(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     return working(values[0] if len(values) == 1 else torch.cat(list(values), dim=axis))
 
 
-def gram(up: torch.Tensor, down: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+class Inner(NamedTuple):
+    """Inner products of matrices, each divided by its scale first: squares of very small or large values
+    would be lost."""
+
+    products: torch.Tensor
+    scales: torch.Tensor
+
+
+def gram(up: torch.Tensor, down: torch.Tensor, owners: torch.Tensor) -> Inner:
     """<delta_i, delta_j> in float64, delta_i being up @ diag(owners[i]) @ down."""
+    (up, lefts), (down, rights) = _evened(up, 0), _evened(down, 1)
     core = (up.T @ up).double() * (down @ down.T).double()
-    return owners @ core @ owners.T
+    exponents, tops = lefts + rights, torch.zeros(len(owners), dtype=torch.int64)
+    if exponents.any():
+        tops = exponents.expand(owners.shape).masked_fill(owners == 0, -FARTHEST).amax(1)
+        owners = torch.ldexp(owners, (exponents - tops[:, None]).clamp(-FARTHEST, 0))
+    ones = torch.ones(len(owners), dtype=torch.float64)
+    return Inner(owners @ core @ owners.T, torch.ldexp(ones, tops.clamp(-FARTHEST, FARTHEST)))
+
+
+def _evened(value: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix with the largest entry of each column (axis 0) or row near 1, and the exponents that were
+    taken out; itself where no square can be lost."""
+    if not value.numel():
+        return value, torch.zeros(value.shape[1 - axis], dtype=torch.int64)
+    peak = value.abs().amax(axis).double()
+    exponents = torch.frexp(peak).exponent.long().masked_fill(~peak.isfinite() | (peak == 0), 0)
+    if int(exponents.abs().max()) <= PLAIN:
+        return value, torch.zeros_like(exponents)
+    half = exponents // 2  # in two steps: a power of two may itself be out of range
+    steps = [step.unsqueeze(axis) for step in (-half, half - exponents)]
+    return torch.ldexp(torch.ldexp(value.double(), steps[0]), steps[1]), exponents
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 from adaptmerge.adapters import experts
 from adaptmerge.adapters.graph import Site
-from adaptmerge.adapters.module_paths import VOCABULARY, layer_index, other_versions, suffixes
+from adaptmerge.adapters.module_paths import layer_index, other_versions, suffixes
+from adaptmerge.bases.layers import Layers
+from adaptmerge.bases.ties import Ties, called_vocabulary, stated, ties_of, untying
+from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.refs import Stored, TensorRef
 
 # Models and modules whose weights lie (in, out) in their checkpoints (transformers' Conv1D).
@@ -41,14 +44,98 @@ class Base:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
     on_disk: Base | None = None  # the base as it lies, where the tensors are what that stands for
+    asks_class: bool = (
+        True  # whether the model's class may be built, which takes torch and a second
+    )
 
     @cached_property
     def modules(self) -> frozenset[str]:
         """The paths of all modules that hold a tensor, as the checkpoint names them, and of those that
-        hold experts, which checkpoints name one by one."""
+        hold experts, which checkpoints name one by one. A module may have none: see `tied_modules`."""
         held = {name.rpartition(".")[0] for name in self.tensors}
         held |= {f"{one.block}.experts" for name in held if (one := experts.matrix_of(name))}
-        return frozenset(held | ({"lm_head"} if self.config.get("tie_word_embeddings") else set()))
+        return frozenset(held)
+
+    @cached_property
+    def ties(self) -> Ties:
+        """What the model's class ties, or where there is none the checkpoint."""
+        found = ties_of(self.config) if self.asks_class else None
+        return stated(self.config, self.tensors) if found is None else found
+
+    @cached_property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """The tensors of the checkpoint that are one parameter, those that it stores first. Tensors that
+        are stored with other values are none, whatever the class says: they are loaded apart."""
+        groups = (sorted(map(self._named, g), key=self._is_absent) for g in self.ties.groups)
+        alike = (self._alike(dict.fromkeys(names)) for names in groups)
+        return tuple(names for names in alike if len(names) > 1 and names[0] in self.tensors)
+
+    @cached_property
+    def tied_modules(self) -> frozenset[str]:
+        """The modules that the checkpoint stores nothing of, since all of it is another module's."""
+        return frozenset(n.rpartition(".")[0] for names in self.tied for n in names) - self.modules
+
+    def holds_tokens(self, module: str) -> bool:
+        """Whether the rows of a module, or of one in it, are the tokens of the vocabulary."""
+        if not self.may_be_tied(module):
+            return False
+        if not self.ties.by_class:
+            return called_vocabulary(module)
+        return any(f".{module}." in f".{known}." for known in self.ties.vocabulary)
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The tensor that tokens enter by; None where that is not known."""
+        found = self.ties.embedding
+        return None if found is None else self._named(f"{found}.weight")
+
+    @cached_property
+    def head(self) -> str | None:
+        """The module that tokens leave by; None where that is not known."""
+        found = self.ties.head
+        return None if found is None else self._named(f"{found}.weight").removesuffix(".weight")
+
+    def may_be_tied(self, module: str) -> bool:
+        """Whether a parameter of a module may be another one, too: cheaply no where every layer has its
+        own."""
+        return not self._layers.each_has(module)
+
+    @cached_property
+    def _layers(self) -> Layers:
+        return Layers(self.modules)
+
+    def untied(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """The entries of the config with which these tensors are loaded apart; none where no entry has to
+        say so, or none can."""
+        group = next(g for g in self.ties.groups if {*map(self._named, g)} >= {*names})
+        return untying(self.config, group)
+
+    def _named(self, parameter: str) -> str:
+        """What the checkpoint calls a parameter of the class, up to a prefix; as the class does where the
+        checkpoint has none."""
+        module, _, param = parameter.rpartition(".")
+        for path in (module, *other_versions(module)):
+            longer = [n for n in self._by_suffix.get(path, ()) if _one_longer(n, path)]
+            for name in (path, path.partition(".")[2], *(longer if len(longer) == 1 else ())):
+                if f"{name}.{param}" in self.tensors:
+                    return f"{name}.{param}"
+        return self.ties.stored_as.get(parameter, parameter)
+
+    def _is_absent(self, name: str) -> bool:
+        return name not in self.tensors
+
+    def _alike(self, names: Iterable[str]) -> tuple[str, ...]:
+        first, *others = names
+        stored = self.tensors.get(first)
+        return (
+            first,
+            *(
+                name
+                for name in others
+                if name not in self.tensors
+                or (stored is not None and same_values(stored, self.tensors[name]))
+            ),
+        )
 
     @cached_property
     def expert_layout(self) -> str | None:
@@ -93,7 +180,23 @@ class Base:
 
     def _found(self, module: str) -> str | None:
         found = (self._near(name) for name in (module, *other_versions(module)))
-        return next((name for name in found if name is not None), None) or self._one_expert(module)
+        stored = next((name for name in found if name is not None), None)
+        return stored or self._one_expert(module) or self._of_class(module)
+
+    def _of_class(self, module: str) -> str | None:
+        """The name of an embedding or head that the checkpoint has under another name than the class, or
+        that it stores nothing of, since it is tied."""
+        if not self.may_be_tied(module):
+            return None
+        renamed = {
+            n.rpartition(".")[0]: s.rpartition(".")[0] for n, s in self.ties.stored_as.items()
+        }
+        known = dict.fromkeys(sorted(self.tied_modules)) | renamed
+        for path in (module, *other_versions(module)):
+            found = [name for name in known if _is_near(name, path)]
+            if found:
+                return known[found[0]] or found[0]
+        return None
 
     def _near(self, module: str) -> str | None:
         if module in self.modules:
@@ -123,7 +226,7 @@ class Base:
     def parameter(self, site: Site) -> TensorRef | None:
         """The stored parameter at a site, as it lies in the checkpoint; None if there is none.
 
-        A head that is tied to its embedding has the embedding's.
+        One that is tied to another is that.
         """
         module = self.locate(site.module)
         if module is None:
@@ -134,13 +237,13 @@ class Base:
         if stored is None and site.param in experts.STACKED:
             return self._experts.stack(module, site.param, self.expert_count)
         if stored is None and site.param == "weight":
-            return self._experts.part(module) or self._tied(module)
-        return stored
+            stored = self._experts.part(module)
+        return self._partner(module, site.param) if stored is None else stored
 
     def place(self, site: Site) -> TensorPlace | None:
         """Where the parameter at a site is stored by itself, or as one matrix of a stack; None if neither.
 
-        A head that is tied to its embedding has a place that holds nothing yet.
+        One that is tied to another has a place that holds nothing yet.
         """
         module = self.locate(site.module)
         if module is None:
@@ -150,14 +253,15 @@ class Base:
             stack = self.tensors.get(name)
             found = stack is not None and len(stack.shape) == 3 and site.expert < stack.shape[0]
             return TensorPlace(name, site.expert, turned) if found else None
-        tied = site.param == "weight" and self._tied(module) is not None
-        return TensorPlace(name, None, turned) if name in self.tensors or tied else None
+        held = name in self.tensors or self._partner(module, site.param) is not None
+        return TensorPlace(name, None, turned) if held else None
 
-    def _tied(self, module: str) -> TensorRef | None:
-        if not self.config.get("tie_word_embeddings") or not _is_vocabulary(module):
+    def _partner(self, module: str, param: str) -> TensorRef | None:
+        """The stored parameter that one which is not stored is tied to."""
+        if not self.may_be_tied(module):
             return None
-        names = (f"{name}.weight" for name in sorted(self.modules) if _is_vocabulary(name))
-        return next((self.tensors[name] for name in names if name in self.tensors), None)
+        found = (names[0] for names in self.tied if f"{module}.{param}" in names)
+        return next((self.tensors[name] for name in found), None)
 
     @property
     def _experts(self) -> experts.Checkpoint:
@@ -220,8 +324,9 @@ def _is_stack(name: str, ref: TensorRef) -> bool:
     return name.rpartition(".")[2] in experts.STACKED and len(ref.shape) == 3
 
 
-def _is_vocabulary(module: str) -> bool:
-    return module.rpartition(".")[2] in VOCABULARY
+def _is_near(name: str, path: str) -> bool:
+    """Whether two paths are equal, but for one component before one of them."""
+    return path in (name, name.partition(".")[2]) or path.partition(".")[2] == name
 
 
 def _one_longer(name: str, module: str) -> bool:

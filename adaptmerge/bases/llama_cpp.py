@@ -125,7 +125,8 @@ class Names:
 
     @cached_property
     def _modules(self) -> dict[str, str]:
-        named = {self.tensor(module): self._spelled(module) for module in sorted(self.base.modules)}
+        held = sorted(self.base.modules | self.base.tied_modules)
+        named = {self.tensor(module): self._spelled(module) for module in held}
         return {tensor: module for tensor, module in named.items() if tensor}
 
     def _spelled(self, module: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from adaptmerge.bases.base import GGUF, Base
 from adaptmerge.bases.config import checked_config
 from adaptmerge.bases.gguf_model import model_in, open_model
@@ -10,7 +12,7 @@ from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
 from adaptmerge.tensors.caches import forget
 
-MODEL_CONFIG = "config.json"
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -19,12 +21,13 @@ WEIGHT_FILES = (
 )
 
 
-def open_base(source: str) -> Base:
+def open_base(place: str | Path) -> Base:
     """The base model at a folder or hub id, in one file of weights beside its config, or in GGUF files.
 
     Raises InputError when it is not a model checkpoint.
     """
     forget()
+    source = str(place)
     path, _ = hub.resolve(source)
     listing = Listing.of(path, source)
     weights = listing.single
@@ -36,6 +39,8 @@ def open_base(source: str) -> Base:
     if weights:
         path = path.parent
         listing = Listing.of(path, source)
+    if not listing.has(MODEL_CONFIG) and listing.has(ADAPTER_CONFIG):
+        raise InputError("is an adapter: a model belongs here", where=source)
     if not listing.has(MODEL_CONFIG):
         raise InputError(
             "is not a model: expected a folder with config.json and weights in it, or a GGUF file",

@@ -24,9 +24,11 @@ from adaptmerge.cli import (
     tables,
     verify,
 )
+from adaptmerge.cli.completion import with_completion
 from adaptmerge.cli.last_resort import arguments_of, foreseen, unforeseen
 from adaptmerge.cli.terminal import escape_what_has_no_character, print_problems, report_error
 from adaptmerge.errors import AdaptmergeError, did_you_mean
+from adaptmerge.lazy import without_logs
 
 EPILOG = """\b
 Examples:
@@ -35,7 +37,7 @@ Examples:
   adaptmerge verify merged --base ./llama
 
 \b
-Exit codes: 0 done, 1 error, 2 usage, 3 verification failed.
+Exit codes: 0 done, 1 error, 2 usage, 3 verification failed, 130 interrupted.
 Shell completion: eval "$(_ADAPTMERGE_COMPLETE=bash_source adaptmerge)"
 """
 
@@ -71,7 +73,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         as_json: bool = ctx.meta[AS_JSON]
         try:
-            return super().invoke(ctx)
+            with without_logs():
+                return super().invoke(ctx)
         except AdaptmergeError as problem:
             report_error(problem, as_json=as_json)
             ctx.exit(problem.exit_code)
@@ -111,4 +114,4 @@ for command in (
     tables.formats,
     tables.methods,
 ):
-    main.add_command(command)
+    main.add_command(with_completion(command))

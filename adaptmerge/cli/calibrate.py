@@ -10,17 +10,17 @@ from adaptmerge.cli.options import json_option
 from adaptmerge.cli.terminal import print_json, progress
 
 EPILOG = """\b
-BASE is a folder of a transformers model with its tokenizer, quantised or not, a GGUF
-model, or a hub id; TEXT a file in UTF-8.
+BASE is a folder of a transformers model with its tokenizer, quantised or not,
+a GGUF model, or a hub id; TEXT a file in UTF-8.
 
 \b
 Examples:
-  adaptmerge calibrate ./llama-nf4 text.txt -o llama.moments.safetensors
-  adaptmerge fuse ./llama-nf4 ./adapter --calibration llama.moments.safetensors
+  adaptmerge calibrate ./llama-nf4 text.txt -o moments.safetensors
+  adaptmerge fuse ./llama-nf4 ./adapter --calibration moments.safetensors
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Measure the inputs of a base's layers, for fuse.")
 @click.argument("base")
 @click.argument("text")
 @click.option(

@@ -18,8 +18,9 @@ from adaptmerge.cli.options import (
 )
 
 EPILOG = f"""\b
-An input is [NAME=]SOURCE[:WEIGHT][?alpha=32]; SOURCE is a folder, a .safetensors or
-.bin file, or a hub id org/name[@revision][//subfolder].
+An input is [NAME=]SOURCE[:WEIGHT][?alpha=32]; SOURCE is a folder, a file (as
+.safetensors or .bin), or on the Hub org/name[@revision][//subfolder] or the
+address of its page.
 
 {SITE}
 
@@ -27,12 +28,12 @@ An input is [NAME=]SOURCE[:WEIGHT][?alpha=32]; SOURCE is a folder, a .safetensor
 Examples:
   adaptmerge combine a.safetensors b.safetensors
   adaptmerge combine sql=./a:0.7 chat=./b:0.3 --rank 16 -o merged
-  adaptmerge combine sql=./a chat=./b --site 'layers.[0-7].*attn*:sql=1,chat=0'
+  adaptmerge combine sql=./a chat=./b --site 'layers.[0-7].*:sql=1,chat=0'
   adaptmerge combine run/checkpoint-* --weights ema:0.9
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Merge adapters into one.")
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("-o", "--output", default="merged", show_default=True, help="Folder, or one file.")
 @merging_options

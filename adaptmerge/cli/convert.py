@@ -19,7 +19,7 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Convert an adapter to another format, dtype or rank.")
 @click.argument("input_", metavar="INPUT")
 @click.option("-o", "--output", default="converted", show_default=True, help="Folder, or one file.")
 @budget_options

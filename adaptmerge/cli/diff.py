@@ -10,7 +10,7 @@ from adaptmerge.cli.options import SITE, base_option, json_option
 from adaptmerge.cli.terminal import print_json, table
 
 
-@click.command(epilog=SITE)
+@click.command(epilog=SITE, short_help="Compare what two adapters compute.")
 @click.argument("a")
 @click.argument("b")
 @click.option("--tolerance", default=1e-5, show_default=True, help="Largest relative difference.")

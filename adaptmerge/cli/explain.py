@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Line = TypeVar("Line", "SiteLine", "FusedSite")
 
 
-@click.command(epilog=SITE)
+@click.command(epilog=SITE, short_help="Say why a site of an output is what it is.")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.argument("site")
 @json_option

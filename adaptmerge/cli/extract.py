@@ -22,12 +22,12 @@ BASE and TUNED are model folders or hub ids, of one architecture.
 Examples:
   adaptmerge extract ./llama ./llama-chat --rank 32 -o chat-lora
   adaptmerge extract ./llama ./llama-chat --energy 0.95 -o chat-lora
-  adaptmerge extract ./llama ./llama-chat --max-error 0.1 --per-site -o chat-lora
+  adaptmerge extract ./llama ./llama-chat --max-error 0.1 --per-site
   adaptmerge verify chat-lora --base ./llama --input tuned=./llama-chat
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Take an adapter out of two models.")
 @click.argument("base")
 @click.argument("tuned")
 @click.option("-o", "--output", default="extracted", show_default=True, help="Folder, or one file.")

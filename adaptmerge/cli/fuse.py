@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from adaptmerge.commands.fuse.plan import FusePlan
 
 EPILOG = f"""\b
-An adapter is [NAME=]SOURCE[:WEIGHT], as for combine; BASE a folder of a transformers
-model, one file of its weights, a GGUF model, or a hub id.
+An adapter is [NAME=]SOURCE[:WEIGHT], as for combine; BASE a folder of a
+transformers model, one file of its weights, a GGUF model, or a hub id.
 
 {SITE}
 
@@ -46,7 +46,7 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Fuse adapters into a base model's weights.")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True)
 @click.option("-o", "--output", default="fused", show_default=True, help="Folder.")
@@ -168,7 +168,7 @@ def _show(output: str, report: FuseReport) -> None:
     rounded = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     click.echo(
         filled(
-            f"wrote {output}: {len(report.changed)} tensors changed in {_files(len(report.files))}; "
+            f"wrote {output}: {len(report.changed)} tensors changed in {_files(len(report.shards))}; "
             f"rounding {rounded or 'none'}, |error|/|W| {report.noise:.2e}"
         )
     )

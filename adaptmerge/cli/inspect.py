@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptmerge.cli.options import base_option, json_option
-from adaptmerge.cli.terminal import print_json, show_notes, table
+from adaptmerge.cli.terminal import filled, print_json, show_notes, table
 
 if TYPE_CHECKING:
     from adaptmerge.commands.inspect import Fit, Summary
 
+SPANS = 4  # lines on the numbers of layers and experts
 MISFITS = 3  # shown of those that do not fit; the others are mostly like them
 
 
-@click.command()
+@click.command(short_help="Show what is in adapters, and whether they fit a base.")
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--values", is_flag=True, help="Read the tensors: norms, NaN, zero deltas.")
 @base_option
@@ -30,7 +31,7 @@ def inspect(inputs: tuple[str, ...], values: bool, base: str | None, as_json: bo
     from adaptmerge.formats.inputs import open_inputs, parse_input
     from adaptmerge.schemes.view import open_values
 
-    model = open_values(base) if base else None
+    model = replace(open_values(base), asks_class=values) if base else None
     specs = [parse_input(text) for text in inputs]
     with _all_alive():
         found = [summarise(item, values=values, base=model) for item in open_inputs(specs, model)]
@@ -53,7 +54,7 @@ def _all_alive() -> Iterator[None]:
 
 def _show(summary: Summary) -> None:
     click.echo(
-        f"{summary.name}: {summary.format}, {summary.parameters:,} parameters in {summary.sites} sites"
+        f"{summary.name}: {summary.format}, {summary.parameters:,} parameters in {_sites(summary)}"
     )
     base: dict[str, Any] = summary.base
     if base.get("name"):
@@ -63,6 +64,7 @@ def _show(summary: Summary) -> None:
     headers = ["modules", "count", "edit", "shape", "rank", "scale", "dtype"]
     headers += ["norm"] if summary.values else []
     table(headers, summary.rows(), right=(1, 3, 4, 5, 7))
+    _show_numbers(summary.counted())
     if summary.heads:
         table(["head", "shapes", "listed", "labels"], summary.head_rows())
     if summary.fit is not None:
@@ -71,8 +73,21 @@ def _show(summary: Summary) -> None:
     click.echo()
 
 
+def _sites(summary: Summary) -> str:
+    return "1 site" if summary.sites == 1 else f"{summary.sites} sites"
+
+
+def _show_numbers(lines: Sequence[str]) -> None:
+    for line in lines[:SPANS]:
+        click.echo(filled(line))
+    if len(lines) > SPANS:
+        click.echo(f"and {len(lines) - SPANS} more, which --json lists")
+
+
 def _show_fit(fit: Fit) -> None:
     click.echo(f"{fit.found} of {fit.modules} modules fit the base {fit.base}")
+    if fit.likely:
+        click.echo(f"  {fit.likely}")
     for problem in fit.problems[:MISFITS]:
         click.echo(f"  {problem}")
     if len(fit.problems) > MISFITS:

@@ -10,7 +10,7 @@ import click
 from adaptmerge.cli.options import SITE, json_option
 
 
-@click.command(epilog=SITE)
+@click.command(epilog=SITE, short_help="Run a recipe: a merge written down in YAML.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", help="Folder or file; default: the recipe's own, else merged.")
 @click.option("--locked", is_flag=True, help="Require and check a sha256 for every input.")

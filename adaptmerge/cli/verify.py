@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from adaptmerge.cli.options import base_option, device_option, json_option, named_paths
-from adaptmerge.cli.terminal import filled, print_json, steps, table
+from adaptmerge.cli.terminal import filled, print_json, report_error, steps, table
 from adaptmerge.errors import AdaptmergeError, OutputError
 
 if TYPE_CHECKING:
@@ -18,13 +19,14 @@ EPILOG = """\b
 Examples:
   adaptmerge verify merged
   adaptmerge verify merged --base ./llama --junit verify.xml
-  adaptmerge verify merged --input sql=/elsewhere/sql --base ./llama --layerwise
+  adaptmerge verify merged --input sql=/elsewhere/sql
+  adaptmerge verify merged --base ./llama --layerwise
   adaptmerge verify fused --base ./llama
   adaptmerge verify ./merged-by-peft --base ./llama --adapter ./adapter
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Check that an output computes what was promised.")
 @click.argument("output", type=click.Path(path_type=Path))
 @base_option
 @click.option(
@@ -77,37 +79,50 @@ def verify(
         specs,
         FuseOptions(trained_on=trained_on, original=original, total=alone),
     )
+    if junit:
+        _check_junit(junit)
     verdict = _judged(output, questions, junit)
     if as_json:
         print_json(verdict.as_json())
     else:
         _show(verdict)
-    click.get_current_context().exit(0 if verdict.status == library.PASS else 3)
+    written = junit is None or _written(junit, verdict)
+    click.get_current_context().exit(3 if verdict.status != library.PASS else int(not written))
 
 
 def _judged(output: Path, questions: Questions, junit: Path | None) -> Verdict:
-    """The verdict, also as a JUnit file; of an output that cannot be examined that is one failure."""
+    """The verdict; of an output that cannot be examined one failure is in the JUnit file."""
     from adaptmerge.commands import verify as library
 
     try:
         with steps() as tell:
-            verdict = library.verify(output, questions, tell)
+            return library.verify(output, questions, tell)
     except AdaptmergeError as problem:
+        failed = library.Check("verify", library.FAIL, "; ".join(problem.problems))
         if junit:
-            failed = library.Check("verify", library.FAIL, "; ".join(problem.problems))
-            _write(junit, library.Verdict(output.name, [failed]).as_junit())
+            _written(junit, library.Verdict(output.name, [failed]))
         raise
-    if junit:
-        _write(junit, verdict.as_junit())
-    return verdict
 
 
-def _write(path: Path, text: str) -> None:
+def _check_junit(path: Path) -> None:
+    """Raises OutputError, before any work, where the JUnit file cannot be written."""
+    if path.is_dir():
+        raise OutputError("is a folder: name a file as --junit", where=str(path))
+    if not path.absolute().parent.is_dir():
+        raise OutputError("its folder does not exist: choose another --junit", where=str(path))
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise OutputError("may not be written: choose another --junit", where=str(path))
+
+
+def _written(path: Path, verdict: Verdict) -> bool:
+    """Whether the JUnit file could be written; where not that is said, and the verdict stands."""
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(verdict.as_junit(), encoding="utf-8")
     except OSError as problem:
-        sentence = f"cannot be written: {problem.strerror}; choose another --junit"
-        raise OutputError(sentence, where=str(path)) from None
+        lost = OutputError(f"cannot be written: {problem.strerror}", where=str(path))
+        report_error(lost, as_json=False)
+        return False
+    return True
 
 
 def _show(verdict: Verdict) -> None:

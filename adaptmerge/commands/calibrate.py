@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptmerge.bases.base import GGUF, Base
+from adaptmerge.bases.classes import in_one_sentence, quietly
 from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files import sniff
@@ -23,13 +24,7 @@ from adaptmerge.files.staging import Staging
 from adaptmerge.lazy import torch
 from adaptmerge.parallel import Progress, silent
 from adaptmerge.rounding.input_moments import FORMAT, RANK, VERSION, Accumulated
-from adaptmerge.runtime.models import (
-    device_named,
-    in_one_sentence,
-    model_config,
-    outputs_of,
-    quietly,
-)
+from adaptmerge.runtime.models import device_named, model_config, outputs_of
 from adaptmerge.runtime.stream import stream_model
 from adaptmerge.schemes.view import view_of
 
@@ -55,9 +50,9 @@ class Measured(NamedTuple):
 
 
 def calibrate(
-    base: str,
-    text: Path,
-    output: Path,
+    base: str | Path,
+    text: str | Path,
+    output: str | Path,
     options: Calibration = Calibration(),  # noqa: B008 - frozen
     progress: Progress = silent,
 ) -> Measured:
@@ -65,6 +60,7 @@ def calibrate(
 
     Raises AdaptmergeError; then there is no output.
     """
+    text, output = Path(text), Path(output)
     if options.tokens < LEAST or options.rank < 0:
         raise UsageError(f"--tokens is at least {LEAST}, and --rank not below 0")
     model = view_of(open_base(base))

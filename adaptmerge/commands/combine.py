@@ -14,9 +14,11 @@ from adaptmerge.adapters.module_paths import is_suffix
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import UsageError
+from adaptmerge.files.scratch import Keeps
 from adaptmerge.formats.format import Format, WriteOptions
-from adaptmerge.formats.inputs import Input, InputSpec
+from adaptmerge.formats.inputs import Input, InputSpec, Source, as_specs, paths_of
 from adaptmerge.merging.align import align
+from adaptmerge.merging.base_names import on_another_base
 from adaptmerge.merging.plan import Plan, make_plan
 from adaptmerge.merging.prepare import Merging, Opened, check_merging, open_merging
 from adaptmerge.merging.request import Request
@@ -84,8 +86,9 @@ class Prepared:
         return self.opened.inputs
 
 
-def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepared:
+def prepare(sources: Source | Sequence[Source], output: Path, options: Options) -> Prepared:
     """The plan of a merge. Raises every error that headers can tell."""
+    specs = as_specs(sources)
     _check(specs, options)
     base = open_values(options.base) if options.base else None
     opened = open_merging(specs, options, base)
@@ -94,6 +97,7 @@ def prepare(specs: Sequence[InputSpec], output: Path, options: Options) -> Prepa
     target = target_of(output, options.target, options.version, lambda: like_input(output, own))
     plan = make_plan(groups, _request(opened, options, target, base), list(opened.adapters))
     check_several(plan, target, single=is_file_name(output))
+    notes += on_another_base(opened.adapters, base, options.allow)
     said = [*opened.weight_notes, *notes, *plan.notes, *label_notes(plan, target)]
     said += [Note(Kind.INFO, caution) for caution in [plan.method.caution] if caution]
     said += opened.input_notes
@@ -128,8 +132,8 @@ def _request(opened: Opened, options: Options, target: Format, base: Base | None
 
 
 def combine(
-    specs: Sequence[InputSpec],
-    output: Path,
+    sources: Source | Sequence[Source],
+    output: str | Path,
     options: Options = Options(),
     progress: Progress = silent,
     command: str = "combine",
@@ -138,24 +142,33 @@ def combine(
 
     Raises AdaptmergeError; then nothing was written. Notes are fatal under `options.strict`.
     """
-    prepared = prepare(specs, output, options)
+    output = Path(output)
+    prepared = prepare(sources, output, options)
     check_strict(prepared.notes, options.strict)
-    paths = [item.path for item in prepared.inputs]
+    paths = paths_of(prepared.inputs)
     paths += [prepared.base.path] if prepared.base else []
     sites = [str(step.site) for step in prepared.plan.steps]
     with (
         writing(output, paths, force=options.force, strict=options.strict) as session,
-        ThreadPoolExecutor(max_workers=1) as hasher,
         session.scratch(sites, len(prepared.inputs)) as scratch,
     ):
-        digests = [hasher.submit(_digests, item) for item in prepared.inputs]
-        workers = options.jobs or workers_default()
-        settled = run(prepared.plan, scratch, workers, progress)
-        report = _report(prepared, settled, [digest.result() for digest in digests], command)
+        result, report = settled_result(prepared, scratch, progress, command)
         inputs = [{key: item[key] for key in ("name", "sha256")} for item in report.inputs]
         short = {"method": report.method, "inputs": inputs}
-        session.write(_written(prepared, settled), report, short, scratch)
-    return report
+        return session.write(result, report, short, scratch)
+
+
+def settled_result(
+    prepared: Prepared, scratch: Keeps, progress: Progress, command: str
+) -> tuple[Result, Report]:
+    """All computed, its tensors in the scratch, and the report of it. Raises InputError for inputs that are
+    not finite."""
+    with ThreadPoolExecutor(max_workers=1) as hasher:
+        digests = [hasher.submit(_digests, item) for item in prepared.inputs]
+        workers = prepared.options.jobs or workers_default()
+        settled = run(prepared.plan, scratch, workers, progress)
+        hashes = [digest.result() for digest in digests]
+    return _written(prepared, settled), _report(prepared, settled, hashes, command)
 
 
 def _digests(item: Input) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from adaptmerge.adapters.graph import Edit, Kind, Labels, Note
-from adaptmerge.adapters.module_paths import layer_index, original
+from adaptmerge.adapters.module_paths import is_suffix, layer_index, original, suffixes
 from adaptmerge.adapters.stored_edits import role_of
 from adaptmerge.adapters.weight_edits import factor_of, family_of, scaled_by
 from adaptmerge.algebra.factors import rank_bound
@@ -20,12 +21,18 @@ from adaptmerge.merging.storable import stored_scale
 from adaptmerge.tensors.refs import TensorRef
 from adaptmerge.tensors.walk import refs_of
 
+NUMBER = re.compile(
+    r"(?<=\.)\d+(?=\.|\[|$)|(?<=\[)\d+(?=\])|^\d+(?=\.)"
+)  # parts of a name that count
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Edits that look alike but for their layer: `modules` has * for the layer number."""
+    """Edits that look alike but for the numbers in their names: `modules` has * for those that differ, and
+    `numbers` says which there are of what they count: {"layers": "0-27", "experts": "0-7"}."""
 
     modules: str
+    numbers: Mapping[str, str]
     count: int
     kind: str
     shape: tuple[int, ...]
@@ -53,6 +60,7 @@ class Fit:
     found: int
     modules: int
     problems: tuple[str, ...]
+    likely: str | None = None  # what the names of the adapter seem to be in the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,18 @@ class Summary:
             for head in self.heads
         ]
 
+    def counted(self) -> list[str]:
+        """What the * of the rows stand for, one line for each kind of number: "layers 0-27"."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for family in self.families:
+            for word, span in family.numbers.items():
+                found.setdefault(word, {}).setdefault(span, []).append(family.modules)
+        return [
+            f"{word} {span}" + (f" of {_ends(modules)}" if len(spans) > 1 else "")
+            for word, spans in found.items()
+            for span, modules in spans.items()
+        ]
+
     def rows(self) -> list[list[object]]:
         """Table rows, one per family."""
         rows: list[list[object]] = [
@@ -98,9 +118,14 @@ class Summary:
         return rows
 
 
+def _ends(patterns: Sequence[str]) -> str:
+    """The rows by what follows the last number."""
+    return ", ".join(dict.fromkeys(name.rpartition("*.")[2] for name in patterns))
+
+
 def summarise(item: Input, *, values: bool = False, base: Base | None = None) -> Summary:
     """The summary of an opened input; `values` reads every tensor, and a base says what of it fits."""
-    edits = item.adapter.edits
+    edits = _own(item.adapter.edits)
     stored = [tuple(refs_of(edit)) for edit in edits]
     groups: dict[tuple[Any, ...], list[Edit]] = {}
     for edit, refs in zip(edits, stored, strict=True):
@@ -135,12 +160,41 @@ def _fit(item: Input, base: Base) -> Fit:
         misfit.setdefault(module, []).extend(said)
     problems = [problem for said in misfit.values() for problem in said]
     found = sum(not said for said in misfit.values())
-    return Fit(base.path.name, found, len(misfit), tuple(problems))
+    likely = next((_likely(m, base) for m, said in misfit.items() if said), None)
+    return Fit(base.path.name, found, len(misfit), tuple(problems), likely)
+
+
+def _likely(module: str, base: Base) -> str | None:
+    """What the base calls a module that it has under no name that we know of: one with as much of the end
+    of its path as can be, below other modules."""
+    if base.locate(module) is not None:
+        return None
+    ends = [end for end in reversed(suffixes(module)) if layer_index(end) is not None]
+    for end in ends[1:]:
+        found = sorted(name for name in base.modules if is_suffix(end, name))
+        if len(found) == 1:
+            own, other = (name.removesuffix(end) for name in (module, found[0]))
+            return f"{own}* of the adapter seems to be {other}* of the base"
+    return None
 
 
 def _head_line(head: Head) -> HeadLine:
     labels = None if head.labels is None else head.labels.names
     return HeadLine(head.owner, head.listed, head.shapes, labels)
+
+
+def _own(edits: Sequence[Edit]) -> list[Edit]:
+    """The edits with tensors of their own: scales of outputs act on the bias, too, where there is one, by
+    the numbers that are the weight's."""
+    found: list[Edit] = []
+    seen: dict[str, set[Any]] = {}
+    for edit in edits:
+        stored = {ref.source for ref in refs_of(edit)}
+        known = seen.setdefault(edit.site.module, set())
+        if not stored or not stored <= known:
+            found.append(edit)
+        known |= stored
+    return found
 
 
 def _parameters(refs: Iterable[TensorRef]) -> int:
@@ -165,20 +219,46 @@ def _likeness(edit: Edit, refs: Sequence[TensorRef]) -> tuple[Any, ...]:
     family = family_of(edit)
     special = family if edit.kind == "add" and family != "lora" else ""
     kind = f"{edit.kind} ({role or special})" if role or special else edit.kind
-    return _pattern(str(edit.site)), kind, shape, rank, scale, dtypes
+    return NUMBER.sub("*", str(edit.site)), kind, shape, rank, scale, dtypes
 
 
-def _pattern(site: str) -> str:
-    number = layer_index(site)
-    if number is None:
-        return site
-    return ".".join("*" if part == str(number) else part for part in site.split("."))
+def _pattern(sites: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The sites, which differ in numbers only, as one with * where they do, and what there is of each."""
+    counted = zip(*(map(int, NUMBER.findall(site)) for site in sites), strict=True)
+    spans = [sorted(set(values)) for values in counted]
+    numbers: dict[str, str] = {}
+    parts, at = [], 0
+    for found, span in zip(NUMBER.finditer(sites[0]), spans, strict=True):
+        before = sites[0][: found.start()]
+        parts += [sites[0][at : found.start()], "*" if len(span) > 1 else found[0]]
+        at = found.end()
+        if len(span) > 1:
+            numbers["experts" if before.endswith("[") else _counted_by(before)] = _spans(span)
+    return "".join([*parts, sites[0][at:]]), numbers
+
+
+def _counted_by(before: str) -> str:
+    """What a number counts, by the name before it: layers, blocks, experts."""
+    word = before.rstrip(".").rpartition(".")[2]
+    return "layers" if word in ("h", "") else f"{word.removesuffix('s')}s"
+
+
+def _spans(values: Sequence[int]) -> str:
+    """Numbers in order, those that follow each other as one span: 0-3, 7."""
+    spans: list[list[int]] = []
+    for value in values:
+        if spans and value == spans[-1][1] + 1:
+            spans[-1][1] = value
+        else:
+            spans.append([value, value])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in spans)
 
 
 def _family(key: tuple[Any, ...], edits: Sequence[Edit], values: bool) -> Family:
-    modules, kind, shape, rank, scale, dtype = key
+    _, kind, shape, rank, scale, dtype = key
+    modules, numbers = _pattern([str(edit.site) for edit in edits])
     norm = _norm(edits) if values else None
-    return Family(modules, len(edits), kind, shape, rank, scale, dtype, norm)
+    return Family(modules, numbers, len(edits), kind, shape, rank, scale, dtype, norm)
 
 
 def _norm(edits: Sequence[Edit]) -> float:

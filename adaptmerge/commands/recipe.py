@@ -11,10 +11,11 @@ from adaptmerge.algebra.fit import Budget
 from adaptmerge.commands.combine import ALLOWABLE, Options
 from adaptmerge.errors import InputError, UsageError, did_you_mean
 from adaptmerge.files import hub, sniff
-from adaptmerge.files.paths import exists
+from adaptmerge.files.paths import exists, missing
 from adaptmerge.files.strict_json import capped
 from adaptmerge.formats.inputs import Input, InputSpec, named, parse_input
 from adaptmerge.formats.registry import format_named
+from adaptmerge.formats.unread import MERGEKIT
 from adaptmerge.merging.heads.policies import WORDS
 from adaptmerge.merging.weights import SiteRule, Value, base_weights, check_pattern
 from adaptmerge.methods.registry import method_named
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Loc = tuple[str | int, ...]
 Problem = tuple[Loc, str]
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
+UNKNOWN = "?"  # stands for inputs that cannot be read
 YAML_1_1 = " (quote words like no, off and on: YAML reads them as true or false)"
 
 
@@ -75,15 +77,40 @@ def load_recipe(path: Path) -> Recipe:
     problem as FILE:LINE: KEY: SENTENCE.
     """
     lines, values = _parsed(path)
-    table = _validated(values, lines)
-    inputs, problems = _inputs(table, path.parent)
+    if "merge_method" in values:
+        raise InputError(MERGEKIT, where=str(path))
+    table, problems = _validated(values)
+    inputs: list[InputSpec] = []
+    if table is not None:
+        inputs, found = _checked(table, path.parent)
+        problems += found
+    if problems or table is None:
+        raise lines.error([*problems, *_absent(inputs)])
+    if lines.repeated:
+        raise InputError([f"{path}:{line}: {sentence}" for line, sentence in lines.repeated])
+    return Recipe(path, table, tuple(inputs))
+
+
+def _checked(table: RecipeTable, folder: Path) -> tuple[list[InputSpec], list[Problem]]:
+    """The inputs, and all that is wrong beyond single values."""
+    if table.inputs == [UNKNOWN]:
+        return [], _choices(table)
+    inputs, problems = _inputs(table, folder)
     if not problems:
         inputs, problems = _weighted(table, inputs)
         problems += _names(table, [str(spec.name) for spec in inputs])
-    problems += _choices(table)
-    if problems:
-        raise lines.error(problems)
-    return Recipe(path, table, tuple(inputs))
+    return inputs, [*problems, *_choices(table)]
+
+
+def _absent(specs: Sequence[InputSpec]) -> list[Problem]:
+    """Inputs that are not there, said beside what else is wrong: alone they are for who opens them."""
+    return [
+        (("inputs", index), str(missing(spec.source)))
+        for index, spec in enumerate(specs)
+        if not exists(spec.source)
+        and not hub.is_id(spec.source)
+        and not hub.is_address(spec.source)
+    ]
 
 
 def check_locked(recipe: Recipe, inputs: Sequence[Input]) -> None:
@@ -107,10 +134,12 @@ class _Lines:
 
     path: Path
     root: Node
+    repeated: Sequence[tuple[int, str]]  # keys that stand twice: line and sentence
 
     def error(self, problems: Iterable[Problem]) -> UsageError:
         """All problems in the order of their lines, as FILE:LINE: KEY: SENTENCE."""
-        found = sorted((*self._find(loc), sentence) for loc, sentence in problems)
+        again = ((line, "", sentence) for line, sentence in self.repeated)
+        found = sorted([*again, *((*self._find(loc), sentence) for loc, sentence in problems)])
         return UsageError(
             capped([f"{self.path}:{n}: {key}{': ' * bool(key)}{text}" for n, key, text in found])
         )
@@ -143,16 +172,15 @@ def _parsed(path: Path) -> tuple[_Lines, Mapping[str, Any]]:
     """The nodes and the plain values of a YAML file. Raises InputError unless it is one table."""
     import yaml
 
+    if path.is_dir():
+        raise InputError("is a folder: give a recipe, a file in YAML", where=str(path))
     text = sniff.text(path)
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise InputError("is no recipe: expected a table with the key inputs", where=str(path))
-        lines = _Lines(path, root)
-        repeated = sorted(_repeated(root, set()))
-        if repeated:
-            raise InputError([f"{path}:{line}: {sentence}" for line, sentence in repeated])
+        lines = _Lines(path, root, sorted(_repeated(root, set())))
         return lines, loader.construct_document(root)
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
@@ -185,18 +213,21 @@ def _repeated(node: Node, seen: set[int]) -> Iterable[tuple[int, str]]:
         yield from _repeated(value, seen)
 
 
-def _validated(values: Mapping[str, Any], lines: _Lines) -> RecipeTable:
+def _validated(values: Mapping[str, Any]) -> tuple[RecipeTable | None, list[Problem]]:
+    """The table and what is wrong with it: of a table that is, what is left without the keys that are."""
     from pydantic import ValidationError
 
     from adaptmerge.commands.recipe_schema import RecipeTable
 
     try:
-        return RecipeTable.model_validate(values)
+        return RecipeTable.model_validate(values), []
     except ValidationError as failed:
         found = [(error["loc"], _sentence(error)) for error in failed.errors(include_url=False)]
     except RecursionError:
-        found = [((), "is nested in itself: write it out")]
-    raise lines.error(found)
+        return None, [((), "is nested in itself: write it out")]
+    wrong = {loc[0] for loc, _ in found if loc}
+    rest = {key: value for key, value in values.items() if key not in wrong}
+    return (RecipeTable.model_validate({"inputs": [UNKNOWN], **rest}) if wrong else None), found
 
 
 def _sentence(error: Any) -> str:
@@ -251,7 +282,10 @@ def _spec(item: InputTable | str, folder: Path) -> InputSpec:
 
 def _from_here(source: str, folder: Path) -> str:
     """The source with the recipe's folder in front, unless it is a hub id."""
+    source = hub.as_id(source)
     path = folder / source
+    if hub.is_address(source):
+        return source
     if exists(path) or exists(source) or not hub.is_id(source):
         return str(path)
     return source
@@ -295,7 +329,8 @@ def _weighted(table: RecipeTable, specs: list[InputSpec]) -> tuple[list[InputSpe
     except UsageError as problem:
         return specs, [(("weights",), problem.problems[0])]
     if isinstance(given, list) and len(given) != len(specs):
-        count = f"has {len(given)} numbers for {len(specs)} inputs: give one each"
+        said = f"{len(given)} number" + "s" * (len(given) != 1)
+        count = f"has {said} for {len(specs)} inputs: give one each"
         return specs, [(("weights",), count)]
     if isinstance(given, dict):
         lost = [name for name in names if name not in given]

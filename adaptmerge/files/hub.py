@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from adaptmerge.errors import InputError
 from adaptmerge.files.paths import exists, inside, missing
+from adaptmerge.lazy import without_logs
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"({_NAME}/{_NAME})(?:@([^\s@:]+?))?(?://(.*))?", re.ASCII)
@@ -17,15 +19,62 @@ _WANTED = ("json", "safetensors", "bin", "pt", "pth", "txt", "md", "model", "ggu
 _UNWANTED = ("checkpoint-*", "*/checkpoint-*", "optimizer.*", "*/optimizer.*")
 
 
+_PLACE = rf"(?P<name>{_NAME}/{_NAME})"
+_REVISION = r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)"
+_SCHEME = re.compile(rf"hf://(?:models/)?{_PLACE}(?:@{_REVISION})?(?:/+(?P<inner>.*))?", re.ASCII)
+_HOSTS = r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/"
+_PAGE = re.compile(
+    rf"{_HOSTS}{_PLACE}(?:/(?:tree|blob|resolve|raw|blame)/{_REVISION}(?:/(?P<inner>.*))?)?/?",
+    re.ASCII,
+)
+_OTHERS = re.compile(rf"(?:hf://|{_HOSTS})(?P<kind>dataset|space|bucket)s/")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(?=.)")
+
+
+def is_address(source: str) -> bool:
+    """Whether a source is an address, and no file or folder of such a name."""
+    return _URL.match(source) is not None and not exists(source)
+
+
+def as_id(source: str) -> str:
+    """The name `org/name[@revision][//subfolder]` of what an address of the Hub leads to; any other source
+    as it is."""
+    if not is_address(source):
+        return source
+    plain = unquote(source.partition("#")[0].partition("?")[0])
+    found = _SCHEME.fullmatch(plain) or _PAGE.fullmatch(plain)
+    if found is None or _OTHERS.match(source):
+        return source
+    inner = (found["inner"] or "").strip("/")
+    revision = "" if found["revision"] in (None, "main") else f"@{found['revision']}"
+    return f"{found['name']}{revision}" + (f"//{inner}" if inner else "")
+
+
+def _no_model(source: str) -> InputError:
+    """Why an address is not read."""
+    other = _OTHERS.match(source)
+    if other:
+        return InputError(f"is a {other['kind']} of the Hub: give a model", where=source)
+    return InputError(
+        "is an address that is not read: download it and give the file, or give a model of the Hub "
+        "(org/name, hf://org/name, https://huggingface.co/org/name)",
+        where=source,
+    )
+
+
 def resolve(source: str) -> tuple[Path, str | None]:
     """The local path of an input, and its commit when it came from the Hub.
 
-    `source` is a path, or `org/name[@revision][//subfolder]`. Raises InputError when there is
-    neither, when the Hub cannot be reached and its cache does not have it, or when it is private.
+    `source` is a path, `org/name[@revision][//subfolder]` or an address of the Hub. Raises InputError
+    when it is none of these, when the Hub cannot be reached and its cache does not have it, or when it
+    is private.
     """
+    source = as_id(source)
     path = Path(source)
     if exists(path):
         return path, None
+    if is_address(source):
+        raise _no_model(source)
     match = _ID.fullmatch(source)
     if match is None or not is_id(source):
         raise missing(path)
@@ -59,6 +108,11 @@ def _inner(snapshot: Path, subfolder: str, source: str) -> Path:
 
 
 def _snapshot(source: str, repository: str, revision: str | None, subfolder: str) -> Path:
+    with without_logs():
+        return _fetched(source, repository, revision, subfolder)
+
+
+def _fetched(source: str, repository: str, revision: str | None, subfolder: str) -> Path:
     import huggingface_hub
 
     options = {"revision": revision, **_patterns(subfolder)}

@@ -62,6 +62,11 @@ class Listing:
         folders = tuple(entry.name for entry in entries if _is(entry.is_dir))
         return cls(origin, path, None, names, folders)
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether there are files: what is in memory is asked in the same way."""
+        return True
+
     def has(self, name: str) -> bool:
         """Whether the file is there."""
         path = self._path(name)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from adaptmerge.errors import InputError
+from adaptmerge.errors import InputError, nearest
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -46,7 +45,7 @@ def missing(path: str | os.PathLike[str]) -> InputError:
         names = sorted(path.name for path in lost.parent.iterdir())
     except OSError:
         names = []
-    close = difflib.get_close_matches(lost.name, names, n=1)
-    advice = f"did you mean {str(lost.parent / close[0])!r}?" if close else "check the path"
+    close = nearest(lost.name, names)
+    advice = f"did you mean {str(lost.parent / close)!r}?" if close else "check the path"
     gap = "" if lost == Path(path) else f" (nor does {str(lost)!r})"
     return InputError(f"does not exist{gap}: {advice}", where=where)

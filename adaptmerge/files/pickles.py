@@ -20,7 +20,7 @@ from adaptmerge.files.tensor_file import TensorFile
 from adaptmerge.lazy import torch
 from adaptmerge.tensors import dtypes
 from adaptmerge.tensors.dtypes import DType
-from adaptmerge.tensors.refs import Shape, Stored, TensorRef
+from adaptmerge.tensors.refs import Shape, TensorRef
 
 _WRAPPERS = ("state_dict", "model")
 _DEEPEST = 3
@@ -46,9 +46,6 @@ class Pickled:
             value = value[part]
         tensor: torch.Tensor = value.detach()
         return tensor.contiguous()
-
-
-IN_FILES = (Stored, Pickled)  # what names a place on this machine
 
 
 @lru_cache(maxsize=4)
@@ -181,23 +178,16 @@ def _flat_name(keys: _Keys) -> str:
 
 
 def _ref(path: str, keys: _Keys, name: str, value: torch.Tensor, problems: list[str]) -> TensorRef:
-    dtype = _dtype_of(value)
     if not all(isinstance(key, str) for key in keys):
         problems.append(f"tensor {quoted(name)} has a key that is not a string: rename it")
-    if value.layout != torch.strided or value.is_quantized or value.is_meta or dtype is None:
+    plain = dtypes.is_plain(value)
+    if not plain:
         problems.append(
             f"tensor {quoted(name)} is {value.layout} {value.dtype} on {value.device}, expected "
             "plain values: save it dense and in a standard dtype"
         )
-    kind, shape = dtype or dtypes.F32, tuple(value.shape)
+    kind, shape = dtypes.of_torch(value.dtype) if plain else dtypes.F32, tuple(value.shape)
     return TensorRef(Pickled(path, keys, shape, kind), shape, kind, name=name)
-
-
-def _dtype_of(value: torch.Tensor) -> DType | None:
-    try:
-        return dtypes.of_torch(value.dtype)
-    except (StopIteration, ValueError, KeyError):
-        return None
 
 
 def _as_json(value: object) -> str:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from adaptmerge.files import header
 from adaptmerge.files.disk import Flusher, tensor_bytes, writing
+from adaptmerge.files.listing import sha256_of
 from adaptmerge.lazy import torch
 from adaptmerge.tensors import dtypes, refs
 from adaptmerge.tensors.refs import Reshape, Stored, TensorRef
 
 _ALIGNMENT = 8
+
+
+class Keeps(Protocol):
+    """Where results of a run wait until they are written."""
+
+    def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
+        """A ref to the tensor, kept from now on."""
 
 
 class Scratch:
@@ -45,25 +55,26 @@ class Scratch:
 
     def adopt(
         self, path: Path, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]
-    ) -> bool:
-        """Make the scratch the safetensors file at `path` if it holds exactly these tensors.
+    ) -> str | None:
+        """Make the scratch the safetensors file at `path` if it holds exactly these tensors, and return
+        the sha256 of the file in hexadecimal.
 
         The header goes into the reserved bytes, padded with spaces, and the file is renamed: nothing
-        is copied. False, and nothing done, when anything else is in the file or the header is larger.
+        is copied. None, and nothing done, when anything else is in the file or the header is larger.
         """
         order = self._tiling(tensors)
         if order is None:
-            return False
+            return None
         first, _ = header.build(tensors, metadata, str(path), order)
         if len(first) > self.reserve:
-            return False
+            return None
         text = first[8:].ljust(self.reserve - 8)
         with writing(path):
             self._file.seek(0)
             self._write(memoryview(len(text).to_bytes(8, "little") + text))
-            self.close()
+            digest = self._closed()
             Path(self.path).replace(path)
-        return True
+        return digest
 
     def _tiling(self, tensors: Mapping[str, TensorRef]) -> list[str] | None:
         """The names in file order if their spans follow each other from the reserve to the end."""
@@ -86,6 +97,14 @@ class Scratch:
             done += self._file.write(data[done:])
         self._end += done
         self._flusher.written(done)
+
+    def _closed(self) -> str:
+        """Closes the file and returns its sha256, which cannot be had before its header is known: the disk
+        is waited for meanwhile."""
+        with ThreadPoolExecutor(1) as hasher:
+            digest = hasher.submit(sha256_of, self.path)
+            self.close()
+        return digest.result()
 
     def close(self) -> None:
         """Close the file; it stays where it is."""

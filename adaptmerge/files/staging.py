@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from adaptmerge.errors import OutputError
-from adaptmerge.files.disk import failure, writing
+from adaptmerge.files.commit import BEFORE, OUT, install, take_back
+from adaptmerge.files.disk import writing
 from adaptmerge.files.paths import inside, plain
 
 _MARK = ".adaptmerge-"
@@ -33,6 +33,8 @@ class Staging:
 
     With a `key`, what was staged stays when the block is left by an error or the process is killed, and
     the next staging with the same target and key finds it; one with another key removes it.
+
+    is_orphan: of a file beside a single one whether it is what an output without its main file left.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Staging:
         inputs: Sequence[Path],
         single: bool = False,
         key: str | None = None,
+        is_orphan: Callable[[Path], bool] = lambda _: False,
     ) -> None:
-        """Check the target, touching only what killed runs left behind.
+        """Check the target, touching only what killed runs left behind: what they moved is taken back.
 
         Raises OutputError when it exists (unless `force`), is of the wrong kind, overlaps an input,
         or cannot be written.
@@ -52,12 +55,15 @@ class Staging:
         self.given, self.target = target, target.resolve()
         self.force, self.single = force, single
         self._inputs = [path.resolve() for path in inputs]
+        self._key, self._is_orphan = key, is_orphan
         self._check_inputs()
+        with writing(self._where):
+            self._take_back_killed()
         self._check_free(target)
         self._check_kind()
         self._anchor = self._writable_anchor()
         self._root: Path | None = None
-        self._key, self._lock = key, None if key is None else Lock()
+        self._lock = None if key is None else Lock()
         with writing(self._where):
             self._remove_leftovers()
             if key is not None:
@@ -70,11 +76,19 @@ class Staging:
             raise OutputError(sentence, where=self._where)
         if self.single and name != self.target.name:
             self._check_companion(self.target.parent / name)
-        return self._temporary("out", name)
+        return self._temporary(OUT, name)
 
     def scratch(self, name: str) -> Path:
         """Where to write a file that is needed only until the commit."""
         return self._temporary("scratch", name)
+
+    def staged(self) -> dict[str, Path]:
+        """The files that a commit would move now, by name."""
+        out = self._root / OUT if self._root else None
+        if out is None or not out.is_dir():
+            return {}
+        found = [path for path in sorted(out.rglob("*")) if not path.is_dir()]
+        return {path.relative_to(out).as_posix(): path for path in found}
 
     def commit(self, main: str, obsolete: Collection[str] = ()) -> None:
         """Move all staged files to the target, `main` last; of an output that is replaced, files
@@ -84,12 +98,16 @@ class Staging:
         """
         # somebody else may have written it meanwhile
         self._check_free(self.target)
-        files = self._staged()
+        files = list(self.staged())
+        for name in sorted(set(files) - {main}) if self.single else ():
+            self._check_companion(self.target.parent / name)
         if main not in files:
             raise ValueError(f"{main!r} was not staged")
         files.sort(key=lambda name: (name == main, name))
         with writing(self._where):
-            self._install(files, sorted(set(obsolete) - set(files)))
+            gone = sorted(set(obsolete) - set(files))
+            assert self._root is not None
+            install(self._root, self.target, files, gone, single=self.single)
         self.discard()
 
     def discard(self) -> None:
@@ -156,7 +174,8 @@ class Staging:
         return "lies inside" if path in self.target.parents else None
 
     def _check_companion(self, path: Path) -> None:
-        self._check_free(path)
+        if os.path.lexists(self.target) or not self._is_orphan(path):
+            self._check_free(path)
         if any(self._same(path, other) for other in self._inputs):
             raise OutputError(f"{path} would be overwritten, but is an input: choose another -o")
 
@@ -185,28 +204,33 @@ class Staging:
     def _prefix(self) -> str:
         return f".{self.target.name}{_MARK}"
 
+    def _take_back_killed(self) -> None:
+        """What was there before a run that was killed while it moved files is there again."""
+        for place in (self.target.parent, self.target):
+            for left in self._leftovers(place):
+                if _is_abandoned(left) and not take_back(left, self.target, single=self.single):
+                    raise OutputError(
+                        f"{left / BEFORE} is what was here before a run that was killed, and something "
+                        "else is here now: move or delete one of them",
+                        where=self._where,
+                    )
+
+    def _leftovers(self, place: Path) -> list[Path]:
+        """The temporary folders of other runs with this target."""
+        if not place.is_dir():
+            return []
+        found = [entry for entry in os.scandir(place) if entry.name.startswith(self._prefix)]
+        return [Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False)]
+
     def _remove_leftovers(self) -> None:
-        for entry in list(os.scandir(self._anchor)):
-            owner = entry.name.removeprefix(self._prefix).partition("-")[0]
-            ours = entry.name.startswith(self._prefix) and entry.is_dir(follow_symlinks=False)
-            dead = owner.isdecimal() and not _alive(int(owner))
-            if ours and (dead or (owner == _RESUMED[:-1] and self._is_left(entry))):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            elif ours and owner == _RESUMED[:-1] and not self._is_own(entry):
+        own = f"{self._prefix}{_RESUMED}{self._key}"
+        for left in self._leftovers(self._anchor):
+            if left.name == own and self._key is not None:
+                continue
+            if _is_abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+            elif _is_resumable(left):
                 raise OutputError(_BUSY, where=self._where)
-
-    def _is_own(self, entry: os.DirEntry[str]) -> bool:
-        """Whether a folder is of the very key, for which another lock decides."""
-        return self._key is not None and entry.name == f"{self._prefix}{_RESUMED}{self._key}"
-
-    def _is_left(self, entry: os.DirEntry[str]) -> bool:
-        """Whether a folder is what a run with another key left, and no run works in it."""
-        if self._is_own(entry):
-            return False
-        lock = Lock()
-        free = lock.acquire(Path(entry.path) / _LOCK)
-        lock.release()
-        return free
 
     def _temporary(self, part: str, name: str) -> Path:
         with writing(self._where):
@@ -217,47 +241,6 @@ class Staging:
             path = self._root / part / name
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    def _staged(self) -> list[str]:
-        out = self._root / "out" if self._root else None
-        if out is None or not out.is_dir():
-            return []
-        return [p.relative_to(out).as_posix() for p in sorted(out.rglob("*")) if not p.is_dir()]
-
-    def _install(self, files: list[str], obsolete: list[str]) -> None:
-        assert self._root is not None
-        out = self._root / "out"
-        for name in files:
-            _sync(out / name)
-        for folder in [out, *(path for path in sorted(out.rglob("*")) if path.is_dir())]:
-            _sync(folder)
-        with _Undo() as undo:
-            undo.make_folders(self.target.parent)
-            if not self.single and not self.target.exists():
-                out.rename(self.target)
-            else:
-                self._replace(out, files, undo)
-                self._remove(out, [] if self.single else obsolete, undo)
-            undo.keep()
-        _sync(self.target.parent)
-
-    def _replace(self, out: Path, files: list[str], undo: _Undo) -> None:
-        folder = self.target.parent if self.single else self.target
-        for number, name in enumerate(files):
-            destination = folder / name
-            if self.single:
-                self._check_free(destination)
-            undo.make_folders(destination.parent)
-            undo.before_replacing(destination, out.parent / f"old-{number}")
-            (out / name).replace(destination)
-        _sync(folder)
-
-    def _remove(self, out: Path, obsolete: list[str], undo: _Undo) -> None:
-        for number, name in enumerate(obsolete):
-            path = self.target / name
-            if path.is_file():
-                undo.before_replacing(path, out.parent / f"gone-{number}")
-                path.unlink()
 
 
 class Lock:
@@ -286,60 +269,20 @@ class Lock:
             self._descriptor = None
 
 
-class _Undo:
-    """Takes back what was moved and made unless `keep` was reached."""
-
-    def __init__(self) -> None:
-        self._folders: list[Path] = []
-        self._replaced: list[tuple[Path, Path | None]] = []
-        self._kept = False
-
-    def make_folders(self, folder: Path) -> None:
-        lost = [path for path in (folder, *folder.parents) if not path.exists()]
-        for path in reversed(lost):
-            self._folders.append(path)
-            path.mkdir()
-
-    def before_replacing(self, path: Path, copy: Path) -> None:
-        there = os.path.lexists(path)
-        if there:
-            _second_name(path, copy)
-        self._replaced.append((path, copy if there else None))
-
-    def keep(self) -> None:
-        self._kept = True
-
-    def __enter__(self) -> _Undo:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._kept:
-            return
-        for path, copy in reversed(self._replaced):
-            with suppress(OSError):
-                copy.replace(path) if copy else path.unlink()
-        for folder in reversed(self._folders):
-            with suppress(OSError):
-                folder.rmdir()
+def _is_resumable(left: Path) -> bool:
+    """Whether a temporary folder is one that a later run may take up."""
+    return left.name.rpartition(_MARK)[2].startswith(_RESUMED)
 
 
-def _second_name(path: Path, copy: Path) -> None:
-    try:
-        os.link(path, copy, follow_symlinks=False)
-    except (OSError, NotImplementedError):
-        if path.is_dir():
-            raise failure(IsADirectoryError(0, "a folder is in the way"), path) from None
-        shutil.copy2(path, copy, follow_symlinks=False)
-
-
-def _sync(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_abandoned(left: Path) -> bool:
+    """Whether no run works in a temporary folder any more."""
+    if _is_resumable(left):
+        lock = Lock()
+        free = lock.acquire(left / _LOCK)
+        lock.release()
+        return free
+    owner = left.name.rpartition(_MARK)[2].partition("-")[0]
+    return owner.isdecimal() and not _alive(int(owner))
 
 
 def _writable(folder: Path) -> bool:

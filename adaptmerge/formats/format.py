@@ -7,12 +7,13 @@ theirs through the entry point group of that name. Importing a format must be ch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptmerge.adapters.graph import Bundle, Edit
 from adaptmerge.bases.base import Base
+from adaptmerge.files.disk import write_text
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.safetensors import write_safetensors
 from adaptmerge.files.scratch import Scratch
@@ -78,21 +79,28 @@ class WriteOptions:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a writer puts its files: `path(name)` is a staged file, `single` the name of the one file
-    asked for (None: a directory). `metadata` goes into the header of the main file."""
+    """Where a writer puts its files, with `text` and `safetensors`; what else it writes goes into the
+    staged file `path(name)`. `single` is the name of the one file asked for (None: a directory).
+    `metadata` goes into the header of the main file. `digests`: the sha256 of staged files, where it is
+    known from writing them."""
 
     path: Callable[[str], Path]
     single: str | None
     metadata: Mapping[str, str]
     scratch: Scratch | None = None
+    digests: dict[Path, str] = field(default_factory=dict)
+
+    def text(self, name: str, text: str) -> None:
+        """Stages a text file."""
+        write_text(self.path(name), text)
 
     def safetensors(
         self, name: str, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]
     ) -> None:
         """Stages a safetensors file; a scratch that already is its data becomes it."""
         path = self.path(name)
-        if self.scratch is None or not self.scratch.adopt(path, tensors, metadata):
-            write_safetensors(path, tensors, metadata)
+        adopted = None if self.scratch is None else self.scratch.adopt(path, tensors, metadata)
+        self.digests[path] = adopted or write_safetensors(path, tensors, metadata)
 
 
 class Answer(NamedTuple):

@@ -1,9 +1,9 @@
 """The one grammar of inputs, [NAME=]SOURCE[:WEIGHT][?alpha=32&task=1&init=DIR&adapter=NAME], and opening
 what it names.
 
-SOURCE is a directory, a .safetensors or .bin file, or a hub id org/name[@revision][//subfolder]. What
-exists on disk as written wins over any reading as name, weight or query, so paths with '=' or ':' and
-Windows drive letters work.
+SOURCE is a directory, a .safetensors or .bin file, a hub id org/name[@revision][//subfolder] or the address
+of its page (hf://, https://huggingface.co/). A weight may also stand last. What exists on disk as written
+wins over any reading as name, weight or query, so paths with '=' or ':' and Windows drive letters work.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 
 from adaptmerge.adapters.graph import Adapter, Bundle
 from adaptmerge.adapters.module_paths import natural_key
+from adaptmerge.adapters.number_types import type_problems
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import AdaptmergeError, InputError, UsageError, did_you_mean
 from adaptmerge.files import hub
 from adaptmerge.files.listing import Listing
 from adaptmerge.files.paths import exists
+from adaptmerge.files.strict_json import capped
 from adaptmerge.formats.format import Format, ReadOptions
 from adaptmerge.formats.registry import detect
 from adaptmerge.tensors.caches import forget
@@ -44,6 +46,7 @@ class InputSpec:
     init: str | None = None
     adapter: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
+    held: Listing | None = field(default=None, repr=False)  # what is in memory, and in no file
 
     @property
     def default_name(self) -> str:
@@ -53,6 +56,9 @@ class InputSpec:
         if last in ("", ".", ".."):
             last = Path(self.source).resolve().name
         return next((last.removesuffix(s) for s in SUFFIXES if last.endswith(s)), last) or "input"
+
+
+Source = str | Path | InputSpec  # text has the grammar of the command line
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,30 @@ class Input:
     revision: str | None = None
 
     @property
-    def path(self) -> Path:
-        """The file or folder on disk."""
+    def path(self) -> Path | None:
+        """The file or folder on disk; None for what is in memory."""
         root = self.listing.root
+        if not self.listing.on_disk:
+            return None
         return root / self.listing.single if self.listing.single else root
+
+
+def paths_of(inputs: Iterable[Input]) -> list[Path]:
+    """Where inputs lie on the disk, of those that do."""
+    return [item.path for item in inputs if item.path is not None]
+
+
+def as_specs(sources: Source | Sequence[Source]) -> list[InputSpec]:
+    """One source or several as specs. Raises UsageError for text that has not the grammar of inputs."""
+    listed = [sources] if isinstance(sources, (str, Path, InputSpec)) else sources
+    return [as_spec(source) for source in listed]
+
+
+def as_spec(source: Source) -> InputSpec:
+    """A source as a spec: text by the grammar of inputs, a path as it is."""
+    if isinstance(source, InputSpec):
+        return source
+    return InputSpec(str(source)) if isinstance(source, Path) else parse_input(source)
 
 
 def parse_input(text: str, folder: Path = Path()) -> InputSpec:
@@ -80,10 +106,12 @@ def parse_input(text: str, folder: Path = Path()) -> InputSpec:
     """
     if exists(folder / text):
         return InputSpec(text)
-    rest, options = _query(text)
+    rest, last, options = _query(text, folder)
     name, rest = _split_name(rest, folder)
     rest, weight = _split_weight(rest, folder)
-    return InputSpec(rest, name, weight, **options)
+    if weight is not None and last is not None:
+        raise UsageError(f"input {text!r}: has two weights, {weight:g} and {last:g}: leave one out")
+    return InputSpec(hub.as_id(rest), name, last if weight is None else weight, **options)
 
 
 def _split_name(text: str, folder: Path) -> tuple[str | None, str]:
@@ -106,17 +134,21 @@ def _is_drive(text: str) -> bool:
     return len(text) == 1 and text.isalpha()
 
 
-def _query(text: str) -> tuple[str, dict[str, Any]]:
+def _query(text: str, folder: Path) -> tuple[str, float | None, dict[str, Any]]:
+    """What stands before the options, a weight behind them, and the options."""
     rest, mark, query = text.rpartition("?")
     if not mark:
-        return text, {}
+        return text, None, {}
+    query, weight = _split_weight(query, folder)
     options: dict[str, Any] = {}
     for pair in query.split("&"):
         key, equals, value = pair.partition("=")
+        if key == "download" and "://" in rest:  # of a link that was copied
+            continue
         if key not in OPTIONS or not equals:
             raise UsageError(f"input {text!r}: option {key!r}: {did_you_mean(key, OPTIONS)}")
         options[key] = _option(key, value, text)
-    return rest, options
+    return rest, weight, options
 
 
 def _option(key: str, value: str, text: str) -> str | float | int:
@@ -145,12 +177,12 @@ def in_natural_order(specs: Sequence[InputSpec]) -> list[InputSpec]:
     return sorted(specs, key=lambda spec: natural_key(spec.source))
 
 
-def open_input(spec: InputSpec, base: Base | None = None) -> Input:
-    """The adapter that a spec names, read anew. Raises InputError, naming the source."""
+def open_input(source: Source, base: Base | None = None) -> Input:
+    """The adapter that a source names, read anew. Raises InputError, naming the source."""
+    spec = as_spec(source)
     forget()
     try:
-        path, revision = hub.resolve(spec.source)
-        listing = Listing.of(path, spec.source)
+        listing, revision = _listing(spec)
         found = detect(listing)
         if spec.alpha is not None and not found.takes_alpha:
             raise InputError(f"?alpha= is not needed: {found.name} says its scale; leave it out")
@@ -162,7 +194,18 @@ def open_input(spec: InputSpec, base: Base | None = None) -> Input:
     adapter = replace(_one_of(bundle, spec), name=name)
     if not adapter.edits:
         raise InputError("holds no edit at all", where=spec.source)
+    problems = type_problems(adapter.edits)
+    if problems:
+        raise InputError(capped(problems), where=spec.source)
     return Input(name, spec, listing, found, adapter, revision)
+
+
+def _listing(spec: InputSpec) -> tuple[Listing, str | None]:
+    """The files of an input, and its commit when it came from the Hub."""
+    if spec.held is not None:
+        return spec.held, None
+    path, revision = hub.resolve(spec.source)
+    return Listing.of(path, spec.source), revision
 
 
 def _one_of(bundle: Bundle, spec: InputSpec) -> Adapter:
@@ -179,10 +222,10 @@ def _one_of(bundle: Bundle, spec: InputSpec) -> Adapter:
     return bundle.adapters[spec.adapter]
 
 
-def open_inputs(specs: Sequence[InputSpec], base: Base | None = None) -> list[Input]:
+def open_inputs(sources: Source | Sequence[Source], base: Base | None = None) -> list[Input]:
     """All inputs, named uniquely. Raises one InputError with the problems of all of them."""
     opened, problems = [], []
-    for spec in named(specs):
+    for spec in named(as_specs(sources)):
         try:
             opened.append(open_input(spec, base))
         except InputError as problem:

@@ -20,9 +20,8 @@ from adaptmerge.adapters.weight_edits import Deviation, Effect, Share, family_of
 from adaptmerge.algebra import factors
 from adaptmerge.algebra.factors import Values
 from adaptmerge.errors import InputError
-from adaptmerge.files.disk import write_text
+from adaptmerge.files.in_memory import AS_STORED
 from adaptmerge.files.listing import Listing
-from adaptmerge.files.pickles import Pickled
 from adaptmerge.files.strict_json import capped, object_in, quoted
 from adaptmerge.files.typed import checked, reader
 from adaptmerge.formats.format import Format, Output, ReadOptions, Stores, WriteOptions
@@ -35,7 +34,6 @@ from adaptmerge.tensors.refs import (
     Listed,
     Source,
     Step,
-    Stored,
     TensorRef,
     bounded,
     computed,
@@ -46,7 +44,7 @@ VERSION = 1
 KEY = "adaptmerge_graph"
 GRAPH = "graph.json"
 TENSORS = "tensors.safetensors"
-WITHIN = (TensorRef, Stored, Pickled, Constant, Listed, Joined)  # written as {"tensor": NAME}
+WITHIN = (TensorRef, *AS_STORED, Constant, Listed, Joined)  # written as {"tensor": NAME}
 
 HOMES = (factors, weight_edits, stored_edits, activation_edits, refs)  # of what graphs are made of
 UNSETTLED = (Values, Effect, Share, Deviation)  # what a run computes before anything is written
@@ -295,8 +293,7 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     if output.single:
         metadata[KEY] = json.dumps(graph, sort_keys=True)
     else:
-        text = json.dumps(graph, indent=1, sort_keys=True) + "\n"
-        write_text(output.path(GRAPH), text)
+        output.text(GRAPH, json.dumps(graph, indent=1, sort_keys=True) + "\n")
     name = output.single or TENSORS
     output.safetensors(name, dict(sorted(encoder.tensors.items())), metadata)
     return name

@@ -13,6 +13,7 @@ from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import CannotMerge
 from adaptmerge.files.strict_json import capped
+from adaptmerge.merging.base_names import named_bases
 from adaptmerge.merging.misfits import misfits
 
 # What models with a head put before the modules of the model without (their base_model_prefix).
@@ -21,9 +22,6 @@ MODEL_PREFIXES = frozenset(
     | {"gpt_neox", "backbone", "encoder", "vit", "wav2vec2"}
 )
 SHOWN = 6  # conflicts of one merge; the others are mostly the same
-QUANTISED = re.compile(
-    r"[-_.](unsloth|bnb|4bit|8bit|int4|int8|nf4|fp4|gptq|awq|gguf|fp8|bf16|fp16|hf|quantized|w4a16)\b"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ def align(
 
     layout: of experts, "fused" or "per-expert"; None leaves it as all inputs have it, else as the base.
     """
-    notes, problems = _base_names(adapters, allowed)
+    notes, problems = named_bases(adapters, allowed)
     problems += _replications(adapters)
     given = adapters
     adapters = in_one_layout(given, base, layout)
@@ -256,40 +254,6 @@ def _replications(adapters: Mapping[str, Adapter]) -> list[str]:
         return []
     listed = ", ".join(f"{name}: {[list(pair) for pair in r]}" for name, r in found.items())
     return [f"the adapters are for different copies of the base's layers ({listed})"]
-
-
-def _base_names(
-    adapters: Mapping[str, Adapter], allowed: frozenset[str]
-) -> tuple[list[Note], list[str]]:
-    """Bases that differ in spelling are a Note, others an error unless allowed."""
-    names = {name: a.base.name for name, a in adapters.items() if a.base.name}
-    if len(set(names.values())) < 2:
-        return _revisions(adapters), []
-    listed = ", ".join(f"{name}: {base}" for name, base in names.items())
-    if len({_bare(base or "") for base in names.values()}) == 1:
-        return [Note(Kind.INFO, f"base names are spelled differently ({listed})")], []
-    if "base" in allowed:
-        return [Note(Kind.ASSUMED, f"different bases were allowed ({listed})")], []
-    return [], [
-        f"the adapters name different bases ({listed}): their sum means nothing unless these are the "
-        "same weights; if they are, pass --allow base"
-    ]
-
-
-def _revisions(adapters: Mapping[str, Adapter]) -> list[Note]:
-    found = {name: a.base.revision for name, a in adapters.items() if a.base.revision}
-    if len(set(found.values())) < 2:
-        return []
-    listed = ", ".join(f"{name}: {revision}" for name, revision in found.items())
-    return [Note(Kind.ASSUMED, f"revisions of the base differ and are taken as one ({listed})")]
-
-
-def _bare(name: str) -> str:
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
-    previous = ""
-    while previous != last:
-        previous, last = last, QUANTISED.sub("", last)
-    return last
 
 
 def layer_count(sites: Iterable[Site]) -> int:

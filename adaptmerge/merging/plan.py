@@ -91,7 +91,7 @@ def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) 
     notes: list[Note] = []
     steps: list[Step] = []
     stored = StoredWhole.of(weighed, request)
-    problems = torn(weighed, request.heads)
+    problems = torn(weighed, request.heads, request.base)
     dtype = request.dtype or _common_dtype(groups, request.stores)
     passing = PassThrough.of(weighed, request)
     for group, members in weighed:

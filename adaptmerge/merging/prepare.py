@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 from adaptmerge.adapters.graph import Adapter, Kind, Note
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import UsageError
+from adaptmerge.files.paths import exists
 from adaptmerge.formats.format import Format, Stores
 from adaptmerge.formats.inputs import Input, InputSpec, in_natural_order, open_inputs
 from adaptmerge.merging.heads.policies import Given, Policies, check_policies, policies
@@ -80,11 +82,30 @@ def check_merging(
     """Raises UsageError for what cannot be asked together; `missing` is said where no input is given."""
     if not specs:
         raise UsageError(missing)
+    _refuse_numbers(specs, merging.weights)
     if merging.total and (merging.weights or any(spec.weight is not None for spec in specs)):
         raise UsageError("--sum means weight 1 for each: leave it out, or the weights")
     unknown = sorted(merging.allow - set(allowable))
     if unknown:
-        raise UsageError(f"--allow {unknown[0]}: expected {' or '.join(allowable)}")
+        *others, last = allowable
+        raise UsageError(f"--allow {unknown[0]}: expected {', '.join(others)} or {last}")
+
+
+NUMBER = re.compile(r",?[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?,?", re.IGNORECASE)
+
+
+def _refuse_numbers(specs: Sequence[InputSpec], weights: str | None) -> None:
+    """Raises UsageError for weights that became inputs by a space before them."""
+    lone = [spec.source for spec in specs if NUMBER.fullmatch(spec.source)]
+    lone = [source for source in lone if not exists(source)]
+    if lone and weights:
+        meant = ",".join(part.strip(",") for part in (weights, *lone))
+        raise UsageError(f"{lone[0]} is no input: write --weights {meant}, without spaces")
+    if lone:
+        raise UsageError(
+            f"{lone[0]} is no input: a weight follows its input, as in adapter:{lone[0].strip(',')}, or "
+            "say all in one word, --weights 0.7,0.3"
+        )
 
 
 def open_merging(specs: Sequence[InputSpec], merging: Merging, base: Base | None) -> Opened:

@@ -14,20 +14,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from adaptmerge.adapters.graph import Edit
-from adaptmerge.adapters.weight_edits import delta_on, factor_of, refitted
-from adaptmerge.algebra.by_rows import distance
+from adaptmerge.adapters.weight_edits import delta_on, factor_of, normed_axis, refitted
 from adaptmerge.algebra.factors import Factor, Leaf, Product, Term, Values, rank_bound
 from adaptmerge.algebra.fit import Budget, Fitted, allot, spectrum, stack, truncate
-from adaptmerge.algebra.linalg import gram, one_thread_each, side_by_side
+from adaptmerge.algebra.linalg import Inner, gram, one_thread_each, side_by_side
 from adaptmerge.algebra.low_rank import low_rank
+from adaptmerge.algebra.moved import distance_on
 from adaptmerge.errors import InputError
-from adaptmerge.files.scratch import Scratch
+from adaptmerge.files.scratch import Keeps
 from adaptmerge.lazy import torch
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.parallel import Progress, ordered, short_turns
-from adaptmerge.tensors.dtypes import DType, default_dtype, of_torch
-from adaptmerge.tensors.refs import TensorRef, Unsettled, computed, read_once
+from adaptmerge.tensors.caches import read_once
+from adaptmerge.tensors.dtypes import BF16, F16, DType, default_dtype, of_torch
+from adaptmerge.tensors.refs import TensorRef, Unsettled, computed
 from adaptmerge.tensors.walk import mapped, refs_of
 
 CANCELS = 1e-2  # below this share of what it could be, a squared norm is computed in float64
@@ -37,7 +38,8 @@ CANCELS = 1e-2  # below this share of what it could be, a squared norm is comput
 class SiteStats:
     """What one site was made of and what it lost (Frobenius norms, absolute).
 
-    gram[i][j] is the inner product of the deltas of inputs i and j, unweighted, in the order of `names`.
+    gram[i][j] is the inner product of the deltas of inputs i and j, unweighted, in the order of `names`,
+    each divided by its one of `scales` (1 but for values whose squares would be lost).
     """
 
     names: tuple[str, ...]
@@ -48,6 +50,7 @@ class SiteStats:
     truncation: float
     rounding: float
     gram: tuple[tuple[float, ...], ...] = ()
+    scales: tuple[float, ...] = ()
 
     @property
     def error(self) -> float:
@@ -90,7 +93,7 @@ class Held:
         return self.value
 
 
-def run(plan: Plan, scratch: Scratch, workers: int, progress: Progress) -> list[Settled]:
+def run(plan: Plan, scratch: Keeps, workers: int, progress: Progress) -> list[Settled]:
     """Every step settled, in plan order. Raises InputError naming all tensors that are not finite."""
     problems: list[str] = []
     settled: list[Settled] = []
@@ -208,12 +211,12 @@ def _held(value: torch.Tensor) -> TensorRef:
 
 
 def _measured(step: Step, done: Edit, stats: SiteStats) -> SiteStats:
-    """For edits that depend on the base: what they add to it against what was meant, dense."""
+    """For edits that depend on the base: what they add to it against what was meant."""
     if step.promise is None:
         return stats
     delta = factor_of(done) if step.weight is None else delta_on([done], step.weight)
     assert delta is not None
-    off = distance(delta, step.promise)
+    off = distance_on(step.weight, normed_axis(done), delta, step.promise)
     if stats.truncation > 0 or step.weight is None:
         return replace(stats, norm=off.right, truncation=off.apart, rounding=0.0)
     return replace(stats, norm=off.right, rounding=off.apart)
@@ -231,13 +234,20 @@ def _nonfinite(step: Step, stats: SiteStats) -> list[str]:
 
 
 def _overflown(step: Step, done: Edit) -> list[str]:
-    """What rounding to a narrow dtype made infinite: inputs are finite, as was asked before."""
+    """What rounding to a narrow dtype made infinite, or too large to measure: inputs are finite, as was
+    asked before."""
     stored = (ref for ref in refs_of(done) if isinstance(ref.source, Held))
     found = {ref.dtype for ref in stored if ref.dtype.is_float and not _finite(ref.read())}
     return [
-        f"{step.site}: values beyond the range of {dtype} would be infinite: use bf16 or f32"
+        f"{step.site}: values beyond the range of {dtype} would be infinite: use {_wider(dtype)}"
         for dtype in sorted(found, key=str)
-    ]
+    ] or [f"{step.site}: values so large that what rounding them loses cannot be told"]
+
+
+def _wider(dtype: DType) -> str:
+    """What stores values beyond the range of a dtype."""
+    ways = {F16: "--dtype bf16 or fp32", BF16: "--dtype fp32"}
+    return ways.get(dtype, "smaller weights")
 
 
 def _unseen(edit: Edit, clean: bool) -> list[TensorRef]:
@@ -257,7 +267,7 @@ def _matrix(
     fitted = _fitted(plan, step, terms, allotted)
     found = replace(stats, rank=fitted.rank, truncation=fitted.truncation, rounding=fitted.rounding)
     if plan.method.promise is not None:  # not the weighted sum, whose norm `stats` has
-        found = replace(found, norm=math.sqrt(max(float(_gram([factor])), 0.0)))
+        found = replace(found, norm=_norm(_gram([factor]), (1.0,)))
     return low_rank(_held(fitted.up), _held(fitted.down)), found
 
 
@@ -290,28 +300,46 @@ def _input_stats(step: Step) -> SiteStats:
     factors = factors if step.promise is None else []
     weights = tuple(member.weight for member in step.members)
     inner = _gram(factors)
-    counted = torch.tensor(weights[: len(inner)], dtype=torch.float64)
-    squared = float(counted @ inner @ counted)
-    if squared < CANCELS * float((counted.abs() @ inner.diagonal().clamp(min=0).sqrt()) ** 2):
+    if _cancels(inner, weights):
         inner = _gram(factors, torch.float64)
-        squared = float(counted @ inner @ counted)
     return SiteStats(
         names=tuple(member.adapter for member in step.members),
         weights=weights,
         ranks=bounds,
         rank=bounds[0] if step.action == "pass" and bounds else None,
-        norm=math.sqrt(max(squared, 0.0)),
+        norm=_norm(inner, weights),
         truncation=0.0,
         rounding=0.0,
-        gram=tuple(tuple(row) for row in inner.tolist()),
+        gram=tuple(tuple(row) for row in inner.products.tolist()),
+        scales=tuple(inner.scales.tolist()),
     )
 
 
-def _gram(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> torch.Tensor:
+def _norm(inner: Inner, weights: Sequence[float]) -> float:
+    """The norm of the weighted sum."""
+    top, counted = _counted(inner, weights)
+    return top * math.sqrt(max(float(counted @ inner.products @ counted), 0.0))
+
+
+def _cancels(inner: Inner, weights: Sequence[float]) -> bool:
+    """Whether so little is left of the sum that its norm is mostly error."""
+    _, counted = _counted(inner, weights)
+    most = float((counted.abs() @ inner.products.diagonal().clamp(min=0).sqrt()) ** 2)
+    return float(counted @ inner.products @ counted) < CANCELS * most
+
+
+def _counted(inner: Inner, weights: Sequence[float]) -> tuple[float, torch.Tensor]:
+    """The largest scale, and what each matrix counts for beside it."""
+    top = float(inner.scales.max()) if len(inner.scales) else 1.0
+    counted = torch.tensor(weights[: len(inner.scales)], dtype=torch.float64)
+    return top, counted * (inner.scales / top)
+
+
+def _gram(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> Inner:
     """Inner products of whole deltas, each the sum over its terms; in `dtype` where they cancel."""
     terms = [(i, term) for i, factor in enumerate(factors) for term in factor.thin()]
     if not terms:
-        return torch.zeros(0, 0, dtype=torch.float64)
+        return Inner(torch.zeros(0, 0, dtype=torch.float64), torch.ones(0, dtype=torch.float64))
     up = side_by_side([term.up for _, term in terms], 1)
     down = side_by_side([term.down for _, term in terms], 0)
     up, down = (up, down) if dtype is None else (up.to(dtype), down.to(dtype))
@@ -322,7 +350,7 @@ def _gram(factors: Sequence[Factor], dtype: torch.dtype | None = None) -> torch.
     return gram(up, down, owners)
 
 
-def _store(edit: Edit, scratch: Scratch) -> Edit:
+def _store(edit: Edit, scratch: Keeps) -> Edit:
     """The edit with refs to the scratch where its tensors are in memory."""
 
     def put(ref: TensorRef) -> TensorRef:

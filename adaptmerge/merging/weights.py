@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.adapters.module_paths import layer_index
@@ -40,6 +41,12 @@ class SiteRule:
         if self.match.startswith("re:"):
             return re.search(self.match[3:], path) is not None
         return fnmatchcase(path, self.match) or fnmatchcase(path, f"*.{self.match}")
+
+
+def rule_of(raw: Mapping[str, Any]) -> SiteRule:
+    """A rule as a report has it."""
+    weights = {n: tuple(w) if isinstance(w, list) else w for n, w in raw["weights"].items()}
+    return SiteRule(raw["match"], weights, raw["kind"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +169,8 @@ def _scheduled(schedule: str, count: int) -> list[float]:
         return [0.0] * (count - kept) + [1.0 / kept] * kept
     values = [number(part, "--weights") for part in schedule.split(",")]
     if len(values) != count:
-        raise UsageError(f"--weights has {len(values)} numbers for {count} inputs: give one each")
+        said = f"{len(values)} number" + "s" * (len(values) != 1)
+        raise UsageError(f"--weights has {said} for {count} inputs: give one each")
     return values
 
 

@@ -15,7 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Edit
-from adaptmerge.adapters.weight_edits import Dora, Scale, factor_of, norms_of, share_of
+from adaptmerge.adapters.weight_edits import (
+    Dora,
+    Scale,
+    expect_norms,
+    factor_of,
+    norms_of,
+    share_of,
+)
 from adaptmerge.algebra.factors import (
     Diag,
     Factor,
@@ -97,6 +104,7 @@ def share(edit: Edit, weight: TensorRef) -> torch.Tensor | float:
 @remembered
 def gain(blend: Blend) -> torch.Tensor:
     """1 + sum of w (c - 1), (out,). Raises CannotMerge where the weights cancel a whole row."""
+    _expect_norms(blend)
     pairs = zip(blend.weights, blend.edits, strict=True)
     total = torch.ones(blend.weight.shape[1 - blend.axis], dtype=torch.float64)
     for weight, edit in pairs:
@@ -107,6 +115,12 @@ def gain(blend: Blend) -> torch.Tensor:
             where=str(blend.edits[0].site),
         )
     return total
+
+
+def _expect_norms(blend: Blend) -> None:
+    """The directions of all members: those of the DoRAs, and all of them for the norms of the sum."""
+    added = [factor for edit in blend.edits if (factor := factor_of(edit)) is not None]
+    expect_norms(blend.weight, added, blend.axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +139,8 @@ class MagnitudePart:
         return F64
 
     def read(self) -> torch.Tensor:
-        return share(self.blend.edits[self.index], self.blend.weight) / gain(self.blend)
+        total = gain(self.blend)
+        return share(self.blend.edits[self.index], self.blend.weight) / total
 
 
 @dataclass(frozen=True, slots=True)

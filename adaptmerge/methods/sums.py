@@ -53,7 +53,7 @@ def from_the_base(meeting: Meeting) -> Edit:
     if meeting.rest and meeting.weight is None:
         raise CannotMerge(
             f"values that replace the base's, with weights that sum to {meeting.total:g}, need the "
-            "base's own: pass --base DIR, or weights that sum to 1 over all inputs",
+            "base's own: pass --base DIR that has it, or weights that sum to 1 over all inputs",
             where=str(meeting.site),
         )
     if meeting.rest and meeting.weight is not None:

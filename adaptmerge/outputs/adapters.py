@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def write_bundle(bundle: Bundle, target: Format, output: Output, options: WriteO
         return target.write(bundle, output, options)
     main = ""
     for name, adapter in bundle.adapters.items():
-        part = Output(partial(_below, output, name), None, output.metadata)
+        part = replace(output, path=partial(_below, output, name), single=None, scratch=None)
         main = f"{name}/{target.write(Bundle({name: adapter}), part, options)}"
     return main
 

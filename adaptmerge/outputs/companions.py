@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adaptmerge.adapters.graph import Kind, Note
-from adaptmerge.files.disk import copy_file, write_text
+from adaptmerge.files.disk import copy_file
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.formats.format import Output
 from adaptmerge.formats.inputs import Input
 from adaptmerge.formats.registry import format_named
 from adaptmerge.outputs.report import Report
 
+CARD = "README.md"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,7 +66,7 @@ def write(inputs: Sequence[Input], report: Report, output: Output) -> None:
         elif holders and name in LICENCES:
             for items in holders.values():
                 _copy(items[0], name, output, f"{name}.{items[0].name}")
-    write_text(output.path("README.md"), card(inputs, report))
+    output.text(CARD, card(inputs, report))
 
 
 def _copy(item: Input, name: str, output: Output, as_name: str) -> None:

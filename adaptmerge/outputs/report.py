@@ -18,7 +18,8 @@ from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.merging.settle import Settled, SiteStats
 from adaptmerge.outputs.said import SaidBase, SaidInput, SaidOptions, SaidOutput
 
-VERSION = 1
+VERSION = 2
+UNSEALED = 1  # the version without the sha256 of what was written
 FILE = "adaptmerge.json"
 METADATA_KEY = "adaptmerge"
 LOST = 0.10  # share of the norm lost to opposing inputs that is worth a word
@@ -66,7 +67,10 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything a reader of the output may ask; `as_json` is the file's content."""
+    """Everything a reader of the output may ask; `as_json` is the file's content.
+
+    files: the sha256 of every other file that was written, by name; None in reports of earlier versions.
+    """
 
     command: str
     method: str
@@ -79,6 +83,7 @@ class Report:
     sites: Sequence[SiteLine]
     notes: Sequence[Note]
     output: Annotated[Mapping[str, Any], SaidOutput]
+    files: Mapping[str, str] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, without times and absolute paths, so that equal runs give equal bytes."""
@@ -120,30 +125,46 @@ def totals(settled: Sequence[Settled], inputs: Sequence[str]) -> Totals:
     stored whole only where there is nothing else."""
     deltas = [item.stats for item in settled if item.step.edit.kind not in WHOLE]
     stats = deltas or [item.stats for item in settled]
-    gram = _summed_gram(stats, inputs, weighted=False)
-    norms = {name: math.sqrt(max(gram[name, name], 0.0)) for name in inputs}
+    tops = _largest_scales(stats, inputs)
+    gram = _summed_gram(stats, tops, weighted=False)
+    sizes = {name: math.sqrt(max(gram[name, name], 0.0)) for name in inputs}
+    norms = {name: tops[name] * size for name, size in sizes.items()}
     norm = _root_sum(s.norm for s in stats)
-    apart = math.sqrt(sum(_summed_gram(stats, inputs, weighted=True)[n, n] for n in inputs))
+    top = max(tops.values(), default=1.0)
+    counted = _summed_gram(stats, tops, weighted=True)
+    apart = top * math.sqrt(sum(counted[n, n] * (tops[n] / top) ** 2 for n in inputs))
     return Totals(
         norm=norm,
         truncation=_share(_root_sum(s.truncation for s in stats), norm),
         rounding=_share(_root_sum(s.rounding for s in stats), norm),
         error=_share(_root_sum(s.error for s in stats), norm),
         input_norms=norms,
-        cosines=_cosines(gram, norms, inputs),
+        cosines=_cosines(gram, sizes, inputs),
         kept=_share(norm, apart) if len(inputs) > 1 else 1.0,
     )
 
 
-def _summed_gram(
-    stats: Sequence[SiteStats], inputs: Sequence[str], *, weighted: bool
-) -> dict[tuple[str, str], float]:
-    total = {(a, b): 0.0 for a in inputs for b in inputs}
+def _largest_scales(stats: Sequence[SiteStats], inputs: Sequence[str]) -> dict[str, float]:
+    """The largest scale of each input over all sites."""
+    found: dict[str, float] = {}
     for s in stats:
+        for name, scale in zip(s.names, s.scales, strict=False):
+            found[name] = max(found.get(name, 0.0), scale)
+    return {name: found.get(name) or 1.0 for name in inputs}
+
+
+def _summed_gram(
+    stats: Sequence[SiteStats], tops: Mapping[str, float], *, weighted: bool
+) -> dict[tuple[str, str], float]:
+    """Inner products over all sites, of deltas that are divided by the input's largest scale."""
+    total = {(a, b): 0.0 for a in tops for b in tops}
+    for s in stats:
+        shares = [scale / tops[name] for name, scale in zip(s.names, s.scales, strict=False)]
+        if weighted:
+            shares = [share * w for share, w in zip(shares, s.weights, strict=False)]
         for i, row in enumerate(s.gram):
             for j, value in enumerate(row):
-                factor = s.weights[i] * s.weights[j] if weighted else 1.0
-                total[s.names[i], s.names[j]] += factor * value
+                total[s.names[i], s.names[j]] += shares[i] * shares[j] * value
     return total
 
 
@@ -151,7 +172,8 @@ def _cosines(
     gram: Mapping[tuple[str, str], float], norms: Mapping[str, float], inputs: Sequence[str]
 ) -> dict[str, float]:
     pairs = [(a, b) for i, a in enumerate(inputs) for b in inputs[i + 1 :]]
-    return {f"{a} {b}": _share(gram[a, b], norms[a] * norms[b]) for a, b in pairs}
+    found = {f"{a} {b}": _share(gram[a, b], norms[a] * norms[b]) for a, b in pairs}
+    return {pair: min(1.0, max(-1.0, value)) for pair, value in found.items()}
 
 
 def sanity_notes(found: Totals) -> list[Note]:
@@ -173,7 +195,7 @@ def sanity_notes(found: Totals) -> list[Note]:
 
 
 def _root_sum(values: Any) -> float:
-    return math.sqrt(sum(value**2 for value in values))
+    return math.hypot(*values)
 
 
 def _share(part: float, whole: float) -> float:
@@ -188,6 +210,14 @@ def report_path(output: Path) -> Path:
 def report_name(file: str) -> str:
     """The report's file name for a single-file output."""
     return f"{file.rpartition('.')[0] or file}.{FILE}"
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report."""
+    try:
+        return {"report", "command", "sites"} <= read_object(path).keys()
+    except InputError:
+        return False
 
 
 def load_report(output: Path) -> Report:
@@ -207,15 +237,20 @@ def load_report(output: Path) -> Report:
     return found
 
 
-def parsed(kind: type[Any], path: Path, advice: str) -> Any:
-    """The report in a file, of one of the kinds of reports. Raises InputError for anything else."""
+def parsed(kind: type[Any], path: Path, advice: str, hashed: Sequence[str] = ()) -> Any:
+    """The report in a file, of one of the kinds of reports, which has the sha256 of the files that are
+    `hashed` at least. Raises InputError for anything else."""
     raw = read_object(path)
     version = raw.pop("report", None)
-    if version != VERSION:
+    if version not in (UNSEALED, VERSION):
         sentence = (
             f"is no report of this version (found {quoted(version)}, expected {VERSION}): {advice}"
         )
         raise InputError(sentence, where=str(path))
+    files = raw.get("files")
+    if version == VERSION and not (isinstance(files, dict) and files.keys() >= set(hashed)):
+        what = ", ".join(hashed) or "files"
+        raise InputError(f"has no sha256 of {what}: {advice}", where=str(path))
     return built(kind, raw, str(path), otherwise=advice)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptmerge import __version__
 from adaptmerge.adapters.graph import Bundle
 from adaptmerge.bases.open import MODEL_CONFIG, WEIGHT_FILES
 from adaptmerge.errors import OutputError
-from adaptmerge.files.disk import write_text
 from adaptmerge.files.scratch import Scratch
 from adaptmerge.files.staging import Staging
 from adaptmerge.formats.format import Format, Output, WriteOptions
@@ -20,7 +19,15 @@ from adaptmerge.formats.inputs import Input
 from adaptmerge.formats.registry import formats
 from adaptmerge.outputs import companions
 from adaptmerge.outputs.adapters import left_by, write_bundle
-from adaptmerge.outputs.report import FILE, METADATA_KEY, Report, check_strict, report_name
+from adaptmerge.outputs.checksums import checksums
+from adaptmerge.outputs.report import (
+    FILE,
+    METADATA_KEY,
+    Report,
+    check_strict,
+    is_report,
+    report_name,
+)
 from adaptmerge.outputs.target import is_file_name
 
 PAGE = 4096  # bytes; headers are reserved in these
@@ -54,9 +61,10 @@ class Session:
 
     def write(
         self, result: Result, report: Report, short: Mapping[str, object], scratch: Scratch
-    ) -> None:
-        """Stages all files. Raises AdaptmergeError for notes of the report that are fatal; `short` is the
-        report's short form, for the header of the main file."""
+    ) -> Report:
+        """Stages all files, and returns the report as it is written: with their sha256. Raises
+        AdaptmergeError for notes of the report that are fatal; `short` is the report's short form, for the
+        header of the main file."""
         check_strict(report.notes, self.strict)
         metadata = {METADATA_KEY: json.dumps({"version": __version__, **short}, sort_keys=True)}
         output = Output(self.staging.path, self.single, metadata, scratch)
@@ -64,7 +72,9 @@ class Session:
         if self.single is None:
             companions.write(result.inputs, report, output)
         name = report_name(self.single) if self.single else FILE
-        write_text(output.path(name), report.as_text())
+        found = replace(report, files=checksums(self.staging, output.digests, name))
+        output.text(name, found.as_text())
+        return found
 
 
 def _refuse_models(output: Path) -> None:
@@ -89,7 +99,7 @@ def writing(
     obsolete = {name for found in formats().values() for name in found.files}
     obsolete |= left_by(output, obsolete)
     single = is_file_name(output)
-    with Staging(output, force=force, inputs=inputs, single=single) as staging:
+    with Staging(output, force=force, inputs=inputs, single=single, is_orphan=is_report) as staging:
         session = Session(staging, output, strict=strict)
         yield session
         staging.commit(session.main, obsolete=obsolete)

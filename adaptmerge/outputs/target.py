@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,8 +65,20 @@ def check_version(version: str | None, target: Format) -> None:
         raise UsageError(f"--peft-version {version}: expected a release from {oldest} to {newest}")
 
 
+def check_suffix(output: Path) -> None:
+    """Raises UsageError for a name that ends almost, but not quite, like a file of a format: it would
+    become a folder."""
+    known = sorted({suffix for found in writable() for suffix in found.suffixes})
+    suffix = output.suffix.lower().rstrip(".")
+    close = difflib.get_close_matches(suffix, known, n=1, cutoff=0.75)
+    if close and output.suffix != close[0]:
+        meant = output.with_name(output.name[: -len(output.suffix)] + close[0])
+        raise UsageError(f"-o {output}: did you mean {meant}?")
+
+
 def check_name(output: Path, target: Format) -> None:
     """Raises UsageError for a file name that promises another kind of file than will be written."""
+    check_suffix(output)
     suffixes = target.suffixes or (".safetensors",)
     if (is_file_name(output) or output.suffix in SUFFIXES) and output.suffix not in suffixes:
         wanted = " or ".join(suffixes)

@@ -105,17 +105,21 @@ def editings(
 
 
 def _tie_rows(model: torch.nn.Module, placed: dict[str, Editing]) -> None:
-    """Rows of an input embedding that the head shares are replaced in the head, too, as PEFT does."""
-    inner, outer = embeddings_of(model)
-    if inner is None or outer is None or inner.weight is not outer.weight:
+    """Rows of an input embedding are replaced in all modules that share its matrix, too, as PEFT does."""
+    trained = next((one for one in placed.values() if _is_entry(model, one.module)), None)
+    rows = [] if trained is None else _rows(trained)
+    if trained is None or not rows:
         return
-    found = [_rows(editing) for editing in placed.values() if editing.module is inner]
-    if any(found):
-        modules = model.named_modules(remove_duplicate=False)
-        path = next(name for name, module in modules if module is outer)
-        head = placed.setdefault(path, Editing(outer, outer))
-        if not _rows(head):
-            head.edits["weight"] = [*found[0], *head.edits.get("weight", ())]
+    for path, module in model.named_modules(remove_duplicate=False):
+        shares = module._parameters.get("weight") is trained.module.weight
+        if shares and module is not trained.module:
+            editing = placed.setdefault(path, Editing(module, module))
+            if not _rows(editing):
+                editing.edits["weight"] = [*rows, *editing.edits.get("weight", ())]
+
+
+def _is_entry(model: torch.nn.Module, module: torch.nn.Module) -> bool:
+    return embeddings_of(model)[0] is module
 
 
 def _rows(editing: Editing) -> list[WeightEdit]:

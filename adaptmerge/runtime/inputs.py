@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptmerge.bases.classes import model_class
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
-from adaptmerge.runtime.models import example_inputs, model_class, model_config, outputs_of
+from adaptmerge.runtime.models import example_inputs, model_config, outputs_of
 
 Config = Mapping[str, Any]
 BATCH = 2

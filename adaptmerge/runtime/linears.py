@@ -1,14 +1,13 @@
-"""What the class of a model says: which modules a loader would quantise, whether its head is tied."""
+"""What the class of a model says of its linear layers: which of them a loader would quantise."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from adaptmerge.errors import InputError
+from adaptmerge.bases.classes import in_one_sentence, on_meta, quietly
 from adaptmerge.lazy import torch
-from adaptmerge.runtime.embeddings import embeddings_of
-from adaptmerge.runtime.models import in_one_sentence, model_class, model_config, quietly
+from adaptmerge.runtime.models import model_config
 
 
 class Linears(NamedTuple):
@@ -47,24 +46,8 @@ def parameters_of(base_dir: Path) -> tuple[str, ...]:
 def _without_weights(base_dir: Path) -> torch.nn.Module:
     """The model of a checkpoint on the meta device. Raises InputError where there is no class for it."""
     config = model_config(base_dir)
-    with quietly(), in_one_sentence(str(base_dir)), torch.device("meta"):
-        model: torch.nn.Module = model_class(config)(config)
-    return model
-
-
-def ties_head(base_dir: Path) -> bool | None:
-    """Whether the head of a model computes with the matrix of its input embedding, as its class and config
-    say together; None where there is no such class."""
-    try:
-        model: Any = _without_weights(base_dir)
-    except InputError:
-        return None
-    inner, outer = embeddings_of(model)
-    if inner is None or outer is None:
-        return False
-    said = (model.config, model.config.get_text_config())  # a part of a composite model may lack it
-    tied = any(getattr(config, "tie_word_embeddings", False) for config in said)
-    return inner.weight is outer.weight or tied
+    with quietly(), in_one_sentence(str(base_dir)):
+        return on_meta(config)
 
 
 def _kept(model: torch.nn.Module) -> list[str]:

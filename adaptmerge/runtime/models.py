@@ -11,6 +11,7 @@ from typing import Any
 from adaptmerge.adapters.graph import Adapter
 from adaptmerge.adapters.stored_edits import Replace
 from adaptmerge.bases.base import GGUF
+from adaptmerge.bases.classes import in_one_sentence, model_class, quietly
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import Listing
 from adaptmerge.lazy import torch
@@ -104,20 +105,6 @@ def _gguf_config(path: Path) -> Any:
     said = config_of(path)
     with quietly(), in_one_sentence(str(path)):
         return AutoConfig.for_model(said.pop("model_type"), **said)
-
-
-def model_class(config: Any) -> Any:
-    """The class that the config names, else the causal language model or bare model of its type."""
-    import transformers
-
-    for name in (config.architectures or ())[:1]:
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
-        if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
-    raise InputError(f"transformers has no model for the config type {config.model_type!r}")
 
 
 def class_with_heads(config: Any, adapter: Adapter | None) -> Any:
@@ -238,34 +225,6 @@ def _probe(name: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         sentence = str(problem).partition("\n")[0]
         raise UsageError(f"--device {name} cannot be used here: {sentence}") from None
-
-
-@contextmanager
-def in_one_sentence(where: str) -> Iterator[None]:
-    """Whatever a library raises inside becomes an InputError with the first line of its message."""
-    try:
-        yield
-    except InputError as problem:
-        raise problem.located(where) from None
-    except Exception as problem:
-        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise InputError(f"cannot be loaded: {first}", where=where) from problem
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """No advice and no progress bars of `transformers` while the block runs."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def example_inputs(

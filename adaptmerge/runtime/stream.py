@@ -9,16 +9,10 @@ from typing import Any
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.bases.base import Base
+from adaptmerge.bases.classes import in_one_sentence, model_class, quietly
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
-from adaptmerge.runtime.models import (
-    dtype_named,
-    in_one_sentence,
-    model_class,
-    model_config,
-    quietly,
-    some,
-)
+from adaptmerge.runtime.models import dtype_named, model_config, some
 from adaptmerge.tensors.refs import TensorRef
 
 

@@ -15,7 +15,7 @@ from adaptmerge.runtime.editing import Editing
 from adaptmerge.runtime.models import outputs_of
 from adaptmerge.runtime.places import is_activation
 
-Inputs = Mapping[str, torch.Tensor]
+Inputs = Mapping[str, "torch.Tensor"]  # a name, so that importing this imports no torch
 
 
 def outputs_of_each(

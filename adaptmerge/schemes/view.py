@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.graph import Site
@@ -86,7 +87,7 @@ def _values(coded: Mapping[str, CodedWeight], stored: Base) -> dict[str, TensorR
     return found | {name: replace(join(parts, 0), name=name) for name, parts in stacks.items()}
 
 
-def open_values(source: str) -> Base:
+def open_values(source: str | Path) -> Base:
     """The base model at a source with quantised weights as what they stand for. Raises InputError."""
     return view_of(open_base(source)).values
 

@@ -73,6 +73,12 @@ def of_torch(dtype: torch.dtype) -> DType:
     return next(found for found in _ALL if found.torch_name == name)
 
 
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor is a dense run of values, on a device, in a type that files have."""
+    known = any(str(value.dtype) == f"torch.{found.torch_name}" for found in _ALL)
+    return known and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+
+
 def widest(dtypes: list[DType]) -> DType:
     """The type that holds every one of `dtypes`: the same if all agree, else float32 or wider."""
     unique = set(dtypes)

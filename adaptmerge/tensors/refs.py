@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from adaptmerge.lazy import torch
+from adaptmerge.tensors.caches import Recent, once
 from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.spans import as_tensor, read_span
 
 LARGEST = 1 << 32  # entries of a tensor that is computed, not stored
 Shape = tuple[int, ...]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,22 +225,25 @@ class TensorRef:
 
     def read(self) -> torch.Tensor:
         """The value, contiguous, in `dtype`. Raises InputError when the file has changed or ended."""
-        held: dict[TensorRef, torch.Tensor] | None = getattr(_HELD, "values", None)
-        if held is None:
-            return self._read()
-        if self not in held:
-            held[self] = self._read()
-        return held[self]
+        return once(TensorRef._read, self)
 
     def _read(self) -> torch.Tensor:
         source, steps = self.source, self.steps
         rows = getattr(source, "rows", None)
         if steps and rows and isinstance(steps[0], Slice) and not steps[0].axis:
             source, steps = rows(steps[0].start, steps[0].stop), steps[1:]
-        value = source.read()
-        for step in steps:
-            value = step.apply(value)
-        return value.contiguous()
+        if isinstance(source, Stored) and _cuts_rows(steps):
+            value = _CUT.get(source.read, source, source.nbytes)
+            return _after(steps, value).clone(memory_format=torch.contiguous_format)
+        return _after(steps, source.read()).contiguous()
+
+    def in_blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Runs of so many rows with their places, each read by itself where the source has rows apart."""
+        apart = not self.steps and hasattr(self.source, "rows")
+        whole = None if apart else self.read()
+        for start in range(0, self.shape[0], rows):
+            at = slice(start, min(self.shape[0], start + rows))
+            yield at, self.slice(0, at.start, at.stop)._read() if whole is None else whole[at]
 
     def then(self, step: Step, dtype: DType | None = None) -> TensorRef:
         """This tensor with one more step applied when it is read."""
@@ -383,14 +384,16 @@ def join(parts: list[TensorRef], axis: int) -> TensorRef:
     return TensorRef(Joined(tuple(parts), axis, shape, first.dtype), shape, first.dtype)
 
 
-_HELD = threading.local()
+def _after(steps: tuple[Step, ...], value: torch.Tensor) -> torch.Tensor:
+    for step in steps:
+        value = step.apply(value)
+    return value
 
 
-@contextmanager
-def read_once() -> Iterator[None]:
-    """In this thread and block, a ref that is read again gives the same tensor: do not change it."""
-    _HELD.values = {}
-    try:
-        yield
-    finally:
-        _HELD.values = None
+def _cuts_rows(steps: tuple[Step, ...]) -> bool:
+    """Whether a stored tensor is cut across its rows, so that all of it is read for each of the parts."""
+    first = next((step for step in steps if not isinstance(step, Reshape)), None)
+    return isinstance(first, Slice) and first.axis > 0
+
+
+_CUT = Recent(128 << 20)  # the sides that experts share are some 60 MB each in the largest models

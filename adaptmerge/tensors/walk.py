@@ -21,6 +21,18 @@ def refs_of(node: Any) -> Iterator[TensorRef]:
             yield from refs_of(getattr(node, name))
 
 
+def refs_by_field(node: Any, field: str = "") -> Iterator[tuple[str, TensorRef]]:
+    """The same refs, each with the name of the field that it is in."""
+    if isinstance(node, TensorRef):
+        yield field, node
+    elif isinstance(node, tuple):
+        for part in node:
+            yield from refs_by_field(part, field)
+    else:
+        for name in _fields(type(node)):
+            yield from refs_by_field(getattr(node, name), name)
+
+
 def mapped(node: Any, change: Callable[[TensorRef], TensorRef]) -> Any:
     """The same data with every TensorRef inside it changed."""
     if isinstance(node, TensorRef):

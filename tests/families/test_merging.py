@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from samples import config_of
 from torch import Tensor
 
 from adaptmerge import runtime
+from adaptmerge.algebra import moved
+from adaptmerge.algebra.weight_rows import WeightRows
 from adaptmerge.bases.open import open_base
 from adaptmerge.commands.combine import Options, combine
 from adaptmerge.commands.verify import Questions, verify
@@ -29,6 +32,7 @@ DORA = FamilyCase(
 DORA_QV = FamilyCase(
     "m_dora_qv", "LoraConfig", {"target_modules": QV, "r": 2, "lora_alpha": 6, "use_dora": True}
 )
+LORA_QV = FamilyCase("m_lora_qv", "LoraConfig", {"target_modules": QV, "r": 2, "lora_alpha": 5})
 LOHA = FamilyCase("m_loha", "LoHaConfig", {"target_modules": LINEARS, "r": 2, "alpha": 3})
 VERA = FamilyCase("m_vera", "VeraConfig", {"target_modules": QV, "r": 6})
 HRA = FamilyCase("m_hra", "HRAConfig", {"target_modules": QV, "r": 4})
@@ -208,6 +212,29 @@ def test_ranks_of_a_dora_sum_add_up(stage: Stage, tmp_path: Path) -> None:
     config = config_of(tmp_path / "out")
     assert config["use_dora"] is True
     assert config["r"] <= 2 + 3
+
+
+def test_a_dora_sum_looks_at_each_weight_once(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the norms of each DoRA, those of the sum, and what the result is off; nowhere at all of it."""
+    looks: list[str] = []
+    own = WeightRows._look
+
+    def look(self: WeightRows, directions: Tensor) -> None:
+        looks.append(self.weight.name)
+        own(self, directions)
+
+    def dense(*factors: object) -> None:
+        raise AssertionError("looked at densely")
+
+    monkeypatch.setattr(WeightRows, "_look", look)
+    monkeypatch.setattr(WeightRows, "moved", dense)
+    monkeypatch.setattr(moved, "distance", dense)
+    parts = [(DORA_QV, 1, 0.6), (DORA_QV, 2, 0.3), (LORA_QV, 3, 0.5)]
+    stage.combine(parts, tmp_path / "out", base=str(stage.base(LORA)), dtype="fp32")
+    weights = [n for n in LORA.base_model().state_dict() if re.search(r"[qv]_proj\.weight$", n)]
+    assert sorted(looks) == sorted(weights)
 
 
 def test_vera_that_shares_its_matrices_keeps_their_rank(stage: Stage, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,18 +18,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adaptmerge import runtime
+from adaptmerge.adapters.experts import FUSED, in_layout
 from adaptmerge.adapters.graph import Adapter, Site
 from adaptmerge.adapters.module_paths import other_versions
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.open import open_base
 from adaptmerge.commands.combine import Options, combine
-from adaptmerge.commands.verify import FAIL, Questions, verify
+from adaptmerge.commands.fuse import fuse
+from adaptmerge.commands.verify import FAIL, PASS, Questions, verify
 from adaptmerge.errors import AdaptmergeError, CannotMerge, InputError, UsageError
 from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.merging.weights import SiteRule
+from adaptmerge.tensors import refs
 from adaptmerge.tensors.dtypes import F32
 from adaptmerge.tensors.refs import constant
+from adaptmerge.tensors.spans import read_span
 
 pytest.importorskip("peft")
 PREFIX = "base_model.model."
@@ -130,6 +135,26 @@ def test_rows_go_by_expert_and_columns_by_rank(model: str, tmp_path: Path) -> No
         delta = found[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"]
         assert torch.allclose(delta, 8 / 3 * up[:, :, expert] @ down[expert])
         assert not torch.allclose(delta, 8 / 3 * wrong[:, expert] @ down[expert])
+
+
+def test_sides_that_experts_share_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [moe("reads", "mixtral").build(tmp_path / str(n), seed=n) for n in (1, 2)]
+    reads: list[tuple[str, int, int]] = []
+
+    def recorded(path: str, offset: int, nbytes: int) -> Tensor:
+        reads.append((path, offset, nbytes))
+        return read_span(path, offset, nbytes)
+
+    monkeypatch.setattr(refs, "read_span", recorded)
+    specs = [InputSpec(str(path), f"a{n}", 0.5) for n, path in enumerate(paths)]
+    combine(specs, tmp_path / "out", Options())
+    for path in paths:
+        held = sum(value.nbytes for value in load_file(path / WEIGHTS).values())
+        found = [read for read in reads if Path(read[0]).parent == path]
+        assert len(found) == len(set(found))
+        assert 0 < sum(nbytes for *_, nbytes in found) <= held
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -383,6 +408,45 @@ def test_fused_adapters_go_back_to_one_module_per_matrix(
     assert error(case, run(case, read(tmp_path / "v4")), case.truth(path)) < 1e-9
     if model != "qwen2_moe":
         assert error(case, case.truth(tmp_path / "v4"), case.truth(path)) < 1e-9
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
+def test_several_edits_of_one_experts_matrix_add_up(model: str, tmp_path: Path) -> None:
+    """Also where the other part of the stacked parameter has fewer of them."""
+    case, gate = moe("twice", model), LEAVES[model][0]
+    once = read(per_expert(tmp_path / "v4", model))
+    twice = once.with_edits(
+        edit for edit in once.edits for _ in range(2 if edit.site.module.endswith(gate) else 3)
+    )
+    factors = {edit.site: edit.factor.dense() for edit in once.edits}  # type: ignore[attr-defined]
+    fused = in_layout(twice, FUSED, None).sites()
+    for name, layer in itertools.product(range(EXPERTS), range(2)):
+        block = f"model.layers.{layer}.{BLOCK[model]}.experts.{name}"
+        own = [factors[Site(f"{block}.{leaf}")] for leaf in LEAVES[model]]
+        both = Site(f"model.layers.{layer}.mlp.experts", "gate_up_proj", expert=name)
+        down = Site(f"model.layers.{layer}.mlp.experts", "down_proj", expert=name)
+        assert torch.allclose(_sum(fused[both]), torch.cat([2 * own[0], 3 * own[1]]))
+        assert torch.allclose(_sum(fused[down]), 3 * own[2])
+    assert error(case, run(case, in_layout(once, FUSED, None)), run(case, once)) < 1e-9
+
+
+def _sum(edits: list[Any]) -> Tensor:
+    return sum((edit.factor.dense() for edit in edits), torch.zeros(()))
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
+def test_a_fused_model_with_a_module_for_each_expert_is_verified_by_its_outputs(
+    model: str, tmp_path: Path
+) -> None:
+    """What rounding did is added to the adapter's edits, and never takes their place."""
+    case = moe("verified", model, target_modules=["q_proj"])
+    base, adapter = case.save_base(tmp_path / "base"), case.build(tmp_path / "adapter")
+    assert any(".experts.0." in name for name in load_file(base / "model.safetensors"))
+    fuse(str(base), [InputSpec(str(adapter))], tmp_path / "out")
+    verdict = verify(tmp_path / "out", Questions(base=str(base), device="cpu"))
+    (check,) = [check for check in verdict.checks if check.name == "forward"]
+    assert check.status == PASS, check
+    assert check.numbers["rounding_noise"] < 1e-4
 
 
 def test_routers_and_shared_experts_stay_modules(tmp_path: Path, bases: dict[str, Base]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from adaptmerge.errors import InputError
-from adaptmerge.files.hub import resolve
+from adaptmerge.files.hub import as_id, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -48,6 +48,49 @@ def test_local_paths_come_first(cache: Path) -> None:
 )
 def test_cached_models(cache: Path, source: str, inner: str) -> None:
     assert resolve(source) == (cache / inner, COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("hf://org/name", "org/name"),
+        ("hf://models/org/name/", "org/name"),
+        ("hf://org/name@v1", "org/name@v1"),
+        ("hf://org/name/sub/deep", "org/name//sub/deep"),
+        ("hf://org/name@refs/pr/1/sub", "org/name@refs/pr/1//sub"),
+        ("https://huggingface.co/org/name", "org/name"),
+        ("http://www.huggingface.co/org/name/", "org/name"),
+        ("https://hf.co/org/name?library=peft#files", "org/name"),
+        ("https://huggingface.co/org/name/tree/main", "org/name"),
+        ("https://huggingface.co/org/name/tree/main/sub/deep/", "org/name//sub/deep"),
+        ("https://huggingface.co/org/name/tree/refs%2Fpr%2F1/sub", "org/name@refs/pr/1//sub"),
+        ("https://huggingface.co/org/name/blob/v1/x.safetensors", "org/name@v1//x.safetensors"),
+        ("https://huggingface.co/org/name/resolve/main/x.bin?download=true", "org/name//x.bin"),
+    ],
+)
+def test_addresses_of_the_hub_are_names(address: str, name: str) -> None:
+    assert as_id(address) == name
+
+
+def test_an_address_is_read_from_the_cache(cache: Path) -> None:
+    file = "https://huggingface.co/org/name/blob/main/adapter_config.json"
+    assert resolve(file) == (cache / "adapter_config.json", COMMIT)
+    assert resolve("hf://org/name@refs/pr/1/sub") == (cache / "sub", COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("https://huggingface.co/datasets/org/name", "is a dataset of the Hub: give a model"),
+        ("hf://spaces/org/name", "is a space of the Hub: give a model"),
+        ("https://example.org/x.safetensors", "download it and give the file"),
+        ("s3://bucket/x.safetensors", "download it and give the file"),
+        ("https://huggingface.co/name", "download it and give the file"),
+    ],
+)
+def test_other_addresses_are_refused(cache: Path, address: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve(address)
 
 
 @pytest.mark.parametrize("inner", ["../x", "sub/../../x", "a\\b", "/etc"])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,49 +74,168 @@ def test_without_a_commit_nothing_happens(tmp_path: Path) -> None:
     assert tree(tmp_path) == {}
 
 
-def test_force_replaces_the_main_file_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    for name in ("main.bin", "kept"):
+def old_output(target: Path) -> Path:
+    """A folder that is replaced, with files of somebody else in it."""
+    (target / "empty").mkdir(parents=True)
+    (target / "deep").mkdir()
+    for name in ("main.bin", "z.json", "kept", "deep/kept"):
         (target / name).write_text("old")
+    (target / "link").symlink_to("kept")
+    return target
+
+
+KEPT = {"empty": "/", "deep": "/", "kept": "old", "deep/kept": "old", "link": "old"}
+OLD = {**KEPT, "main.bin": "old", "z.json": "old"}
+NEW = {**KEPT, "main.bin": "new", "z.json": "new"}
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_force_keeps_the_files_of_others(
+    beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = old_output(tmp_path / "out")
+    target.chmod(0o750)
     with pytest.raises(OutputError, match=r"exists: choose another -o or pass --force"):
         commit(target)
-    moved: list[str] = []
-    replace = Path.replace
-
-    def spy(self: Path, to: Path) -> Path:
-        moved.append(Path(to).name)
-        return replace(self, to)
-
-    monkeypatch.setattr(Path, "replace", spy)
+    monkeypatch.setattr(staging, "_writable", lambda folder: beside or folder != tmp_path)
     commit(target, force=True)
-    assert moved == ["z.json", "main.bin"]
-    assert tree(tmp_path) == {
-        "out": "/",
-        "out/z.json": "new",
-        "out/kept": "old",
-        "out/main.bin": "new",
-    }
+    assert tree(target) == NEW
+    assert (target / "link").is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o750
+    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_commit_that_fails_is_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+def test_without_hard_links_files_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "z.json").write_text("old")
-    replace = Path.replace
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(95, "Operation not supported")
 
-    def fail(self: Path, to: Path) -> Path:
-        if Path(to).name == "main.bin":
-            raise error
-        return replace(self, to)
+    monkeypatch.setattr(os, "link", refuse)
+    target = old_output(tmp_path / "out")
+    commit(target, force=True)
+    assert tree(target) == NEW
 
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises((OutputError, KeyboardInterrupt), match="the disk is full|^$"):
+
+MOVES = ("replace", "rename", "unlink")  # methods of a path that change what is there
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", range(6))
+def test_a_commit_that_fails_is_undone(
+    number: int,
+    error: BaseException,
+    beside: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At whichever move it fails."""
+    target = old_output(tmp_path / "out")
+    moves: list[str] = []
+    monkeypatch.setattr(staging, "_writable", lambda folder: beside or folder != tmp_path)
+    for name in MOVES:
+        monkeypatch.setattr(Path, name, failing(name, number, error, moves))
+    try:
         commit(target, force=True)
-    assert tree(tmp_path) == {"out": "/", "out/z.json": "old"}
+    except (OutputError, KeyboardInterrupt) as problem:
+        assert "the disk is full" in str(problem) or not str(problem)
+        assert tree(target) == OLD
+    else:
+        assert number >= (2 if beside else 5)
+        assert tree(target) == NEW
+    assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
+
+
+def failing(
+    name: str, number: int, error: BaseException, moves: list[str]
+) -> Callable[..., object]:
+    """A method of a path that fails where it is the move of that number."""
+    move = getattr(Path, name)
+
+    def moved(self: Path, *rest: object, **more: object) -> object:
+        moves.append(f"{name} {self.name}")
+        if len(moves) == number + 1:
+            raise error
+        return move(self, *rest, **more)
+
+    return moved
+
+
+class Killed(BaseException):
+    """Takes the place of a kill: nothing is cleaned up."""
+
+
+def killed_at(
+    number: int, target: Path, monkeypatch: pytest.MonkeyPatch, *, single: bool = False
+) -> bool:
+    """Whether a commit has as many moves that the process can die before one of that number."""
+    with monkeypatch.context() as patch:
+        moves: list[str] = []
+        for name in MOVES:
+            patch.setattr(Path, name, failing(name, number, Killed(), moves))
+        patch.setattr("adaptmerge.files.commit.take_back", lambda *_, **__: True)
+        patch.setattr(Staging, "discard", lambda self: None)
+        patch.setattr(os, "getpid", lambda: 2**22 + 1)
+        try:
+            commit(target, force=True, single=single)
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize(
+    ("single", "beside"), [(False, True), (False, False), (True, True)], ids=str
+)
+def test_what_a_killed_commit_moved_is_taken_back(
+    number: int, single: bool, beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And meanwhile no main file lies there that does not belong to the rest."""
+    folder = old_output(tmp_path / "out")
+    target = folder / "main.bin" if single else folder
+    monkeypatch.setattr(staging, "_writable", lambda place: beside or place != tmp_path)
+    if not killed_at(number, target, monkeypatch, single=single):
+        assert number >= (2 if beside and not single else 5)
+        return
+    now = {name: text for name, text in tree(folder).items() if name in ("main.bin", "z.json")}
+    assert "main.bin" not in now or len(set(now.values())) == 1
+    Staging(target, force=True, inputs=[], single=single)
+    assert tree(folder) == (NEW if now == {"main.bin": "new", "z.json": "new"} else OLD)
+    assert not [path.name for path in tmp_path.rglob("*") if ".adaptmerge-" in path.name]
+
+
+def test_what_others_wrote_after_a_kill_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = old_output(tmp_path / "out")
+    assert killed_at(1, target, monkeypatch)
+    assert not target.exists()
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="was here before a run that was killed"):
+        Staging(target, force=True, inputs=[])
+    (before,) = tmp_path.glob("*/before")
+    assert tree(before) == OLD
+    assert tree(target) == {"mine": "mine"}
+
+
+def test_an_orphan_is_replaced_only_where_its_main_file_is_gone(tmp_path: Path) -> None:
+    target = tmp_path / "m.bin"
+    (tmp_path / "m.json").write_text("ours")
+
+    def stage() -> None:
+        ours = {"single": True, "is_orphan": lambda path: path.read_text() == "ours"}
+        with Staging(target, force=False, inputs=[], **ours) as found:  # type: ignore[arg-type]
+            for name in ("m.bin", "m.json"):
+                found.path(name).write_text("new")
+            found.commit("m.bin")
+
+    stage()
+    assert tree(tmp_path) == {"m.bin": "new", "m.json": "new"}
+    target.unlink()
+    with pytest.raises(OutputError, match=r"m.json exists"):
+        stage()
 
 
 def test_a_folder_in_the_way_is_an_error(tmp_path: Path) -> None:

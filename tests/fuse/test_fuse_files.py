@@ -86,8 +86,11 @@ def test_files_are_laid_out_as_the_bases(base: Path, adapter: Path, tmp_path: Pa
         before, after = data_of(base / name), data_of(out / name)
         differ = {tensor for tensor in before if before[tensor] != after[tensor]}
         assert differ == {tensor for tensor in before if tensor in report.changed}
-    digests = {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in headers(out)}
+    written = {path.name for path in out.iterdir()} - {"adaptmerge.json"}
+    assert written > {"README.md", "config.json", INDEX, *headers(out)}
+    digests = {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in written}
     assert report.files == digests
+    assert sorted(report.shards) == sorted(headers(out))
 
 
 def test_a_base_of_one_file_stays_one(adapter: Path, tmp_path: Path) -> None:

@@ -258,9 +258,23 @@ def test_rounding_makes_no_infinity_without_a_word(
     paths = [write(tmp_path / f"a{seed}", found) for seed, found in enumerate(sides)]
     with pytest.raises(InputError) as caught:
         merged(paths, method, budget=budget, dtype="fp16")
-    assert f"{MODULES[0]}: values beyond the range of f16 would be infinite" in str(caught.value)
+    assert (
+        f"{MODULES[0]}: values beyond the range of f16 would be infinite: use --dtype bf16"
+        in str(caught.value)
+    )
     output, _ = merged(paths, method, budget=budget, dtype="bf16")
     assert all(bool(delta.isfinite().all()) for delta in deltas(output).values())
+
+
+def test_an_error_that_is_no_number_is_never_reported_as_done(tmp_path: Path) -> None:
+    """Entries that float32 holds, of a delta whose norm it does not."""
+    sides = {m: (1e30 * up, 1e30 * down) for m, (up, down) in random_sides(1).items()}
+    large = write(tmp_path / "large", sides)
+    with pytest.raises(
+        InputError, match="what rounding them loses cannot be told.*allow nonfinite"
+    ):
+        combine(large, tmp_path / "out", Options(dtype="bf16"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_nan_in_a_tensor_that_passes_through(tmp_path: Path) -> None:

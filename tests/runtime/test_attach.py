@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attached import assert_untouched, error, read_adapter, state
 from peft_cases import CASES, PeftCase, logits, peft_forward
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,12 +15,8 @@ from adaptmerge.adapters.graph import Adapter, Site
 from adaptmerge.adapters.stored_edits import Replace
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.algebra.low_rank import low_rank
-from adaptmerge.bases.base import Base
 from adaptmerge.bases.open import open_base
 from adaptmerge.errors import InputError
-from adaptmerge.files.listing import Listing
-from adaptmerge.formats.format import ReadOptions
-from adaptmerge.formats.peft import read
 from adaptmerge.runtime import attach, load_model, outputs_of
 from adaptmerge.tensors.dtypes import F32
 from adaptmerge.tensors.refs import constant
@@ -40,17 +37,6 @@ TRAINED = [
 ]
 
 
-def read_adapter(folder: Path, base: Base | None = None) -> Adapter:
-    return read(Listing.of(folder, str(folder)), ReadOptions(base=base)).single
-
-
-def error(y: Tensor, y_true: Tensor, y_base: Tensor) -> float:
-    """The difference relative to what the adapter changes."""
-    effect = (y_true - y_base).norm()
-    assert effect > 1e-3 * y_base.norm()
-    return float((y - y_true).norm() / effect)
-
-
 class Overridden(PeftCase):
     """A case with other options."""
 
@@ -59,18 +45,6 @@ class Overridden(PeftCase):
             return {**case.options(rank), **overrides}
 
         super().__init__(case.name, case.family, options)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not any(module._forward_hooks for module in model.modules())
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))

@@ -60,7 +60,8 @@ def test_says_nothing_while_loading(fixtures: Path, capfd: pytest.CaptureFixture
 
 @pytest.mark.parametrize("architectures", [None, [], ["LlamaFromSomewhere"], ["logging"]])
 def test_falls_back_to_the_causal_language_model(architectures: Any, fixtures: Path) -> None:
-    from adaptmerge.runtime.models import model_class, model_config
+    from adaptmerge.bases.classes import model_class
+    from adaptmerge.runtime.models import model_config
 
     config = model_config(fixtures / "tinyllama" / "base")
     config.architectures = architectures

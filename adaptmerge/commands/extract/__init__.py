@@ -119,7 +119,7 @@ def prepare(base: str, tuned: str, output: Path, options: Extraction) -> Prepare
     named = replace(item.adapter.base, name=_base_name(model, base))
     adapter = replace(item.adapter, base=named)
     dtype = _dtype(adapter, stores, options)
-    _check_target(adapter, target, stores, dtype, model)
+    _check_target(adapter, target, stores, dtype, model, options)
     steps = tuple(_step(edit, options.budget) for edit in adapter.edits)
     labelled = [replace(s, labels=adapter.labels.get(saved_module(s.edit))) for s in steps]
     item = replace(item, adapter=adapter)
@@ -155,7 +155,7 @@ def _dtype(adapter: Adapter, stores: Stores, options: Extraction) -> DType:
 
 
 def _check_target(
-    adapter: Adapter, target: Format, stores: Stores, dtype: DType, base: Base
+    adapter: Adapter, target: Format, stores: Stores, dtype: DType, base: Base, options: Extraction
 ) -> None:
     """Raises CannotStore with every reason why the target cannot hold the result."""
     refused = unstorable(adapter.edits, stores, target.name)
@@ -164,8 +164,10 @@ def _check_target(
     if dtype.name not in stores.dtypes:
         refused.append(f"{target.name} does not store {dtype}")
     if refused:
-        advice = "--vectors skip and --embeddings lora leave out what is no low-rank delta"
-        raise CannotStore([*refused[:-1], f"{refused[-1]}; {advice}"])
+        free = ["--vectors skip"] * (options.vectors != SKIP)
+        free += ["--embeddings lora"] * (options.embeddings == FULL)
+        advice = f"; {' and '.join(free)} can leave out what is no low-rank delta" if free else ""
+        raise CannotStore([*refused[:-1], f"{refused[-1]}{advice}"])
 
 
 def _base_name(base: Base, source: str) -> str:
@@ -177,9 +179,9 @@ def _base_name(base: Base, source: str) -> str:
 
 
 def extract(
-    base: str,
-    tuned: str,
-    output: Path,
+    base: str | Path,
+    tuned: str | Path,
+    output: str | Path,
     options: Extraction = Extraction(),
     progress: Progress = silent,
 ) -> Report:
@@ -187,6 +189,7 @@ def extract(
 
     Raises AdaptmergeError; then nothing was written. Notes are fatal under `options.strict`.
     """
+    base, tuned, output = hub.as_id(str(base)), hub.as_id(str(tuned)), Path(output)
     _check(options)
     if options.budget.unlimited:
         raise UsageError("how much is to be kept? pass --rank, --energy or --max-error")
@@ -201,8 +204,7 @@ def extract(
             report = _report(prepared, outcome)
             inputs = [{key: item[key] for key in ("name", "fingerprint")} for item in report.inputs]
             short = {"method": COMMAND, "inputs": inputs}
-            session.write(_written(prepared, outcome), report, short, scratch)
-    return report
+            return session.write(_written(prepared, outcome), report, short, scratch)
 
 
 def _written(prepared: Prepared, outcome: Outcome) -> Result:

@@ -8,28 +8,28 @@ from dataclasses import dataclass, replace
 
 from adaptmerge.adapters import experts
 from adaptmerge.adapters.graph import Layer, Site
-from adaptmerge.adapters.module_paths import VOCABULARY, layer_index, natural_key
+from adaptmerge.adapters.module_paths import layer_index, natural_key
 from adaptmerge.bases.base import Base
 from adaptmerge.errors import InputError
 from adaptmerge.tensors.refs import TensorRef
 
-HEADS = frozenset({"lm_head", "embed_out"})  # modules of VOCABULARY that are linear
 EMBEDDING = re.compile(
     r"(.*_)?embed(ding)?s?(_(tokens|positions|in))?|wte|wpe|shared|relative_attention_bias"
 )
 # Buffers that checkpoints of older versions hold: masks, positions, frequencies.
 BUFFERS = re.compile(r"(.*\.)?((attn|attention)\.(masked_)?bias|position_ids|.*inv_freq)")
-TYING = ("ForCausalLM", "LMHeadModel")  # classes whose head is "lm_head"
 ROUTERS = ("gate", "router")  # beside stacked experts these hold a bare matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One parameter: where it is, and its tensors as the checkpoints hold them; None where one has none."""
+    """One parameter: where it is, and its tensors as the checkpoints hold them, None where one has none;
+    holds_tokens: whether its rows are those of the vocabulary."""
 
     site: Site
     before: TensorRef | None
     after: TensorRef | None
+    holds_tokens: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,8 +40,7 @@ class Pair:
     @property
     def is_vocabulary(self) -> bool:
         """Whether it is of an embedding or of the head over its tokens."""
-        leaf = self.site.module.rpartition(".")[2]
-        return leaf in VOCABULARY or self.site.layer.kind == "embedding"
+        return self.holds_tokens or self.site.layer.kind == "embedding"
 
     @property
     def is_matrix(self) -> bool:
@@ -58,33 +57,39 @@ class Pair:
         return before != after and before[1:] == after[1:]
 
 
-def with_tying(model: Base) -> Base:
-    """The checkpoint, its config saying that the head is tied where that is so by default."""
-    names = model.config.get("architectures") or [""]
-    heads = any(name.rpartition(".")[0] in HEADS for name in model.tensors)
-    if "tie_word_embeddings" in model.config or heads or not str(names[0]).endswith(TYING):
-        return model
-    return replace(model, config={**model.config, "tie_word_embeddings": True})
-
-
 def pairs_of(base: Base, tuned: Base, layout: str) -> list[Pair]:
     """All parameters of both, in natural order. layout: of experts, "fused" or "per-expert"."""
     found: dict[Site, Pair] = {}
     for model in (base, tuned):
-        for site in _sites(model, tuned, layout):
+        for site in (*_sites(model, tuned, layout), *_tied_sites(model, layout)):
             if site not in found:
-                found[site] = Pair(site, base.parameter(site), tuned.parameter(site))
-    for site in _tied_heads(base, tuned):
-        found.setdefault(site, Pair(site, base.parameter(site), tuned.parameter(site)))
-    return sorted(found.values(), key=lambda pair: natural_key(str(pair.site)))
+                before, after = base.parameter(site), tuned.parameter(site)
+                found[site] = Pair(site, before, after, tuned.holds_tokens(site.module))
+    twice = _stored_inside(tuned)
+    kept = [pair for pair in found.values() if f"{pair.site.module}.{pair.site.param}" not in twice]
+    return sorted(kept, key=lambda pair: natural_key(str(pair.site)))
 
 
-def _tied_heads(base: Base, tuned: Base) -> list[Site]:
-    """The head of a model that ties it to its embedding, which is a parameter of its own for an adapter."""
-    names = tuned.config.get("architectures") or base.config.get("architectures") or [""]
-    head = Site("lm_head")
-    both = base.parameter(head) is not None and tuned.parameter(head) is not None
-    return [head] if both and str(names[0]).endswith(TYING) else []
+def _tied_sites(model: Base, layout: str) -> list[Site]:
+    """What a model ties to something that it stores, which is a parameter of its own for an adapter."""
+    names = [name for group in model.tied for name in group if name not in model.tensors]
+    sites = []
+    for name in names:
+        module, _, param = name.rpartition(".")
+        ref = model.parameter(Site(module, param))
+        if ref is not None:
+            sites.append(_site(module, param, ref.shape, layout, model))
+    return sites
+
+
+def _stored_inside(model: Base) -> set[str]:
+    """Vectors that are also those of a layer with a matrix, where adapters keep them."""
+    found = set()
+    for group in model.tied:
+        modules = {name: name.rpartition(".")[0] for name in group if name.endswith(".bias")}
+        layers = [n for n, m in modules.items() if model.parameter(Site(m)) is not None]
+        found |= set(modules) - {*layers} if layers else set()
+    return found
 
 
 def _sites(model: Base, tuned: Base, layout: str) -> Iterator[Site]:
@@ -141,7 +146,7 @@ def _site(module: str, param: str, shape: tuple[int, ...], layout: str, model: B
         return Site(module, param, Layer("parameter"))
     if len(shape) > 2:
         return Site(module, param, Layer("conv", kernel=shape[2:]))
-    is_embedding = EMBEDDING.fullmatch(leaf) and leaf not in HEADS
+    is_embedding = EMBEDDING.fullmatch(leaf) and module != model.head
     return Site(module, param, Layer("embedding") if is_embedding else Layer())
 
 

@@ -154,7 +154,7 @@ def _compute(step: Step, allotted: int | None, budget: Budget, dtype: DType) -> 
     pair = rounded(up, down, dtype, left if cut else 0.0)
     if not cut:
         pair = replace(pair, rounding=math.hypot(pair.rounding, left))
-    noise = _rounding(_difference(step).tuned)
+    noise = rounding_of(_difference(step).tuned)
     return Found(pair, _stats(step, math.sqrt(squared_norm(matrix)), pair), noise)
 
 
@@ -182,11 +182,12 @@ def _stats(step: Step, norm: float, pair: Fitted | None) -> SiteStats:
         norm=norm,
         truncation=0.0 if pair is None else pair.truncation,
         rounding=0.0 if pair is None else pair.rounding,
-        gram=() if pair is None else ((norm**2,),),
+        gram=() if pair is None else ((1.0,),),
+        scales=() if pair is None else (norm,),
     )
 
 
-def _rounding(ref: TensorRef) -> float:
+def rounding_of(ref: TensorRef) -> float:
     """The squared norm to expect of the rounding of a narrow checkpoint: uniform within half a step."""
     if ref.dtype.bits >= 32:
         return 0.0

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from adaptmerge.adapters.graph import Adapter, BaseReference, Edit, Kind, Labels, Note
-from adaptmerge.adapters.module_paths import VOCABULARY
 from adaptmerge.adapters.stored_edits import Replace, saved_module, stores_value
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.algebra.factors import Rows, Term, whole_term
 from adaptmerge.algebra.linalg import ROWS
 from adaptmerge.bases.base import Base
-from adaptmerge.commands.extract.pairs import Pair, pairs_of, problems_of, with_tying
+from adaptmerge.bases.ties import FLAG
+from adaptmerge.commands.extract.pairs import Pair, pairs_of, problems_of
 from adaptmerge.errors import CannotStore, InputError
 from adaptmerge.files.strict_json import capped
 from adaptmerge.lazy import torch
@@ -24,8 +24,6 @@ from adaptmerge.tensors.refs import Permute, TensorRef
 
 LORA, FULL, SKIP = "lora", "full", "skip"
 SAME, ROUNDED, DIFFERS = "same", "rounded", "differs"
-# Classes that tie an embedding to modules of other names than "lm_head".
-TIED = ("ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 SHOWN = 6  # problems of one pair of checkpoints; the others are mostly the same
 
 
@@ -86,8 +84,8 @@ def as_adapter(base: Base, tuned: Base, wanted: Wanted, workers: int) -> Adapter
     Raises InputError when the two are no models of one architecture, or nothing differs.
     """
     _check_models(base, tuned)
-    base, tuned = with_tying(base), with_tying(tuned)
-    pairs = pairs_of(base, tuned, wanted.experts)
+    kind = {"architectures": tuned.config.get("architectures")}
+    pairs = pairs_of(replace(base, config={**base.config, **kind}), tuned, wanted.experts)
     problems = problems_of(pairs)
     if problems:
         raise InputError(capped(problems, SHOWN), where=tuned.path.name)
@@ -251,17 +249,14 @@ def _missing(pairs: Sequence[Pair], tuned: Base) -> list[Note]:
 
 
 def _tied_elsewhere(edits: Sequence[Edit], tuned: Base) -> list[Note]:
-    """A word where an embedding that differs is also a matrix of modules that no tensor names."""
-    (kind, *_) = tuned.config.get("architectures") or [""]
-    shared = [e for e in edits if e.site.module.rpartition(".")[2] in VOCABULARY]
-    if (
-        not shared
-        or not str(kind).endswith(TIED)
-        or not tuned.config.get("tie_word_embeddings", True)
-    ):
+    """A word where an embedding that differs may also be a matrix of modules that no tensor names."""
+    if tuned.ties.by_class or not tuned.config.get(FLAG, True):
         return []
-    what = f"{kind} ties it to other modules, in which the adapter does not change it"
-    return [Note(Kind.ASSUMED, what, site=str(shared[0].site))]
+    shared = [edit for edit in edits if tuned.holds_tokens(edit.site.module)]
+    what = (
+        "transformers has no class of this model, and so nothing says to which modules it is tied"
+    )
+    return [Note(Kind.ASSUMED, what, site=str(shared[0].site))] if shared else []
 
 
 def _labels(adapter: Adapter, tuned: Base) -> Mapping[str, Labels]:

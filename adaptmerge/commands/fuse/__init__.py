@@ -11,10 +11,9 @@ from typing import Any
 
 from adaptmerge import __version__
 from adaptmerge.adapters.graph import Kind, Note
-from adaptmerge.bases.base import GGUF
 from adaptmerge.commands.fuse import folder
 from adaptmerge.commands.fuse.calibration import is_text, moments_of_text
-from adaptmerge.commands.fuse.options import FuseOptions
+from adaptmerge.commands.fuse.options import ALLOWABLE, SAME, FuseOptions
 from adaptmerge.commands.fuse.pieces.executors import EXECUTORS, Job
 from adaptmerge.commands.fuse.pieces.journal import Journal, Record
 from adaptmerge.commands.fuse.pieces.write import Line, lines_of, settings_of, survey
@@ -34,13 +33,18 @@ from adaptmerge.commands.fuse.report import (
 from adaptmerge.errors import AdaptmergeError, CannotMerge, OutputError, UsageError
 from adaptmerge.files.disk import write_text
 from adaptmerge.files.staging import Staging, refuse_existing
-from adaptmerge.formats.inputs import InputSpec
+from adaptmerge.formats.inputs import SUFFIXES, InputSpec, Source, as_specs, paths_of
+from adaptmerge.outputs.checksums import checksums
+from adaptmerge.outputs.companions import CARD
 from adaptmerge.outputs.described import described_input
 from adaptmerge.outputs.report import FILE, check_strict
 from adaptmerge.parallel import Progress, silent
-from adaptmerge.rounding.error_feedback import NEAREST
+from adaptmerge.rounding.error_feedback import NEAREST, STOCHASTIC
+from adaptmerge.rounding.scales import SOLVE
+from adaptmerge.tensors.dtypes import F32, SPELLINGS
 
 __all__ = [
+    "ALLOWABLE",
     "FuseOptions",
     "FusePlan",
     "FuseReport",
@@ -49,6 +53,7 @@ __all__ = [
     "load_fuse_report",
     "plan_fusion",
     "predict",
+    "report_of",
 ]
 
 DEFAULTS = FuseOptions()
@@ -71,9 +76,9 @@ def predict(plan: FusePlan) -> list[Line]:
 
 
 def fuse(
-    base: str,
-    specs: Sequence[InputSpec],
-    output: Path,
+    base: str | Path,
+    sources: Source | Sequence[Source],
+    output: str | Path,
     options: FuseOptions = DEFAULTS,
     progress: Progress = silent,
 ) -> FuseReport:
@@ -82,9 +87,10 @@ def fuse(
     Raises AdaptmergeError; then there is no output. Interrupted work is taken up by the next run with the
     same inputs and options.
     """
-    if output.suffix == GGUF:
+    base, output, specs = str(base), Path(output), as_specs(sources)
+    if output.suffix in SUFFIXES:
         raise UsageError(
-            f"-o {output}: the output is a folder with the model in it, under the name of the base's file"
+            f"-o {output}: the output is a folder with the model in it, under the names of the base's files"
         )
     if not is_text(options.calibration):
         return _fuse(base, specs, output, options, progress)
@@ -108,14 +114,14 @@ def _fuse(
     check_strict(plan.notes, options.strict)
     digests = {item.name: item.listing.sha256(*item.listing.used) for item in plan.inputs}
     key = plan.key(digests)[:16]
-    paths = [*(item.path for item in plan.inputs), plan.bases.values.path]
+    paths = [*paths_of(plan.inputs), plan.bases.values.path]
     staging = Staging(output, force=options.force, inputs=paths, key=key)
     with staging:
         try:
             _check_disk(plan, staging)
             _check_prediction(plan)
             found, files = _write_shards(plan, staging, options, progress)
-            report = _report(plan, found, files, digests)
+            report = report_of(plan, found, files, digests)
             _check_loss(report.adapters, options)
             check_strict(report.notes, options.strict)
         except OutputError:
@@ -124,7 +130,9 @@ def _fuse(
             staging.discard()
             raise
         folder.write_folder(plan, staging)
-        write_text(staging.path(folder.CARD), folder.card(plan, report))
+        write_text(staging.path(CARD), folder.card(plan, report))
+        written = {staging.path(name): digest for name, digest in files.items()}
+        report = replace(report, files=checksums(staging, written, FILE))
         write_text(staging.path(FILE), report.as_text())
         staging.commit(folder.main_file(plan), obsolete=_obsolete(output, plan))
     return report
@@ -193,7 +201,7 @@ def _check_prediction(plan: FusePlan) -> None:
 def _check_loss(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> None:
     """Raises CannotMerge for adapters that rounding has taken away."""
     problems = [
-        f"{name}: {_how_lost(loss, options.max_loss)}"
+        f"{name}: {_how_lost(loss, options)}"
         for name, loss in adapters.items()
         if _is_lost(loss, options.max_loss)
     ]
@@ -201,18 +209,30 @@ def _check_loss(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> No
         raise CannotMerge(problems)
 
 
-def _how_lost(loss: AdapterLoss, most: float) -> str:
-    if _drowns(loss, most):
+def _how_lost(loss: AdapterLoss, options: FuseOptions) -> str:
+    wider = _wider(options)
+    if _drowns(loss, options.max_loss):
         return (
             "is too small for this base: the weights it is run with are rounded to 16 bits, and that alone "
-            f"makes an error of {percent(loss.floor)} of what it adds: keep it an adapter, fuse into "
-            "wider weights (--quant fp32), or pass --allow loss"
+            f"makes an error of {percent(loss.floor)} of what it adds: keep it an adapter, "
+            f"{''.join(f'fuse into {way}, ' for way in wider)}or pass --allow loss"
         )
     left = percent(loss.gain, "an unknown part")
+    ways = ["--rounding adaptive"] * (options.rounding in (NEAREST, STOCHASTIC))
+    ways += ["--scales solve"] * (options.scales != SOLVE and options.quant == SAME)
+    use = f"use {', '.join([*ways, *wider])}, or pass" if ways or wider else "pass"
     return (
-        f"rounding leaves {left} of what it adds{and_error(loss.sub)}: use --rounding adaptive, "
-        "wider weights (--dtype, --quant), or pass --allow loss to keep what is left"
+        f"rounding leaves {left} of what it adds{and_error(loss.sub)}: {use} --allow loss to keep what is "
+        "left"
     )
+
+
+def _wider(options: FuseOptions) -> list[str]:
+    """How to ask for more bits than these options do, if there are more."""
+    said = options.dtype or options.quant
+    if said in SPELLINGS and SPELLINGS[said] == F32:
+        return []
+    return [f"wider weights ({'--dtype fp32' if options.dtype else '--dtype, --quant'})"]
 
 
 def _is_lost(loss: AdapterLoss, most: float) -> bool:
@@ -234,12 +254,13 @@ def _obsolete(output: Path, plan: FusePlan) -> list[str]:
     ]
 
 
-def _report(
+def report_of(
     plan: FusePlan,
     lines: Sequence[Line],
     files: Mapping[str, str],
     digests: Mapping[str, Mapping[str, str]],
 ) -> FuseReport:
+    """The report of a fusion. files: the sha256 of what was written; digests: of what each input is of."""
     adapters = losses(lines, plan.running)
     licences, differ = folder.licences(plan)
     notes = [*plan.notes, *differ, *folder.left_out(plan), *_lost_notes(adapters, plan.options)]
@@ -297,7 +318,7 @@ def _base_said(plan: FusePlan, licences: Mapping[str, str]) -> dict[str, Any]:
 
 def _lost_notes(adapters: Mapping[str, AdapterLoss], options: FuseOptions) -> list[Note]:
     found = {n: loss for n, loss in adapters.items() if _is_lost(loss, options.max_loss)}
-    said = {name: _how_lost(loss, options.max_loss) for name, loss in found.items()}
+    said = {name: _how_lost(loss, options) for name, loss in found.items()}
     return [
         Note(Kind.APPROXIMATED, f"{what.rpartition(': ')[0]}, as allowed", input=name)
         for name, what in said.items()

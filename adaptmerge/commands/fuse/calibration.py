@@ -13,7 +13,6 @@ from adaptmerge.bases.base import Base
 from adaptmerge.commands.fuse.pieces.layout import Fused, Recoded, Shard, Tensor, TensorPart
 from adaptmerge.errors import InputError, UsageError
 from adaptmerge.files.listing import sha256_of
-from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.rounding.input_moments import Moments, MomentsFile, open_moments
 from adaptmerge.rounding.matrix import Matrix
 from adaptmerge.runtime.models import some
@@ -43,7 +42,7 @@ class Inputs:
             return list(shards)
         problems = [
             f"{matrix.site}: moments of {found.mean_square.shape[0]} inputs, expected {matrix.shape[1]}"
-            for matrix in linears_of(shards)
+            for matrix in linears_of(shards, self.base)
             if (found := self._of(matrix)) and found.mean_square.shape[0] != matrix.shape[1]
         ]
         if problems:
@@ -59,7 +58,7 @@ class Inputs:
         """
         if self.file is None:
             return []
-        matrices = _some_linears(shards)
+        matrices = _some_linears(shards, self.base)
         bare = [str(matrix.site) for matrix in matrices if self._of(matrix) is None]
         if len(bare) == len(matrices):
             what = f"has moments of no layer that is fused into: expected some of {some(bare)}"
@@ -102,27 +101,29 @@ class Inputs:
         return part
 
     def _matrix(self, matrix: Matrix) -> Matrix:
-        return replace(matrix, moments=self._of(matrix)) if _is_linear(matrix) else matrix
+        return (
+            replace(matrix, moments=self._of(matrix)) if _is_linear(matrix, self.base) else matrix
+        )
 
 
-def linears_of(shards: Sequence[Shard]) -> list[Matrix]:
+def linears_of(shards: Sequence[Shard], base: Base) -> list[Matrix]:
     """The matrices of linear layers that something is added to."""
     matrices = [one.matrix for shard in shards for one in shard.made]
-    return [matrix for matrix in matrices if _is_linear(matrix)]
+    return [matrix for matrix in matrices if _is_linear(matrix, base)]
 
 
-def _some_linears(shards: Sequence[Shard]) -> list[Matrix]:
+def _some_linears(shards: Sequence[Shard], base: Base) -> list[Matrix]:
     """The same. Raises UsageError where there are none."""
-    found = linears_of(shards)
+    found = linears_of(shards, base)
     if not found:
         raise UsageError("--calibration: no linear layer is fused into: leave it out")
     return found
 
 
-def _is_linear(matrix: Matrix) -> bool:
+def _is_linear(matrix: Matrix, base: Base) -> bool:
     site, inputs = matrix.site, matrix.shape[1]
     fused = bool(matrix.parts) and inputs > 1  # the weight of a norm is a column
-    return fused and site.param == "weight" and not is_vocabulary(site.module)
+    return fused and site.param == "weight" and not base.holds_tokens(site.module)
 
 
 def inputs_of(calibration: str | None, base: Base) -> Inputs:
@@ -141,7 +142,7 @@ def moments_of_text(
     """A file, while the block runs, with the moments of the inputs of all layers that are fused into."""
     from adaptmerge.commands.calibrate import Calibration, measure
 
-    only = {base.locate(matrix.site.module) or "" for matrix in _some_linears(shards)}
+    only = {base.locate(matrix.site.module) or "" for matrix in _some_linears(shards, base)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"moments{STORED}"
         values = Path(folder) / "values"

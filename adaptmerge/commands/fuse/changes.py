@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.module_paths import OUTPUTS
 from adaptmerge.adapters.stored_edits import stores_rows, stores_value
 from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.bases.base import Base, TensorPlace
 from adaptmerge.errors import CannotMerge
-from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.methods.method import Method
 from adaptmerge.rounding.matrix import Part
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.refs import TensorRef
 
-HEADS = ("lm_head", "embed_out", "output_embeddings")  # heads that a config can untie
 MERGED = "merged"  # what a method adds that is no sum over adapters
+Tokens = tuple[tuple[int, ...], TensorRef]  # rows by their numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Change:
     site: Site
     value: TensorRef | None = None
     parts: tuple[Part, ...] = ()
-    tokens: tuple[tuple[tuple[int, ...], TensorRef], ...] = ()
+    tokens: tuple[Tokens, ...] = ()
 
     @property
     def only_tokens(self) -> bool:
@@ -91,40 +91,58 @@ def _parts(step: Step, factor: Factor, method: Method) -> tuple[Part, ...]:
     return parts if summed else (Part(MERGED, 1.0, factor),)
 
 
-def settle_tied(changes: Changes, base: Base) -> list[tuple[str, str]]:
-    """Settles heads that share the embedding's matrix: one matrix still, or two from now on; returns the
-    (head, embedding) tensors that are two."""
-    apart = []
-    for head, embedding in _tied_pairs(base):
-        inner, outer = changes.get(TensorPlace(embedding)), changes.get(TensorPlace(head))
-        if inner is None and outer is None:
-            continue
-        rows = inner.tokens if inner is not None else ()
-        outer = outer or Change(Site(head.rpartition(".")[0]))
-        if rows and not outer.tokens:
-            outer = replace(outer, tokens=rows)
-        if inner is not None and _alike(inner, outer):
-            changes.pop(TensorPlace(head), None)
-            if head in base.tensors:
-                changes[TensorPlace(head)] = outer
-            continue
-        apart.append((head, embedding))
-        changes[TensorPlace(head)] = outer
-    return apart
+def settle_tied(changes: Changes, base: Base) -> list[tuple[str, ...]]:
+    """Settles parameters that are one matrix: one still, or several from now on; returns the tensors that
+    are several."""
+    edited = {place.name.rpartition(".")[0] for place in changes}
+    if not any(map(base.may_be_tied, edited)):
+        return []
+    groups = [_known(names, changes, base) for names in base.tied]
+    return [names for names in groups if _come_apart(names, changes, base)]
 
 
-def _tied_pairs(base: Base) -> list[tuple[str, str]]:
-    """(head, embedding) tensors that are one matrix."""
-    heads = [m for m in sorted(base.modules) if m.rpartition(".")[2] in HEADS]
-    stored = [name for name in base.tensors if is_vocabulary(name.removesuffix(".weight"))]
-    inner = [n for n in stored if n.removesuffix(".weight").rpartition(".")[2] not in HEADS]
-    return [(f"{head}.weight", inner[0]) for head in heads if inner]
+def _known(names: tuple[str, ...], changes: Changes, base: Base) -> tuple[str, ...]:
+    """The tensors that are surely one: without the class of a model those that are stored or changed, or
+    the usual head."""
+    if base.ties.by_class:
+        return names
+    found = [name for name in names if name in base.tensors or TensorPlace(name) in changes]
+    return tuple(found) if len(found) > 1 else (*found, f"{OUTPUTS[0]}.weight")
 
 
-def _alike(inner: Change, outer: Change) -> bool:
-    """Whether an embedding and its head are changed to the same values."""
-    if inner.tokens != outer.tokens:
+def _come_apart(names: tuple[str, ...], changes: Changes, base: Base) -> bool:
+    """Whether these tensors are no longer one; sees to it that each of them has its change."""
+    found = {name: changes[TensorPlace(name)] for name in names if TensorPlace(name) in changes}
+    if not found:
         return False
-    if inner.value is None or outer.value is None:
-        return inner.only_tokens and outer.only_tokens
-    return not (inner.parts or outer.parts) and same_values(inner.value, outer.value)
+    each = {name: found.get(name) or _unchanged(name) for name in names}
+    if base.embedding in found:  # rows that are trained of it are trained of all that it is tied to
+        rows = found[base.embedding].tokens
+        each = {n: replace(one, tokens=one.tokens or rows) for n, one in each.items()}
+    first, *others = each.values()
+    one_still = all(_alike(first, other) for other in others)
+    for name, one in each.items():
+        changes.pop(TensorPlace(name), None)
+        if name in base.tensors or not one_still:
+            changes[TensorPlace(name)] = one
+    return not one_still
+
+
+def store_apart(names: tuple[str, ...], changes: Changes) -> None:
+    """Has tensors stored by themselves that are one now, as they are."""
+    for name in names:
+        changes.setdefault(TensorPlace(name), _unchanged(name))
+
+
+def _unchanged(name: str) -> Change:
+    module, _, param = name.rpartition(".")
+    return Change(Site(module, param))
+
+
+def _alike(one: Change, other: Change) -> bool:
+    """Whether two parameters are changed to the same values."""
+    if one.tokens != other.tokens:
+        return False
+    if one.value is None or other.value is None:
+        return one.only_tokens and other.only_tokens
+    return not (one.parts or other.parts) and same_values(one.value, other.value)

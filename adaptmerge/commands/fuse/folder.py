@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptmerge.adapters.graph import Kind, Labels, Note
 from adaptmerge.adapters.stored_edits import saved_module
+from adaptmerge.bases.base import Base
 from adaptmerge.bases.gguf_model import LIBRARY, GgufModel
 from adaptmerge.commands.fuse.options import SAME, WIDE
 from adaptmerge.commands.fuse.pieces.layout import INDEX, INDEXES, index_of
@@ -24,13 +25,12 @@ from adaptmerge.files.staging import Staging
 from adaptmerge.files.strict_json import parse, read_object
 from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.plan import Step
-from adaptmerge.outputs.companions import LICENCES, TOKENIZER
+from adaptmerge.outputs.companions import CARD, LICENCES, TOKENIZER
 from adaptmerge.outputs.report import FILE
 from adaptmerge.schemes.scheme import QUANT_CONFIG as ENTRY
 from adaptmerge.schemes.view import QUANT_ENTRIES
 from adaptmerge.tensors.dtypes import SPELLINGS
 
-CARD = "README.md"
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # beside a model: transformers would load that adapter, too
 WEIGHTS = (
@@ -145,11 +145,10 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
 
 def _tokenizer(plan: FusePlan) -> dict[str, Path]:
     """The tokenizer of the adapter that changes the vocabulary, where it brings one."""
-    if "vocab_size" not in plan.targets.config and not any(
-        step.edit.kind == "rows" for step in plan.plan.steps
-    ):
+    if not plan.targets.resized and not any(step.edit.kind == "rows" for step in plan.plan.steps):
         return {}
-    owners = {m.adapter for step in plan.plan.steps if _is_vocabulary(step) for m in step.members}
+    steps = [step for step in plan.plan.steps if _is_vocabulary(step, plan.bases.values)]
+    owners = {member.adapter for step in steps for member in step.members}
     found: dict[str, Path] = {}
     for item in plan.inputs:
         if item.name in owners and item.listing.single is None:
@@ -157,8 +156,8 @@ def _tokenizer(plan: FusePlan) -> dict[str, Path]:
     return found
 
 
-def _is_vocabulary(step: Step) -> bool:
-    return step.edit.kind in ("rows", "replace") and is_vocabulary(step.site.module)
+def _is_vocabulary(step: Step, base: Base) -> bool:
+    return step.edit.kind in ("rows", "replace") and is_vocabulary(step.site.module, base)
 
 
 def left_out(plan: FusePlan) -> list[Note]:
@@ -252,7 +251,7 @@ def _label_map(labels: Labels) -> dict[str, Any]:
 def licences(plan: FusePlan) -> tuple[dict[str, str], list[Note]]:
     """The licence that each model card names, by input and base, and a Note where they differ."""
     cards = {"base": plan.bases.values.path / CARD}
-    cards |= {i.name: i.listing.root / CARD for i in plan.inputs if i.listing.single is None}
+    cards |= {i.name: i.listing.root / CARD for i in plan.inputs if i.listing.has(CARD)}
     found = {name: text for name, path in cards.items() if (text := _licence(path))}
     if len(set(found.values())) < 2:
         return found, []

@@ -67,6 +67,12 @@ def check_options(specs: Sequence[InputSpec], options: FuseOptions) -> None:
         )
 
 
+def _as_quant(dtype: str) -> str:
+    """A dtype as --quant spells it."""
+    meant = dtypes.SPELLINGS[dtype]
+    return next(word for word in WIDE if dtypes.SPELLINGS[word] == meant)
+
+
 def check_view(view: View, options: FuseOptions) -> None:
     """Raises where the options are not for this base, or it holds no weights."""
     base = view.values
@@ -80,7 +86,7 @@ def check_view(view: View, options: FuseOptions) -> None:
     if view.scheme is not None and options.dtype and options.quant == SAME:
         raise UsageError(
             f"--dtype {options.dtype}: the base is quantised, and its scales have their dtype: say --quant "
-            f"{options.dtype} to store its weights dequantised"
+            f"{_as_quant(options.dtype)} to store its weights dequantised"
         )
     if view.scheme is None and options.trained_on == QUANTISED:
         raise UsageError(

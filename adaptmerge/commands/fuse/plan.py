@@ -28,9 +28,9 @@ from adaptmerge.commands.fuse.pieces.layout import Shard, files_of, shards_of
 from adaptmerge.commands.fuse.targets import Targets, Wishes, targets_of
 from adaptmerge.errors import CannotMerge
 from adaptmerge.formats.format import Format, Stores
-from adaptmerge.formats.inputs import Input, InputSpec
+from adaptmerge.formats.inputs import Input, Source, as_specs
 from adaptmerge.merging.align import align
-from adaptmerge.merging.heads.policies import is_vocabulary
+from adaptmerge.merging.base_names import on_another_base
 from adaptmerge.merging.plan import Plan, make_plan
 from adaptmerge.merging.prepare import Opened, open_merging
 from adaptmerge.merging.weights import Weights
@@ -38,7 +38,7 @@ from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.error_feedback import ADAPTIVE
 from adaptmerge.rounding.floats import AUTO
 from adaptmerge.rounding.scales import SOLVE, check_free
-from adaptmerge.runtime.linears import quantised_modules, ties_head
+from adaptmerge.runtime.linears import quantised_modules
 from adaptmerge.schemes.scheme import quantisers
 from adaptmerge.schemes.view import View, running_dtype, view_of
 from adaptmerge.tensors import dtypes
@@ -137,20 +137,23 @@ STORES = Stores(
 TARGET = Format("a base checkpoint", "", "", lambda _: False, _never, stores=lambda _: STORES)
 
 
-def plan_fusion(base_source: str, specs: Sequence[InputSpec], options: FuseOptions) -> FusePlan:
+def plan_fusion(
+    base_source: str | Path, sources: Source | Sequence[Source], options: FuseOptions
+) -> FusePlan:
     """The plan of a fusion. Raises every error that headers can tell."""
+    specs = as_specs(sources)
     check_options(specs, options)
     view = view_of(open_base(base_source))
     check_view(view, options)
     opened = open_merging(specs, options, view.values)
     values, adapters = _on_copies(view, opened.adapters, options.quant)
-    values, tied = _with_ties(values, adapters)
     notes = [*_fingerprints(adapters, view.on_disk, options), *_trained_on(view, options)]
+    notes += on_another_base(adapters, view.on_disk, options.allow)
     trained_on, said = provenance(adapters, options.trained_on)
     trained = as_trained(values, trained_on, _linears(values) if trained_on else ())
     planned = _plan_edits(opened, adapters, trained)
     bases = Bases(view.on_disk, values, trained, planned.original)
-    wishes = _wishes(planned.plan, view, options, tied=tied)
+    wishes = _wishes(planned.plan, view, options)
     landing, moved = _landing(planned.plan, bases, view, options)
     laid = _laid_out(landing, bases, view, wishes, options)
     notes += [*said, *planned.notes, *planned.plan.notes, *moved, *laid.notes]
@@ -193,7 +196,7 @@ def _plan_edits(opened: Opened, adapters: Mapping[str, Adapter], base: Base) -> 
     return _Planned(smoothing.redone(plan, base), smoothing.original, [*smoothing.notes, *notes])
 
 
-def _wishes(plan: Plan, view: View, options: FuseOptions, *, tied: bool) -> Wishes:
+def _wishes(plan: Plan, view: View, options: FuseOptions) -> Wishes:
     """How weights are to be written, those in 16 bits among them that an adapter stores whole."""
     asked = dtypes.SPELLINGS[options.dtype] if options.dtype else None
     quantised = anew(view, options.quant, asked)
@@ -203,7 +206,6 @@ def _wishes(plan: Plan, view: View, options: FuseOptions, *, tied: bool) -> Wish
     return Wishes(
         asked,
         options.keep_tied,
-        tied,
         view.coded,
         wide,
         view.stored_as,
@@ -287,20 +289,6 @@ def _trained_on(view: View, options: FuseOptions) -> list[Note]:
         f"(smoothing): pass --trained-on {QUANTISED} if so; else --trained-on {ORIGINAL} --original DIR"
     )
     return [Note(Kind.ASSUMED, what)]
-
-
-def _with_ties(base: Base, adapters: Mapping[str, Adapter]) -> tuple[Base, bool]:
-    """The base with what its class takes for granted in its config, and whether its head is its embedding;
-    only asked where an adapter changes either."""
-    edited = (edit.site.module for adapter in adapters.values() for edit in adapter.edits)
-    if not any(is_vocabulary(module) for module in edited):
-        return base, bool(base.config.get("tie_word_embeddings"))
-    found = ties_head(base.path)
-    said = base.config.get("tie_word_embeddings")
-    tied = bool(said) if found is None else found
-    if tied and said is None:
-        base = replace(base, config={**base.config, "tie_word_embeddings": True})
-    return base, tied
 
 
 def _fingerprints(adapters: Mapping[str, Adapter], base: Base, options: FuseOptions) -> list[Note]:

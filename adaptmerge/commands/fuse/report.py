@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 from adaptmerge.adapters.graph import Note
 from adaptmerge.algebra.factors import rank_bound
+from adaptmerge.bases.base import GGUF
 from adaptmerge.commands.fuse.pieces.write import Line
 from adaptmerge.errors import InputError
 from adaptmerge.files.strict_json import dump, read_object
+from adaptmerge.outputs.companions import CARD
 from adaptmerge.outputs.report import FILE, VERSION, parsed
 from adaptmerge.outputs.said import SaidBase, SaidFusion, SaidInput
 from adaptmerge.rounding.codes import coded_error
@@ -22,6 +24,7 @@ from adaptmerge.tensors.dtypes import DType
 
 KEPT = 0.9  # of an adapter's delta must arrive
 COMMAND = "fuse"
+SAFETENSORS = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,11 @@ class AdapterLoss:
 
 @dataclass(frozen=True, slots=True)
 class FuseReport:
-    """Everything a reader of a fused model may ask; `as_json` is the file's content."""
+    """Everything a reader of a fused model may ask; `as_json` is the file's content.
+
+    files: the sha256 of every other file that was written, by name; in reports of earlier versions of those
+    with tensors only.
+    """
 
     options: Annotated[Mapping[str, Any], SaidFusion]
     inputs: Sequence[Annotated[Mapping[str, Any], SaidInput]]
@@ -80,6 +87,11 @@ class FuseReport:
     notes: Sequence[Note]
     command: str = COMMAND
     method: str = "linear"
+
+    @property
+    def shards(self) -> list[str]:
+        """The files that hold tensors."""
+        return [name for name in self.files if name.endswith((SAFETENSORS, GGUF))]
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, without times and absolute paths, so that equal runs give equal bytes."""
@@ -184,7 +196,8 @@ def and_error(sub: float | None) -> str:
 def is_fused(output: Path) -> bool:
     """Whether a folder is a model that adapters were fused into, as its report says."""
     try:
-        return read_object(output / FILE).get("command") == COMMAND
+        found: bool = read_object(output / FILE).get("command") == COMMAND
+        return found
     except InputError:
         return False
 
@@ -192,5 +205,5 @@ def is_fused(output: Path) -> bool:
 def load_fuse_report(output: Path) -> FuseReport:
     """The report of a fused model. Raises InputError when there is none or it is of another version."""
     path = output / FILE
-    found: FuseReport = parsed(FuseReport, path, "restore it, or fuse again")
+    found: FuseReport = parsed(FuseReport, path, "restore it, or fuse again", (CARD,))
     return found

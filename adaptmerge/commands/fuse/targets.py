@@ -9,14 +9,14 @@ from typing import NamedTuple
 from adaptmerge.adapters.graph import Kind, Note, Site
 from adaptmerge.bases.base import TensorPlace
 from adaptmerge.bases.stored_as import StoredAs
+from adaptmerge.bases.ties import resized
 from adaptmerge.commands.fuse.anew import Anew, tensors_of
-from adaptmerge.commands.fuse.changes import Change, changes_of, settle_tied
+from adaptmerge.commands.fuse.changes import Change, Changes, changes_of, settle_tied, store_apart
 from adaptmerge.commands.fuse.kept_wide import Plain
 from adaptmerge.commands.fuse.on_base.bases import Bases
 from adaptmerge.commands.fuse.pieces.layout import Copy, Fused, Recoded, Tensor, output_dtype
 from adaptmerge.errors import CannotMerge, CannotStore
-from adaptmerge.files.pickles import IN_FILES
-from adaptmerge.merging.heads.policies import is_vocabulary
+from adaptmerge.files.in_memory import AS_STORED
 from adaptmerge.merging.plan import Plan
 from adaptmerge.rounding.codes import CodedMatrix
 from adaptmerge.rounding.matrix import Matrix
@@ -25,6 +25,10 @@ from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.refs import TensorRef, computed
 
 QUANTISED_THERE = ", and quantised in the base: pass --quant bf16, or --heads drop"
+KEPT_APART = (
+    "no entry of the config unties these alone, so that it takes transformers 5, which keeps apart what "
+    "is stored twice and differs"
+)
 EXPERTS = Note(
     Kind.INFO, "experts are not quantised: transformers holds them stacked, not as linear layers"
 )
@@ -33,13 +37,15 @@ EXPERTS = Note(
 @dataclass
 class Targets:
     """The tensors that change, new ones with the tensor that they are stored beside, names that are no
-    more, the entries of the config that follow from them, and Notes."""
+    more, the entries of the config that follow from them, and Notes; resized: whether there are more
+    tokens, or fewer."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
     config: dict[str, object] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    resized: bool = False
 
     def say(self, what: str, module: str) -> None:
         """Adds a Note about a module."""
@@ -50,7 +56,7 @@ class Targets:
 class Wishes:
     """How weights are to be written: in which dtype if not their own, and whether tied ones stay one.
 
-    tied: whether the model computes with one matrix for tokens and head. coded: the coded weights of the
+    coded: the coded weights of the
     base by name; wide: the dtype that these are written in instead. stored_as: how parameters are stored
     that have another name in the checkpoint. anew: how linear layers are quantised; plain: those that
     are not.
@@ -58,7 +64,6 @@ class Wishes:
 
     dtype: DType | None = None
     keep_tied: bool = False
-    tied: bool = False
     coded: Mapping[str, CodedWeight] = field(default_factory=dict)
     wide: DType | None = None
     stored_as: Mapping[str, StoredAs] = field(default_factory=dict)
@@ -83,9 +88,8 @@ def targets_of(plan: Plan, bases: Bases, wishes: Wishes) -> Targets:
     """
     landing = _Landing(bases, wishes)
     changes = changes_of(plan, bases.values)
-    if wishes.tied:
-        for head, embedding in settle_tied(changes, bases.values):
-            landing.untie(head, embedding)
+    for names in settle_tied(changes, bases.values):
+        landing.untie(names, changes)
     by_name: dict[str, dict[int | None, Placed]] = {}
     for place, change in changes.items():
         by_name.setdefault(place.name, {})[place.expert] = Placed(place, change)
@@ -166,17 +170,26 @@ class _Landing:
         found.added = {_stored_as(n, wishes).name: beside for n, beside in found.added.items()}
         return found
 
-    def untie(self, head: str, embedding: str) -> None:
-        """A head is stored apart from its embedding. Raises CannotMerge where that is not wished."""
-        module = head.rpartition(".")[0]
+    def untie(self, names: tuple[str, ...], changes: Changes) -> None:
+        """Tensors that were one are stored apart, and all that the config unties with them. Raises
+        CannotMerge where that is not wished."""
+        base = self.bases.values
+        modules = [name.rpartition(".")[0] for name in names]
         if self.wishes.keep_tied:
             raise CannotMerge(
-                f"only one of {module} and {embedding.rpartition('.')[0]} changes, which are one matrix in "
-                "the base: leave out --keep-tied to store them apart",
-                where=module,
+                f"{' and '.join(modules)} do not all change alike, which are one matrix in the base: leave "
+                "out --keep-tied to store them apart",
+                where=modules[-1],
             )
-        self.found.config["tie_word_embeddings"] = False
-        self.found.say("is stored apart from the embedding from now on (untied)", module)
+        entries = base.untied(names)
+        self.found.config |= entries
+        for other in base.tied if entries else ():
+            if not {*names} & {*other} and base.untied(other):
+                store_apart(other, changes)
+        whole = "" if entries else f": {KEPT_APART}"
+        for module in modules[1:]:
+            what = f"is stored apart from {modules[0]} from now on (untied){whole}"
+            self.found.say(what, module)
 
     def _coded_in(self, name: str, here: Iterable[int | None]) -> dict[int | None, CodedWeight]:
         """The coded weights of a parameter, or of those of its experts that change."""
@@ -277,7 +290,7 @@ class _Writing:
         """The tensor made of a first value and what changes it, as the checkpoint stores it."""
         (place, change), stored_as = placed, _stored_as(name, self.wishes)
         is_computed = change.parts or change.tokens or start.dtype != dtype
-        if not is_computed and isinstance(start.source, IN_FILES):
+        if not is_computed and isinstance(start.source, AS_STORED):
             kept = stored_as.kept(start)
             return Tensor(stored_as.name, dtype, kept.shape, (Copy(kept),))
         matrix = _matrix(start.shifted(stored_as.added), placed, dtype)
@@ -312,8 +325,9 @@ class _Writing:
         if source is None or source.shape == value.shape:
             return
         self.found.say(f"is of shape {list(value.shape)} now, was {list(source.shape)}", module)
-        if is_vocabulary(module):
-            self.found.config["vocab_size"] = value.shape[0]
+        if self.bases.values.holds_tokens(module):
+            self.found.resized = True
+            self.found.config |= resized(self.bases.values.config, value.shape[0])
 
 
 def _matrix(start: TensorRef, placed: Placed, dtype: DType) -> Matrix:

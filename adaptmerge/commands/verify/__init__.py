@@ -20,18 +20,23 @@ from adaptmerge.adapters.families.alora import invoked_by
 from adaptmerge.adapters.graph import Adapter, Edit, Kind
 from adaptmerge.adapters.stored_edits import owner_of, trained_tokens
 from adaptmerge.bases.base import Base
+from adaptmerge.bases.open import MODEL_CONFIG
 from adaptmerge.commands.fuse import FuseOptions, FuseReport, is_fused, load_fuse_report
 from adaptmerge.commands.verify.audit import malformed
+from adaptmerge.commands.verify.base_names import with_doubts
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
+from adaptmerge.commands.verify.figures import Stated, check_figures
+from adaptmerge.commands.verify.files import check_files
 from adaptmerge.commands.verify.promise import Promised, promises
 from adaptmerge.commands.verify.stored import check_labels
 from adaptmerge.commands.verify.weights import UNPROVEN as UNJUDGED
 from adaptmerge.commands.verify.weights import check_weights
 from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed, did_you_mean
-from adaptmerge.formats.inputs import Input, InputSpec, open_input
+from adaptmerge.formats.in_memory import ORIGIN
+from adaptmerge.formats.inputs import Input, InputSpec, Source, as_specs, open_input
 from adaptmerge.merging.align import align, in_one_layout
-from adaptmerge.outputs.report import Report, load_report
+from adaptmerge.outputs.report import Report, load_report, report_path
 from adaptmerge.parallel import Tell, untold
 from adaptmerge.runtime.inputs import CannotRun
 from adaptmerge.runtime.models import device_named
@@ -57,25 +62,31 @@ class Questions:
     written in and what the base was trained as (`fuse`, which also says where the base's original lies).
     """
 
-    base: str | None = None
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    base: str | Path | None = None
+    inputs: Mapping[str, str | Path | InputSpec] = field(default_factory=dict)
     device: str = "auto"
     layerwise: bool = False
-    adapters: tuple[InputSpec, ...] = ()
+    adapters: tuple[Source, ...] = ()
     fuse: FuseOptions = FuseOptions()
 
 
-def verify(output: Path, questions: Questions = Questions(), tell: Tell = untold) -> Verdict:
+def verify(output: str | Path, questions: Questions = Questions(), tell: Tell = untold) -> Verdict:
     """The verdict on an output with a report; `tell` hears what is looked at.
 
     Raises InputError when it cannot be examined at all.
     """
+    output = Path(output)
     if not output.exists():
         raise InputError(
             "does not exist: give the folder or file that was written", where=str(output)
         )
     if questions.adapters or is_fused(output):
         return _of_fused(output, questions, tell)
+    if (output / MODEL_CONFIG).is_file() and not report_path(output).is_file():
+        raise InputError(
+            "is a model without a report: say what should be in it, with --adapter ADAPTER --base DIR",
+            where=str(output),
+        )
     report = load_report(output)
     problems = malformed(report)
     if problems:
@@ -84,13 +95,14 @@ def verify(output: Path, questions: Questions = Questions(), tell: Tell = untold
     base = open_values(questions.base) if questions.base else None
     find = _tuned if is_extraction(report) else _inputs
     inputs, checks = find(output, report, questions, base)
+    checks.append(check_files(output, report.files))
     results = _results(output, report, base)
     for name, result in results.items():
         found = [*_reading(result.adapter), *_base_checks(report, result.adapter, base)]
         checks += _of_adapter(name, found)
     if inputs is None:
-        return Verdict(output.name, checks, TRUSTED)
-    merge = _Merge(report, questions, base, inputs, results, tell)
+        return Verdict(output.name, checks, TRUSTED if base is None else UNPROVEN)
+    merge = _Merge(output, report, questions, base, inputs, results, tell)
     more, trusted = _against_promises(merge, fits=not _failed(checks, "base"))
     return Verdict(output.name, [*checks, *more], trusted)
 
@@ -99,6 +111,7 @@ def verify(output: Path, questions: Questions = Questions(), tell: Tell = untold
 class _Merge:
     """A merge to verify: what its report says, its inputs and the adapters that came out, by name."""
 
+    output: Path
     report: Report
     questions: Questions
     base: Base | None
@@ -118,7 +131,7 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
         promised = _promises(merge)
     except VerificationFailed as problem:
         return [Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
-    checks: list[Check] = []
+    checks = [check_figures(_stated(merge, promised))]
     references = {}
     for name, result in merge.results.items():
         own = [item for item in promised if item.line.adapter in ("", name)]
@@ -130,10 +143,19 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
         skipped = Check("forward", SKIPPED, "no base model was given: pass --base DIR")
         return [*checks, skipped], TRUSTED
     if not fits:
-        return checks, TRUSTED
+        return checks, UNPROVEN
     more, trusted = _model_checks(merge, merge.base, references)
     blind = sum(check.numbers.get(UNJUDGED, 0) for check in checks)
     return [*checks, *(_with_doubt(check, blind) for check in more)], trusted
+
+
+def _stated(merge: _Merge, promised: Sequence[Promised]) -> Stated:
+    """The report with what it is about."""
+    base = merge.questions.base
+    source = None if base is None else str(base)
+    return Stated(
+        merge.report, merge.output, promised, merge.inputs, merge.results, merge.base, source
+    )
 
 
 def _promises(merge: _Merge) -> list[Promised]:
@@ -151,13 +173,14 @@ def _of_fused(output: Path, questions: Questions, tell: Tell) -> Verdict:
     how: Any = {"device": questions.device, "layerwise": questions.layerwise, "tell": tell}
     if questions.adapters:
         options = replace(questions.fuse, allow=questions.fuse.allow | {"loss"})
-        return verify_fused(output, questions.base, questions.adapters, options, None, **how)
+        specs = as_specs(questions.adapters)
+        return verify_fused(output, questions.base, specs, options, None, **how)
     report = load_fuse_report(output)
     _check_questions(report, questions)
     base = open_values(questions.base) if questions.base else None
     inputs, checks = _inputs(output, report, questions, base)
     if inputs is None:
-        return Verdict(output.name, checks, TRUSTED)
+        return Verdict(output.name, checks, TRUSTED if base is None else UNPROVEN)
     weights = report.options["weights"]
     specs = [replace(item.spec, weight=weights[item.name]) for item in inputs]
     options = options_in(report, questions.fuse.original)
@@ -219,15 +242,12 @@ def _inputs(
     """The report's inputs, found and unchanged; None with a failed check when they are not."""
     opened, problems = [], []
     for described in report.inputs:
-        path = _find(output, described, questions)
-        if path is None:
-            problems.append(
-                f"input {described['name']} is not at {described['source']}: "
-                f"say --input {described['name']}=PATH"
-            )
+        found = _find(output, described, questions)
+        if found is None:
+            problems.append(_not_found(described))
             continue
         options: Any = {key: described.get(key) for key in ("alpha", "task", "init", "adapter")}
-        item = open_input(InputSpec(path, described["name"], **options), base)
+        item = open_input(replace(found, name=described["name"], **options), base)
         opened.append(item)
         problems += _changed(item, described["sha256"])
     if problems:
@@ -241,18 +261,34 @@ def _tuned(
 ) -> tuple[list[Input] | None, list[Check]]:
     """The tuned model of an extraction; None with a failed check when it is not there."""
     (described,) = report.inputs
-    path = _find(output, described, questions)
-    if path is None:
+    found = _find(output, described, questions)
+    if found is None:
         detail = f"the tuned model is not at {described['source']}: say --input tuned=PATH"
         return None, [Check("inputs", FAIL, detail)]
-    item, checks = tuned_input(output, report, path, base)
+    item, checks = tuned_input(output, report, found.source, base)
     return None if item is None else [item], checks
 
 
-def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> str | None:
-    """The input's path: as told, as written relative to here, beside the output, or its hub id."""
-    if described["name"] in questions.inputs:
-        return questions.inputs[described["name"]]
+def _not_found(described: Mapping[str, Any]) -> str:
+    name, source = described["name"], str(described["source"])
+    if source.startswith(ORIGIN):
+        return f"input {name} was in memory when it was merged: give it again, in Questions(inputs=...)"
+    return f"input {name} is not at {source}: say --input {name}=PATH"
+
+
+def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> InputSpec | None:
+    """The input: as told, as written relative to here, beside the output, or by its hub id."""
+    told = questions.inputs.get(described["name"])
+    if told is not None:
+        return told if isinstance(told, InputSpec) else InputSpec(str(told))
+    if str(described["source"]).startswith(ORIGIN):
+        return None
+    found = _written_place(output, described)
+    return None if found is None else InputSpec(found)
+
+
+def _written_place(output: Path, described: Mapping[str, Any]) -> str | None:
+    """Where the report says that an input lies, if it does."""
     source = str(described["source"])
     beside = output.resolve().parent
     places = [Path(source), beside / source, beside / Path(source).name]
@@ -295,7 +331,8 @@ def _base_checks(report: Report, output: Adapter, base: Base | None) -> list[Che
     except CannotMerge as problem:
         return [Check("base", FAIL, problem.problems[0], {"problems": list(problem.problems)})]
     how = "fingerprint, modules and shapes" if recorded else "modules and shapes"
-    return [Check("base", PASS, f"{base.path.name} fits by {how}")]
+    fits = Check("base", PASS, f"{base.path.name} fits by {how}")
+    return [with_doubts(fits, {"the output": output}, base)]
 
 
 def _model_checks(

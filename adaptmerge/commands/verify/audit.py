@@ -6,6 +6,7 @@ Without this a report could excuse any damage by calling it truncation.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,16 @@ from adaptmerge.commands.verify.checks import within
 from adaptmerge.commands.verify.extracted import is_extraction
 from adaptmerge.commands.verify.measure import Measured, in_coordinates
 from adaptmerge.commands.verify.promise import Promised
+from adaptmerge.errors import AdaptmergeError
 from adaptmerge.lazy import torch
+from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs.report import Report, SiteLine
-from adaptmerge.tensors.dtypes import BY_NAME
+from adaptmerge.tensors.dtypes import BY_NAME, SPELLINGS
 
 TOLERANCE = 1e-5  # of the delta, as for the deltas themselves
 PROBES = 8  # random vectors that look for what a truncation should have kept
+MEASURED = 1e-4  # relative: norms, which a merge has from float32 products
 NEAR = 0.02  # share of a loss that directions found at random may be off by
 NUMBERS = ("norm", "truncation", "rounding", "error")
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -51,6 +55,15 @@ def malformed(report: Report) -> list[str]:
         for name in INPUT_FIELDS
         if not isinstance(item, Mapping) or name not in item
     ]
+    problems += [
+        f"files has {digest!r} for {name}"
+        for name, digest in (report.files or {}).items()
+        if not _is_digest(digest)
+    ]
+    problems += _malformed_options(report)
+    base: Any = report.base
+    if not (base is None or isinstance(base, Mapping)):
+        problems.append(f"the base is {base!r}")
     if problems:
         return problems
     known = set(report.options["weights"])
@@ -58,7 +71,36 @@ def malformed(report: Report) -> list[str]:
         problems.append(f"the weights are not those of its inputs ({', '.join(sorted(known))})")
     if str(report.output["dtype"]).upper() not in BY_NAME:
         problems.append(f"the dtype is {report.output['dtype']!r}")
+    kinds = {*method_named(report.method).rules, *WHOLE}
+    problems += [
+        f"{line.site}: kind is {line.kind!r}"
+        for line in report.sites
+        if line.action != "pass" and line.kind not in kinds
+    ]
     return problems + [p for line in report.sites for p in _malformed_line(line)]
+
+
+def _malformed_options(report: Report) -> list[str]:
+    """What of the options is none that could be asked for."""
+    said = report.options if isinstance(report.options, Mapping) else {}
+    allow, heads = said.get("allow", []), said.get("heads")
+    right = {
+        "dtype": said.get("dtype") in (None, *SPELLINGS),
+        "form": said.get("form") is None or isinstance(said["form"], str),
+        "allow": isinstance(allow, list) and all(isinstance(word, str) for word in allow),
+        "heads": heads is None or isinstance(heads, (str, Mapping)),
+        "rules": isinstance(said.get("rules", []), list),
+        "budget": _is_budget(said.get("budget")),
+    }
+    return [f"{name} is {said.get(name)!r}" for name, is_right in right.items() if not is_right]
+
+
+def _is_budget(said: Any) -> bool:
+    try:
+        Budget(**said)
+    except (TypeError, ValueError, AdaptmergeError):
+        return False
+    return True
 
 
 def _malformed_line(line: SiteLine) -> list[str]:
@@ -66,6 +108,10 @@ def _malformed_line(line: SiteLine) -> list[str]:
     if not (isinstance(line.weights, Mapping) and all(map(_is_number, line.weights.values()))):
         wrong.append("weights")
     return [f"{line.site}: {name} is {getattr(line, name)!r}" for name in wrong]
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_number(value: Any) -> bool:
@@ -104,6 +150,16 @@ def loss_of(report: Report, item: Promised, stored: Factor | None, found: Measur
         room += _eps(report) * found.base
     capped = cap is not None and rank >= cap
     return Loss(item.line, apart.apart, apart.left, room, capped)
+
+
+def misstated(loss: Loss) -> list[str]:
+    """What the line of a site says of its norm and its rounding that was measured otherwise."""
+    line, problems = loss.line, list[str]()
+    if not within(abs(line.norm - loss.size), MEASURED * loss.size + loss.room):
+        problems.append(f"{line.site}: the norm is {loss.size:.6g}, reported was {line.norm:.6g}")
+    if not within(line.rounding, loss.room):
+        problems.append(f"{line.site}: rounding explains {loss.room:.3g}, not {line.rounding:.3g}")
+    return problems
 
 
 def _cap(report: Report, item: Promised) -> int | None:
@@ -188,6 +244,8 @@ def not_optimal(report: Report, item: Promised, whole: Factor, stored: Factor, l
     cap, pair = _cap(report, item), as_low_rank(stored)
     if not loss.excess or cap is None or pair is None or _budget(report).spectral:
         return False
+    if not math.isfinite(loss.excess):  # NaN has no spectrum
+        return True
     up, down = pair.up.read().double() * pair.scale, pair.down.read().double()
     kept: list[float] = thin_spectrum(up, down)[0].tolist()
     least = kept[cap - 1] if len(kept) >= cap else 0.0
@@ -195,20 +253,21 @@ def not_optimal(report: Report, item: Promised, whole: Factor, stored: Factor, l
     if form is not None:
         whole, up, down = in_coordinates(form, up, down)
     beside, largest = _rest(whole, up, down)
-    angle = loss.room + torch.finfo(pair.up.dtype.torch).eps * len(kept) * loss.size
-    if is_extraction(report):
+    angle = exact = loss.room + torch.finfo(pair.up.dtype.torch).eps * len(kept) * loss.size
+    if is_extraction(report):  # of whose directions one side is exact for the other, which is found
         angle += NEAR * loss.apart
-    return not (within(beside, 4 * angle) and within(largest, least + angle))
+    near = within(min(beside), 4 * exact) and within(max(beside), 4 * angle)
+    return not (near and within(largest, least + angle))
 
 
-def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[float, float]:
-    """What of whole - up @ down lies in the spaces of `up` and `down`, and a lower bound of its norm
-    in its largest direction, from two passes over its rows."""
+def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[tuple[float, float], float]:
+    """What of whole - up @ down lies in the space of `up` and in that of `down`, and a lower bound of its
+    norm in its largest direction, from two passes over its rows."""
     left, right = _basis(up), _basis(down.T)
     seeded = torch.Generator().manual_seed(0)
     count = min(PROBES, *whole.shape)
     start = torch.randn(whole.shape[1], count, generator=seeded, dtype=torch.float64)
-    probes, largest, beside = torch.linalg.qr(start).Q, 0.0, 0.0
+    probes, largest, beside = torch.linalg.qr(start).Q, 0.0, (0.0, 0.0)
     for _ in range(2):
         below = torch.zeros(left.shape[1], whole.shape[1], dtype=torch.float64)
         turned, squared = torch.zeros_like(probes), 0.0
@@ -217,7 +276,7 @@ def _rest(whole: Factor, up: torch.Tensor, down: torch.Tensor) -> tuple[float, f
             below += left[slice(*rows)].T @ rest
             squared += float((rest @ right).square().sum())
             turned += rest.T @ (rest @ probes)
-        beside = max(float(below.norm()), math.sqrt(squared))
+        beside = float(below.norm()), math.sqrt(squared)
         largest = math.sqrt(float(torch.linalg.matrix_norm(probes.T @ turned, 2)))
         probes = torch.linalg.qr(turned).Q
     return beside, largest
@@ -239,8 +298,9 @@ def auditor(report: Report) -> Audit:
     ) -> tuple[list[str], Loss]:
         loss = loss_of(report, item, stored, found)
         cut = stored is None and loss.excess and not _budget(report).spectral
+        problems = misstated(loss)
         if cut or (stored is not None and not_optimal(report, item, whole, stored, loss)):
-            return [f"{item.line.site}: what was cut off is not what matters least"], loss
-        return [], loss
+            problems.append(f"{item.line.site}: what was cut off is not what matters least")
+        return problems, loss
 
     return audit

@@ -36,6 +36,7 @@ def check_native_output(bench: Bench, result: Input, ours: Forward, dtype: DType
     """The output loaded and run by its format's own library, against the reference."""
     oracle, path = result.format.oracle, result.path
     assert oracle is not None
+    assert path is not None
     name = f"forward in {oracle.package}"
     model = bench.model(result.adapter)
 
@@ -70,17 +71,20 @@ def _reading(name: str, bench: Bench, item: Input, oracle: Oracle) -> Check:
     """Layers are asked for what they add to random inputs; whole deltas decide where that does not pass."""
     if item.spec.alpha is not None:
         return Check(name, SKIPPED, "the library has no deltas to compare with")
+    path = item.path
+    if path is None:
+        return Check(name, SKIPPED, "it lies in no file that the library could load")
     model = bench.model(item.adapter)
     bench.tell(f"reading {item.name} with {oracle.package}", 0, 0)
     adapter = runtime.as_built(model, item.adapter)
     ours = dict(_edited(adapter, bench.base))
-    answers = oracle.answers(model, item.path, PROBES) if oracle.answers else None
+    answers = oracle.answers(model, path, PROBES) if oracle.answers else None
     if answers:
         off = partial(_off_answers, ours, answers)
         found = _judged(name, set(ours), set(answers), off)
         if found.status == PASS:
             return found
-    theirs = oracle.deltas(bench.fresh_model(item.adapter), item.path)
+    theirs = oracle.deltas(bench.fresh_model(item.adapter), path)
     if not theirs:
         return Check(name, SKIPPED, "the library has no deltas to compare with")
     return _judged(name, set(ours), set(theirs), partial(_off_deltas, ours, theirs))

@@ -7,15 +7,10 @@ from typing import NamedTuple
 
 from adaptmerge.adapters.weight_edits import Effect, RowNorming, norms_rows
 from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum
-from adaptmerge.algebra.forms import Form, form_of
+from adaptmerge.algebra.forms import LEFT, ROWS, Form, form_of
 from adaptmerge.lazy import torch
 from adaptmerge.merging.settle import Held
 from adaptmerge.tensors.refs import TensorRef, computed
-
-ROWS = 512  # of a weight, looked at in float64 at once
-LEFT = (
-    1e-6  # share of a squared row that is left of it, below which the expansion of its norm is weak
-)
 
 
 class Ground(NamedTuple):

@@ -34,7 +34,7 @@ from adaptmerge.formats.peft.read import edits_of
 from adaptmerge.formats.peft.releases import RELEASES
 from adaptmerge.formats.peft.target_parameters import covers
 from adaptmerge.formats.peft.tuner import Reading, Tuner, tuner_of
-from adaptmerge.formats.unread import is_pipeline
+from adaptmerge.formats.unread import is_foreign
 
 
 def detect(listing: Listing) -> bool:
@@ -45,7 +45,7 @@ def detect(listing: Listing) -> bool:
     if not name.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json")):
         return False
     file = listing.tensors(name)
-    if is_pipeline(file.refs.keys(), file.metadata):
+    if is_foreign(file.refs.keys(), file.metadata):
         return False
     if METADATA_KEY in file.metadata or (name in WEIGHTS and _has_config(listing)):
         return True

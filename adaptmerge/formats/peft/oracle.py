@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,18 +13,10 @@ from adaptmerge.adapters.graph import Site
 from adaptmerge.files.safetensors import read_header
 from adaptmerge.formats.format import Answer, Oracle
 from adaptmerge.formats.peft.config import CONFIG, METADATA_KEY, WEIGHTS
-from adaptmerge.lazy import torch
+from adaptmerge.lazy import quietly, torch
 
 NOISE = 16.0  # units in the last place of outputs that rounding may move them by
 SEEN = 1e-3  # of what is added, above which rounding is too much to tell readings apart
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """PEFT's warnings are about its own calls, not about the adapter."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager
@@ -47,11 +38,10 @@ def deltas(model: Any, path: Path) -> dict[str, torch.Tensor]:
 
     Empty for families that PEFT does not merge.
     """
-    from peft import PeftModel
+    with quietly(), _untied(model), _as_folder(path) as folder:
+        from peft import PeftModel
 
-    _untie(model)
-    before = {name: value.double() for name, value in model.state_dict().items()}
-    with _quietly(), _as_folder(path) as folder:
+        before = {name: value.double() for name, value in model.state_dict().items()}
         if _config(folder).get("layer_replication"):
             return {}  # PEFT merges all copies of a layer into one
         wrapped = PeftModel.from_pretrained(model, str(folder)).double()
@@ -81,10 +71,9 @@ def answers(model: Any, path: Path, count: int) -> dict[str, Answer] | None:
     None where an adapted module is no linear, or computes otherwise than on its input alone. The base's
     weights are as before afterwards.
     """
-    from peft import PeftModel
+    with quietly(), _untied(model), _as_folder(path) as folder:
+        from peft import PeftModel
 
-    _untie(model)
-    with _quietly(), _as_folder(path) as folder:
         if _config(folder).get("layer_replication"):
             return None
         # what PEFT would initialise, at some cost, is in the file
@@ -117,7 +106,7 @@ def _asked(layer: Any, count: int, generator: torch.Generator) -> Answer | None:
         return None
     width = base.weight.shape[0 if kind == "Conv1D" else 1]
     given = torch.randn(count, width, generator=generator, dtype=torch.float64)
-    with torch.no_grad(), _quietly():
+    with torch.no_grad(), quietly():
         narrow = given.to(base.weight.dtype)
         found = _answer(narrow, base(narrow), layer(narrow))
         if found.noise <= SEEN:
@@ -139,12 +128,23 @@ def _wide(module: Any) -> dict[str, torch.Tensor]:
     return {n: value.double() if value.is_floating_point() else value for n, value in tensors}
 
 
-def _untie(model: Any) -> None:
-    """Gives a head that shares its embedding's weight one of its own: PEFT would merge both into it."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """Gives modules that share a matrix one of their own each: PEFT would merge into that of all. The
+    config says so meanwhile; forwards may read it, and so it is put back."""
+    seen: set[int] = set()
+    said = getattr(model.config, "tie_word_embeddings", None)
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in seen:
+            module.weight = torch.nn.Parameter(weight.detach().clone())
+            model.config.tie_word_embeddings = False
+        seen.add(id(weight))
+    try:
+        yield
+    finally:
+        if said is not None:
+            model.config.tie_word_embeddings = said
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -180,11 +180,10 @@ def _adapted(wrapped: Any) -> dict[str, bool]:
 
 def forward(model: Any, path: Path, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The first output (logits or hidden states) of `model` with the adapter loaded by PEFT."""
-    from peft import PeftModel
+    with quietly(), torch.no_grad(), _as_folder(path) as folder:
+        from peft import PeftModel
 
-    with _quietly(), _as_folder(path) as folder:
         wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
-    with torch.no_grad():
         outputs: torch.Tensor = wrapped(**inputs)[0]
     return outputs
 

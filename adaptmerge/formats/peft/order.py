@@ -77,7 +77,9 @@ def adapted(base: Base, config: Mapping[str, Any]) -> list[str]:
             f"target_modules is {targets!r}: expected the names of modules or a regular expression, "
             "since the file itself names none"
         )
-    found = [module for module in sorted(base.modules) if _selects(config, module)]
+    found = [
+        module for module in sorted(base.modules | base.tied_modules) if _selects(config, module)
+    ]
     flat = [m for m in found if (w := base.parameter(Site(m))) is None or len(w.shape) != 2]
     if flat:
         raise ValueError(f"target_modules selects {flat[0]}, which has no matrix in the base")

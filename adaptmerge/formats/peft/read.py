@@ -42,12 +42,13 @@ def edits_of(reading: Reading) -> list[Edit]:
 
 def _check_all(reading: Reading) -> None:
     """Raises InputError with all tensors that are not as their family stores them."""
+    before = len(reading.keys.problems)
     for module, parts in reading.keys.modules.items():
         try:
             reading.tuner.rules.check(parts)
         except Malformed as problem:
             reading.keys.problems.append(f"{module}: {problem}")
-    if reading.keys.problems:
+    if len(reading.keys.problems) > before:
         raise InputError(reading.keys.problems, where=reading.keys.path)
 
 

@@ -224,7 +224,7 @@ def _swapped(reading: Reading, targets: Sequence[Target]) -> bool:
     names = " and ".join(target.param for target in targets)
     raise Malformed(
         f"{names} was written by peft {version}; until 0.18 it swapped inputs and outputs of experts, and "
-        "these shapes do not tell: pass --base DIR"
+        f"these shapes do not tell: {reading.advice}"
     )
 
 

@@ -72,6 +72,16 @@ class Reading:
         base = self.options.base
         return None if base is None else base.weight(Site(module, param))
 
+    @property
+    def advice(self) -> str:
+        """What to do where a base is needed: give one, or another."""
+        base = self.options.base
+        return (
+            "pass --base DIR"
+            if base is None
+            else f"{base.path.name} has none there: give its own base"
+        )
+
     def layer(self, module: str) -> Layer:
         """What the base has there: a convolution with its kernel; linear where nothing says else."""
         base = self.options.base
@@ -91,7 +101,7 @@ class Reading:
         """(out, in) of the base's weight. Raises Malformed without --base, which the file needs."""
         weight = self.weight(module)
         if weight is None:
-            raise Malformed("the file does not say the shape of the weight: pass --base DIR")
+            raise Malformed(f"the file does not say the shape of the weight: {self.advice}")
         return weight.shape[0], weight.shape[1]
 
 

@@ -12,7 +12,6 @@ from adaptmerge.adapters.module_paths import exact_suffixes, is_suffix
 from adaptmerge.adapters.stored_edits import Replace, ReplaceRows
 from adaptmerge.adapters.weight_edits import family_of
 from adaptmerge.errors import CannotStore
-from adaptmerge.files.disk import write_text
 from adaptmerge.formats.format import Output, Stores, WriteOptions
 from adaptmerge.formats.peft.beside import METADATA_KEY as MODEL_KEY
 from adaptmerge.formats.peft.beside import MODEL_CONFIG, config_of
@@ -94,9 +93,9 @@ def write(bundle: Bundle, output: Output, options: WriteOptions) -> str:
     else:
         if beside is not None:
             text = json.dumps(beside, indent=2, ensure_ascii=False) + "\n"
-            write_text(output.path(MODEL_CONFIG), text)
+            output.text(MODEL_CONFIG, text)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        write_text(output.path(CONFIG), text)
+        output.text(CONFIG, text)
     name = output.single or WEIGHTS[0]
     output.safetensors(name, dict(sorted(tensors.items())), metadata)
     return name

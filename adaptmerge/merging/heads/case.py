@@ -10,7 +10,7 @@ from adaptmerge.adapters.stored_edits import owner_of, role_of, saved_module, tr
 from adaptmerge.errors import CannotMerge
 from adaptmerge.merging.align import Group
 from adaptmerge.merging.heads.concat import is_earlier, last_layer, value_of
-from adaptmerge.merging.heads.policies import CONCAT, SEPARATE
+from adaptmerge.merging.heads.policies import CONCAT, SEPARATE, is_vocabulary
 from adaptmerge.merging.request import Request
 from adaptmerge.merging.resolve import Weighed
 from adaptmerge.methods.method import Member
@@ -47,6 +47,10 @@ class StoredWhole:
         """Whether a parameter is of a head: of a module saved whole that has more than vectors."""
         parts = self.owners[owner_of(edit)] if saved_module(edit) else ()
         return any(len(value_of(m).shape) > 1 for _, found in parts for m in found)
+
+    def is_vocabulary(self, owner: str) -> bool:
+        """Whether the rows of a module are tokens."""
+        return is_vocabulary(owner, self.request.base)
 
     def labels(self, member: Member) -> Labels | None:
         """What a member says the rows of its head stand for."""
@@ -135,6 +139,10 @@ class Case:
         return self.stored.is_head(self.first)
 
     @property
+    def is_vocabulary(self) -> bool:
+        return self.stored.is_vocabulary(self.owner)
+
+    @property
     def all_same(self) -> bool:
         return all_same(self.members)
 
@@ -155,8 +163,16 @@ class Case:
 
     @property
     def last_layer(self) -> str | None:
-        """The module of a head whose rows are put together; None where it comes before another one."""
-        others = self.stored.of_policy(CONCAT)
+        """The module of a head whose rows are put together; None where it comes before another one. Raises
+        CannotMerge where there is none."""
+        if self.is_vocabulary:
+            raise CannotMerge(
+                "its rows are the tokens of a vocabulary, of which two make no larger one: choose another "
+                "policy than concat",
+                where=self.owner,
+            )
+        found = self.stored.of_policy(CONCAT).items()
+        others = {o: parts for o, parts in found if not self.stored.is_vocabulary(o)}
         if self.labels is None and is_earlier(self.owner, self.parts, others):
             return None
         return last_layer(self.owner, self.parts, self.labels)

@@ -8,7 +8,6 @@ from adaptmerge.adapters.graph import Edit, Labels
 from adaptmerge.adapters.module_paths import natural_key
 from adaptmerge.adapters.stored_edits import stored_value, with_value
 from adaptmerge.errors import CannotMerge
-from adaptmerge.merging.heads.policies import is_vocabulary
 from adaptmerge.merging.resolve import Weighed
 from adaptmerge.methods.method import Member
 from adaptmerge.tensors.compare import same_values
@@ -29,12 +28,6 @@ def last_layer(owner: str, parts: Sequence[Weighed], labels: Labels | None) -> s
     matrices = {
         g.site.module: value_of(ms[0]) for g, ms in parts if len(value_of(ms[0]).shape) == 2
     }
-    if is_vocabulary(owner):
-        raise CannotMerge(
-            "its rows are the tokens of a vocabulary, of which two make no larger one: choose another "
-            "policy than concat",
-            where=owner,
-        )
     if not matrices:
         raise CannotMerge(f"has no layer with rows to put together: {APART}", where=owner)
     fitting = [m for m, ref in matrices.items() if labels and ref.shape[0] == len(labels.names)]
@@ -86,7 +79,7 @@ def is_earlier(
         and len(value_of(member).shape) == 2
         and value_of(member).shape[1] in rows
         for other, found in others.items()
-        if other != owner and not is_vocabulary(other)
+        if other != owner
         for _, members in found
         for member in members
     )

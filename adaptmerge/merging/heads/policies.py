@@ -17,9 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptmerge.adapters.graph import Adapter, Edit, Labels, Site
-from adaptmerge.adapters.module_paths import VOCABULARY, is_suffix
+from adaptmerge.adapters.module_paths import is_suffix
 from adaptmerge.adapters.stored_edits import owner_of, role_of, saved_module, stored_value
 from adaptmerge.bases.base import Base
+from adaptmerge.bases.ties import called_vocabulary
 from adaptmerge.errors import UsageError, did_you_mean
 from adaptmerge.methods.method import Member
 from adaptmerge.tensors.refs import TensorRef
@@ -100,9 +101,9 @@ def _modules(edit: Edit) -> tuple[str, ...]:
     return (owner_of(edit),) if edit.kind in ("replace", "rows") else ()
 
 
-def is_vocabulary(module: str) -> bool:
-    """Whether the rows of a module are tokens."""
-    return module.rpartition(".")[2] in VOCABULARY
+def is_vocabulary(module: str, base: Base | None) -> bool:
+    """Whether the rows of a module are tokens, as the base knows; by its name where there is none."""
+    return called_vocabulary(module) if base is None else base.holds_tokens(module)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from adaptmerge.merging.heads.policies import (
     SEPARATE,
     WORDS,
     are_named,
-    is_vocabulary,
     own_parameter,
     shown,
     union,
@@ -99,7 +98,7 @@ def _error(case: Case) -> list[Settlement]:
     same = case.all_same
     if same and case.has_one_meaning:
         return _kept(case, "head")
-    if is_vocabulary(case.owner):
+    if case.is_vocabulary:
         _check_shapes(case)
     what = "has other labels in each of" if same else "differs between"
     raise case.refused(
@@ -122,7 +121,7 @@ def _check_shapes(case: Case) -> None:
     if len(set(map(tuple, shapes.values()))) == 1:
         return
     found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    if is_vocabulary(case.owner):
+    if case.is_vocabulary:
         raise case.refused(
             f"the inputs have vocabularies of different sizes ({found}): train them with one tokenizer "
             "(resize_token_embeddings), or pass --heads NAME to keep one of them"
@@ -153,11 +152,7 @@ def _assumed(case: Case, listed: str) -> str:
     """What is taken for granted of the labels of heads that are averaged; "" where nothing is."""
     if not case.has_one_meaning:
         return f"different labels were taken as one ({listed})"
-    if (
-        all(map(are_named, case.said.values()))
-        or len(case.members) == 1
-        or is_vocabulary(case.owner)
-    ):
+    if all(map(are_named, case.said.values())) or len(case.members) == 1 or case.is_vocabulary:
         return ""
     return f"rows are taken to mean the same in {case.names}: not all say their labels"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from adaptmerge.adapters.stored_edits import owner_of
+from adaptmerge.bases.base import Base
 from adaptmerge.merging.heads.concat import value_of
 from adaptmerge.merging.heads.policies import Policies, is_vocabulary
 from adaptmerge.merging.resolve import Weighed
@@ -15,13 +16,13 @@ from adaptmerge.tensors.compare import same_values
 Problem = tuple[str, str]
 
 
-def torn(weighed: Sequence[Weighed], heads: Policies) -> list[Problem]:
+def torn(weighed: Sequence[Weighed], heads: Policies, base: Base | None) -> list[Problem]:
     """(site, sentence) where copies of one matrix would become different ones, or where rows of a matrix
     meet a whole one of another input."""
     whole = [
         item for item in weighed if item[0].kind == "replace" and item[0].site.param == "weight"
     ]
-    vocabularies = [item for item in whole if is_vocabulary(item[0].site.module)]
+    vocabularies = [item for item in whole if is_vocabulary(item[0].site.module, base)]
     rows = [item for item in weighed if item[0].kind == "rows"]
     return [
         *(found for one, two in combinations(vocabularies, 2) for found in _torn(one, two, heads)),

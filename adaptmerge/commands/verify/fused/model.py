@@ -22,12 +22,14 @@ from adaptmerge.bases.open import open_base
 from adaptmerge.commands.fuse.options import FuseOptions
 from adaptmerge.commands.fuse.plan import FusePlan, plan_fusion
 from adaptmerge.commands.fuse.report import FuseReport
+from adaptmerge.commands.verify.base_names import names_alone, with_doubts
 from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, Verdict, within
+from adaptmerge.commands.verify.files import check_files
 from adaptmerge.commands.verify.forward import NO_EFFECT, Bench, Comparison, compare
+from adaptmerge.commands.verify.fused.figures import check_figures
 from adaptmerge.commands.verify.fused.reference import reference
 from adaptmerge.commands.verify.fused.weights import Looked, check_weights, look
 from adaptmerge.errors import InputError, UsageError
-from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.typed import built
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
@@ -52,7 +54,7 @@ TRUSTED = (
 
 def verify_fused(
     output: Path,
-    base: str | None,
+    base: str | Path | None,
     specs: Sequence[InputSpec],
     options: FuseOptions,
     report: FuseReport | None,
@@ -66,11 +68,15 @@ def verify_fused(
         raise UsageError("a fused model is compared with its base: pass --base DIR")
     plan = plan_fusion(base, specs, options)
     fused = view_of(open_base(str(output)))
-    checks = [] if report is None else [*_files(output, report), *_base(plan, report)]
+    adapters = {item.name: item.adapter for item in plan.inputs}
+    checks = names_alone(adapters, plan.bases.on_disk)
+    if report is not None:
+        checks = [check_files(output, report.files), *_base(plan, report)]
     if any(check.status == FAIL and check.name == "base" for check in checks):
         return Verdict(output.name, checks, TRUSTED)
     found = look(plan, fused, tell)
     checks += [_config(plan, fused), check_weights(found, report)]
+    checks += [] if report is None else [check_figures(plan, found, report)]
     checks.append(_forward(plan, fused, found, device, layerwise=layerwise, tell=tell))
     return Verdict(output.name, checks, TRUSTED)
 
@@ -90,24 +96,6 @@ def options_in(report: FuseReport, original: str | None = None) -> FuseOptions:
     return built(FuseOptions, said, "options of the report")
 
 
-def _files(output: Path, report: FuseReport) -> list[Check]:
-    """Whether the files of tensors are those that were written."""
-    problems = []
-    for name, digest in report.files.items():
-        path = output / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif sha256_of(path) != digest:
-            problems.append(f"{name} is not the file that was written (its sha256 differs)")
-    if problems:
-        return [Check("files", FAIL, "; ".join(problems[:3]), {"problems": problems})]
-    count = len(report.files)
-    said = (
-        "the file of tensors is what was" if count == 1 else f"{count} files of tensors are those"
-    )
-    return [Check("files", PASS, f"{said} written" if count == 1 else f"{said} that were written")]
-
-
 def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
     given, original = plan.bases.on_disk, plan.bases.original
     if report.base.get("fingerprint") != given.fingerprint:
@@ -118,7 +106,8 @@ def _base(plan: FusePlan, report: FuseReport) -> list[Check]:
             f"{original.path.name} is not the original that was given (its fingerprint differs)"
         )
         return [Check("base", FAIL, detail)]
-    return [Check("base", PASS, f"{given.path.name} fits by fingerprint")]
+    fits = Check("base", PASS, f"{given.path.name} fits by fingerprint")
+    return [with_doubts(fits, {item.name: item.adapter for item in plan.inputs}, given)]
 
 
 def _config(plan: FusePlan, fused: View) -> Check:

@@ -82,15 +82,16 @@ def look(plan: FusePlan, view: View, tell: Tell = untold) -> Looked:
             found.problems += one.problems
     known = {tensor.name for tensor in tensors}
     if not fused.tensors.keys() <= known:
-        extra = sorted(name for name in fused.tensors.keys() - known if not _is_tied(name, fused))
+        extra = sorted(name for name in fused.tensors.keys() - known if not _is_copy(name, fused))
         found.problems += [
             f"{name}: is stored, and neither base nor adapters have it" for name in extra
         ]
     return found
 
 
-def _is_tied(name: str, fused: Base) -> bool:
-    return bool(fused.config.get("tie_word_embeddings")) and name.endswith("lm_head.weight")
+def _is_copy(name: str, fused: Base) -> bool:
+    """Whether a tensor is stored a second time, under the name of what it is tied to."""
+    return any(name in names for names in fused.tied)
 
 
 def _look_at(tensor: Tensor, view: View) -> Looked:

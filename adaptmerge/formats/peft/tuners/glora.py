@@ -41,7 +41,7 @@ def _weight(reading: Reading, module: str, column: Support) -> TensorRef | None:
         return None
     weight = reading.weight(module)
     if weight is None:
-        raise Malformed("its bias takes up the base's weight (glora_C): pass --base DIR")
+        raise Malformed(f"its bias takes up the base's weight (glora_C): {reading.advice}")
     width = column.parts[0].shape[0]
     if weight.shape[1] != width:
         raise Malformed(f"glora_C is for {width} inputs, but the base has {weight.shape[1]}")

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from adaptmerge.adapters.families.tinylora import TinyLora, TinyMatrices
 from adaptmerge.adapters.graph import Edit, Layer, Site
+from adaptmerge.adapters.module_paths import INPUTS
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.errors import CannotStore
 from adaptmerge.formats.peft.additive import integer, number
 from adaptmerge.formats.peft.order import ORDERS, in_model_order
 from adaptmerge.formats.peft.read import each_module
-from adaptmerge.formats.peft.saved import EMBEDDINGS
 from adaptmerge.formats.peft.shared import seed
 from adaptmerge.formats.peft.tuner import Malformed, Parts, Reading, Spelling, Tuner
 from adaptmerge.tensors.refs import TensorRef, computed
@@ -134,7 +134,7 @@ def _edit(reading: Reading, module: str, parts: Parts, groups: Mapping[str, Grou
             f"B {list(up.shape)}, A {list(down.shape)}, P {list(mixed.shape)} and the vector "
             f"{list(vector.shape)} do not fit together for u = {count}"
         )
-    embedding = module.rpartition(".")[2] in EMBEDDINGS and not module.endswith("lm_head")
+    embedding = module.rpartition(".")[2] in INPUTS
     site = Site(module, layer=Layer("embedding") if embedding else Layer())
     return [Add(site, TinyLora(up, down, mixed, vector, place, key))]
 
