@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,17 @@ def left(out: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextmanager
+def small_files() -> Iterator[None]:
     """Files of more than a hundred bytes cannot be written."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 COMMANDS = ("combine", "convert", "extract", "fuse")
@@ -111,13 +114,11 @@ def test_any_file_that_cannot_be_made(command: str, disk: Disk, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_file_that_cannot_be_written_to_its_end(
-    command: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_file_that_cannot_be_written_to_its_end(command: str, tmp_path: Path) -> None:
     arguments, out = line(command, tmp_path), tmp_path / "out"
     out.mkdir()
-    request.getfixturevalue("small")
-    outcome = console.run(*arguments)
+    with small_files():
+        outcome = console.run(*arguments)
     assert outcome.code == 1
     assert "than the file system or a limit (ulimit -f) allows" in " ".join(outcome.stderr.split())
     assert not left(out)

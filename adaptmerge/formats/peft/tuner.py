@@ -72,6 +72,16 @@ class Reading:
         base = self.options.base
         return None if base is None else base.weight(Site(module, param))
 
+    def matrix(self, module: str) -> TensorRef | None:
+        """The base's own weight, None as above. Raises Malformed where it has other axes than a matrix, or
+        a matrix with a kernel, or holds nothing."""
+        found = self.weight(module)
+        if found is not None and (len(found.shape) < 2 or not found.count):
+            raise Malformed(
+                f"is for a matrix, but the base has {list(found.shape)}: is this adapter for another model?"
+            )
+        return found
+
     @property
     def advice(self) -> str:
         """What to do where a base is needed: give one, or another."""

@@ -60,7 +60,7 @@ def _check(ups: Sequence[TensorRef], downs: Sequence[TensorRef], basis: TensorRe
 
 def _rows(reading: Reading, module: str, ups: Sequence[TensorRef], rank: int) -> TensorRef:
     """The rows of all clusters, found again; raises Malformed where they are not those of the file."""
-    weight, bias = (reading.weight(module, param) for param in ("weight", "bias"))
+    weight, bias = reading.matrix(module), reading.weight(module, "bias")
     assert weight is not None
     whole = weight.read()
     if bias is not None:

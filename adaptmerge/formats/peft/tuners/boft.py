@@ -21,7 +21,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     runs = 2 ** (factors - 1)
     if factors > 1 and (count % runs or size % 2):
         raise Malformed(f"{factors} butterfly factors do not divide {count} blocks of {size}")
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is not None and weight.shape != (scales.count, count * size):
         raise Malformed(
             f"is for {scales.count} outputs and {count * size} inputs, the base has {list(weight.shape)}"

@@ -18,7 +18,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     if up.shape[1:] != values.shape or down.shape[:1] != values.shape or edit.kept < 0:
         shapes = ", ".join(str(list(ref.shape)) for ref in (up, values, down))
         raise Malformed(f"U_low, S_low and V_low have shapes {shapes}, which do not multiply")
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is not None and weight.shape != (up.shape[0], down.shape[1]):
         raise Malformed(
             f"is for a weight of {[up.shape[0], down.shape[1]]}, the base has {list(weight.shape)}"
