@@ -13,7 +13,7 @@ from console import run
 from safetensors.torch import load_file, save_file
 
 from adaptmerge.commands.verify.audit import Loss
-from adaptmerge.commands.verify.checks import FAIL, PASS, within
+from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, within
 from adaptmerge.commands.verify.forward import Comparison, compare, judge
 from adaptmerge.commands.verify.fused.model import _judge
 from adaptmerge.outputs.report import SiteLine
@@ -86,3 +86,12 @@ def test_a_fused_model_with_a_bad_weight_fails(
     status = {c["name"]: c["status"] for c in json.loads(found.stdout)["checks"]}
     assert status["weights"] == "fail"
     assert status["forward"] in ("fail", "undecidable")
+
+
+def test_an_adapter_of_idle_modules_is_not_judged() -> None:
+    """As of a vision tower beside text alone: nothing was seen of it, right or wrong."""
+    same = torch.ones(1, 2, 3)
+    found = judge("forward", compare(same, same, same, F32), idle=True)
+    assert found.status == UNDECIDABLE
+    assert "takes part" in found.detail
+    assert judge("forward", compare(same, same, same, F32)).status == FAIL

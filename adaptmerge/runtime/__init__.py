@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptmerge.runtime.attach import as_built, attach
+from adaptmerge.runtime.attach import as_built, attach, called
 from adaptmerge.runtime.inputs import CannotRun, inputs_for, ran
 from adaptmerge.runtime.models import example_inputs, load_model, outputs_of, twin, watched
 from adaptmerge.runtime.replicate import replicate_layers, replicated
@@ -13,6 +13,7 @@ __all__ = [
     "CannotRun",
     "as_built",
     "attach",
+    "called",
     "example_inputs",
     "inputs_for",
     "load_model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from adaptmerge.adapters import experts
@@ -38,6 +38,26 @@ def attach(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
                 for handle in hook_activation(model, paths[edit.site.module], edit):
                     undo.callback(handle.remove)
         yield
+
+
+@contextmanager
+def called(model: torch.nn.Module, adapter: Adapter) -> Iterator[dict[str, bool]]:
+    """The modules that an adapter changes, and whether each was called while active; none where their names
+    are those of layers that are made when it is attached."""
+    adapter = as_built(model, adapter)
+    paths = {} if adapter.base.replication else resolve(model, adapter)
+    found = {path: not path for path in paths.values()}
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda *_: found.update({path: True})
+
+    callers = {path: _caller(model, path) for path in found if path}
+    handles = [caller.register_forward_pre_hook(note(path)) for path, caller in callers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def as_built(model: torch.nn.Module, adapter: Adapter) -> Adapter:

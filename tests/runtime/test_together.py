@@ -11,7 +11,7 @@ from peft_cases import CASES, PeftCase
 from torch import nn
 
 from adaptmerge.adapters.graph import Adapter
-from adaptmerge.runtime import attach, outputs_of, outputs_of_each, twin
+from adaptmerge.runtime import attach, called, outputs_of, outputs_of_each, twin
 
 
 def alone(model: nn.Module, inputs: dict[str, torch.Tensor], adapter: Adapter) -> torch.Tensor:
@@ -77,3 +77,15 @@ def test_twins_share_weights_and_nothing_else() -> None:
     kept = model.get_submodule("lm_head")
     other.lm_head = nn.Linear(2, 2)
     assert model.get_submodule("lm_head") is kept
+
+
+def test_modules_that_a_forward_leaves_out_are_known(tmp_path: Path) -> None:
+    case = CASES["plain"]
+    model, inputs = case.make_model(), case.example_inputs()
+    adapter = read_adapter(case.build(tmp_path, seed=1))
+    with called(model, adapter) as places:
+        assert places
+        assert not any(places.values())
+        outputs_of(model, inputs)
+        assert all(places.values())
+    assert not any(module._forward_pre_hooks for module in model.modules())

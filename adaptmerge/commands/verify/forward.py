@@ -118,23 +118,29 @@ def _shares(edit: Edit) -> bool:
 
 
 class Forward(NamedTuple):
-    """A check of outputs, and those that it compared with: the reference's and the base's."""
+    """A check of outputs, and those that it compared with: the reference's and the base's.
+
+    idle: whether no module that is changed took part in them.
+    """
 
     check: Check
     y_ref: torch.Tensor
     y_base: torch.Tensor
+    idle: bool = False
 
 
 def check_forward(bench: Bench, expected: Adapter, output: Adapter, dtype: DType) -> Forward:
     """The check of the output read by adaptmerge."""
     model = bench.model(expected)
-    y_base, y_ref, y = bench.run_each(model, (None, expected, output))
+    with runtime.called(model, expected) as places:
+        y_base, y_ref, y = bench.run_each(model, (None, expected, output))
+    idle = bool(places) and not any(places.values())
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
     if y.shape != y_ref.shape:
         detail = f"outputs are of shape {list(y.shape)}, promised were {list(y_ref.shape)}"
         return Forward(Check("forward", FAIL, detail), y_ref, y_base)
-    check = judge("forward", compare(y, y_ref, y_base, dtype))
-    return Forward(check, y_ref, y_base)
+    check = judge("forward", compare(y, y_ref, y_base, dtype), idle=idle)
+    return Forward(check, y_ref, y_base, idle)
 
 
 def compare(y: torch.Tensor, y_ref: torch.Tensor, y_base: torch.Tensor, dtype: DType) -> Comparison:
@@ -169,9 +175,13 @@ def _divergence(y: torch.Tensor, y_ref: torch.Tensor) -> float:
     return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
 
 
-def judge(name: str, found: Comparison) -> Check:
-    """pass, fail or undecidable: noise that hides the effect never passes."""
+def judge(name: str, found: Comparison, *, idle: bool = False) -> Check:
+    """pass, fail or undecidable: noise that hides the effect never passes, nor does an adapter all of whose
+    modules are `idle`."""
     numbers = found.numbers()
+    if idle:
+        detail = "no module that it changes takes part in the model's outputs for these inputs"
+        return Check(name, UNDECIDABLE, detail, numbers)
     if not found.effect > NO_EFFECT:
         return Check(name, FAIL, "the adapter has no effect on the outputs of the base", numbers)
     if found.tolerance > BLIND:
