@@ -26,12 +26,11 @@ class Bottleneck:
     """A small network beside a block: out + up(act(down(source))) (Houlsby et al. 2019).
 
     source is "sum" (block output plus residual), "output" or "residual"; `site.module` is the decoder
-    or encoder layer and `place` the sub-block of it whose output is changed ("attention", "mlp").
+    or encoder layer and `site.place` the sub-block of it whose output is changed ("attention", "mlp").
     """
 
     kind: ClassVar[str] = "bottleneck"
     site: Site
-    place: str
     down: TensorRef
     down_bias: TensorRef
     up: TensorRef

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+
+# The part of a layer that a network stands beside; "" where a site is a parameter.
+Place = Annotated[str, Literal["", "attention", "cross", "mlp", "embedding", "layer"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,16 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Site:
     """One parameter of one module of the base model, by its `transformers` module path; with `expert`,
-    one matrix of the several that the parameter stacks."""
+    one matrix of the several that the parameter stacks.
+
+    What stands beside a block inside a layer, and changes no parameter, is at a `place` of that layer.
+    """
 
     module: str
     param: str = "weight"
     layer: Layer = field(default=Layer(), compare=False)
     expert: int | None = None
+    place: Place = ""
 
     @property
     def path(self) -> str:
@@ -41,7 +48,8 @@ class Site:
         return self.module if self.param == "weight" else f"{self.module}.{self.param}".lstrip(".")
 
     def __str__(self) -> str:
-        return self.path if self.expert is None else f"{self.path}[{self.expert}]"
+        inside = self.path if self.expert is None else f"{self.path}[{self.expert}]"
+        return f"{inside}:{self.place}" if self.place else inside
 
 
 class Kind:
@@ -81,6 +89,27 @@ class Edit(Protocol):
 
     def __hash__(self) -> int:
         """Edits are data."""
+
+
+class Key(NamedTuple):
+    """What the edits of one kind at one site are known by, in groups, reports and listings alike."""
+
+    site: Site
+    kind: str
+
+    def __str__(self) -> str:
+        """The site, and the kind of edit where that is not the usual one."""
+        return str(self.site) if self.kind == "add" else f"{self.site} ({self.kind})"
+
+    @property
+    def name(self) -> str:
+        """The key as a part of a tensor's name."""
+        return f"{self.site}.{self.kind}"
+
+
+def key_of(edit: Edit) -> Key:
+    """What an edit is known by, together with all of its kind at its site."""
+    return Key(edit.site, edit.kind)
 
 
 def fits(edit: Edit, protocol: Any) -> bool:

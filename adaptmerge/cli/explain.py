@@ -76,14 +76,12 @@ def _show_matrix(line: FusedSite) -> None:
 def _matching(sites: Sequence[Line], site: str) -> list[Line]:
     from fnmatch import fnmatchcase
 
-    from adaptmerge.adapters.module_paths import is_suffix
     from adaptmerge.errors import UsageError, did_you_mean
 
     found = [
         line
         for line in sites
-        if is_suffix(site, line.site.partition(" (")[0])
-        or is_suffix(site, line.site)
+        if _is_called(line, site)
         or fnmatchcase(line.site, site)
         or fnmatchcase(line.site, f"*.{site}")
     ]
@@ -95,15 +93,22 @@ def _matching(sites: Sequence[Line], site: str) -> list[Line]:
     return found
 
 
+def _is_called(line: Line, site: str) -> bool:
+    """Whether it is the line's site, or the end of it: with the kind of edit and the place in the layer, or
+    without."""
+    from adaptmerge.adapters.module_paths import is_suffix
+
+    bare = line.site.partition(" (")[0]
+    return any(is_suffix(site, name) for name in (line.site, bare, bare.partition(":")[0]))
+
+
 def _set_by(report: Report, line: SiteLine, name: str) -> str:
     """The last rule that speaks of this input here, or the input's own weight."""
-    from adaptmerge.adapters.graph import Site
     from adaptmerge.files.typed import built
     from adaptmerge.merging.weights import SiteRule
 
-    site = Site(line.module, line.param, expert=line.expert)
     rules = [built(SiteRule, rule, "rules") for rule in report.options["rules"]]
-    found = [rule.match for rule in rules if name in rule.weights and rule.selects(site, line.kind)]
+    found = [rule.match for rule in rules if name in rule.weights and rule.selects(*line.key)]
     return f"rule {found[-1]}" if found else "the input's weight"
 
 

@@ -22,7 +22,7 @@ from adaptmerge.tensors.refs import TensorRef
 from adaptmerge.tensors.walk import refs_of
 
 NUMBER = re.compile(
-    r"(?<=\.)\d+(?=\.|\[|$)|(?<=\[)\d+(?=\])|^\d+(?=\.)"
+    r"(?<=\.)\d+(?=\.|\[|:|$)|(?<=\[)\d+(?=\])|^\d+(?=\.)"
 )  # parts of a name that count
 
 

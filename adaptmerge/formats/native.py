@@ -15,7 +15,16 @@ from functools import cache
 from typing import Any
 
 from adaptmerge.adapters import activation_edits, families, stored_edits, weight_edits
-from adaptmerge.adapters.graph import Adapter, BaseReference, Bundle, Labels, Layer, Note, Site
+from adaptmerge.adapters.graph import (
+    Adapter,
+    BaseReference,
+    Bundle,
+    Labels,
+    Layer,
+    Note,
+    Site,
+    key_of,
+)
 from adaptmerge.adapters.weight_edits import Deviation, Effect, Share, family_of
 from adaptmerge.algebra import factors
 from adaptmerge.algebra.factors import Values
@@ -184,6 +193,7 @@ class _Decoder:
         if "dtype" in raw and len(raw) == 1:
             return _known(BY_NAME, raw["dtype"], "dtype")
         kind = _known(nodes(), raw.get("is"), "part of a graph")
+        raw = _as_now(raw)
         values = {key: self.node(value) for key, value in raw.items() if key != "is"}
         return checked(kind, values, kind.__name__)
 
@@ -208,6 +218,15 @@ class _Decoder:
         return ref
 
 
+def _as_now(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A node of earlier versions as it is written now: a bottleneck's place is its site's."""
+    site = raw.get("site")
+    if raw["is"] != "Bottleneck" or not isinstance(site, dict) or "place" in site:
+        return raw
+    kept = {key: value for key, value in raw.items() if key != "place"}
+    return {**kept, "site": {**site, "place": raw.get("place", "")}}
+
+
 def _known(table: Mapping[str, Any], name: Any, what: str) -> Any:
     if not isinstance(name, str) or name not in table:
         raise ValueError(f"{quoted(name)} is no {what}")
@@ -227,7 +246,7 @@ class _Encoder:
         prefix = f"{adapter.name}." if self._several else ""
         return {
             "edits": [
-                self.node(e, f"{prefix}{i}.{e.site}.{e.kind}") for i, e in enumerate(adapter.edits)
+                self.node(e, f"{prefix}{i}.{key_of(e).name}") for i, e in enumerate(adapter.edits)
             ],
             "base": self.node(adapter.base, ""),
             "notes": [self.node(note, "") for note in adapter.notes],
@@ -245,9 +264,10 @@ class _Encoder:
         if isinstance(value, tuple):
             return [self.node(part, f"{path}.{i}") for i, part in enumerate(value)]
         if is_dataclass(value) and not isinstance(value, type):
-            inner = {
-                f.name: self.node(getattr(value, f.name), f"{path}.{f.name}") for f in fields(value)
-            }
+            names = [f.name for f in fields(value)]
+            inner = {n: self.node(getattr(value, n), f"{path}.{n}") for n in names}
+            if isinstance(value, Site) and not value.place:
+                del inner["place"]  # most sites have none, and say so as before there were places
             return {"is": type(value).__name__, **inner}
         return value
 

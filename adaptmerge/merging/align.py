@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adaptmerge.adapters import experts
-from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
+from adaptmerge.adapters.graph import (
+    Adapter,
+    Edit,
+    Key,
+    Kind,
+    Layer,
+    Note,
+    Site,
+    key_of,
+)
 from adaptmerge.adapters.module_paths import natural_key, other_versions, suffixes
 from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.bases.base import Base
@@ -31,6 +40,11 @@ class Group:
     site: Site
     kind: str
     members: tuple[tuple[str, Edit], ...]
+
+    @property
+    def key(self) -> Key:
+        """What its edits are known by."""
+        return Key(self.site, self.kind)
 
 
 def align(
@@ -63,11 +77,11 @@ def align(
 
 
 def _grouped(adapters: Mapping[str, Adapter]) -> list[Group]:
-    found: dict[tuple[Site, str], list[tuple[str, Edit]]] = {}
+    found: dict[Key, list[tuple[str, Edit]]] = {}
     for name, adapter in adapters.items():
         for edit in adapter.edits:
-            found.setdefault((edit.site, edit.kind), []).append((name, edit))
-    groups = [Group(site, kind, tuple(members)) for (site, kind), members in found.items()]
+            found.setdefault(key_of(edit), []).append((name, edit))
+    groups = [Group(*key, tuple(members)) for key, members in found.items()]
     return sorted(groups, key=lambda group: natural_key(str(group.site)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adaptmerge.adapters.graph import Edit, Kind, Labels, Note, Site
+from adaptmerge.adapters.graph import Edit, Kind, Labels, Note, Site, key_of
 from adaptmerge.adapters.stored_edits import why_opaque
 from adaptmerge.adapters.weight_edits import WeightEdit, delta_on, factor_of
 from adaptmerge.algebra.factors import Factor, Product, Sum, rank_bound
@@ -65,8 +65,7 @@ class Step:
     @property
     def label(self) -> str:
         """The site, and the kind of edit where that is not the usual one."""
-        kind = self.edit.kind
-        return str(self.site) if kind == "add" else f"{self.site} ({kind})"
+        return str(key_of(self.edit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class Plan:
 
 def make_plan(groups: Sequence[Group], request: Request, inputs: Sequence[str]) -> Plan:
     """The plan of a merge. Raises CannotMerge or CannotStore with everything that is in the way."""
-    request.weights.check([(group.site, group.kind) for group in groups])
+    request.weights.check([group.key for group in groups])
     weighed = resolve(_weigh(groups, request.weights), request)
     notes: list[Note] = []
     steps: list[Step] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.graph import Key, Site
 from adaptmerge.adapters.module_paths import layer_index
 from adaptmerge.errors import UsageError, did_you_mean
 from adaptmerge.formats.inputs import number
@@ -22,7 +22,8 @@ PAIR = re.compile(r"\s*(?P<name>[^=,\[\]]+)=(?P<value>\[[^\]]*\]|[^,\[\]]+)\s*(?
 class SiteRule:
     """Weights for the sites that `match` selects: a glob on the module path or its end, or re:REGEX.
 
-    A module's path selects its weight and its bias; "...q_proj.bias" or ".weight" only that.
+    A module's path selects its weight and its bias; "...q_proj.bias" or ".weight" only that. A layer's
+    path selects what stands beside any of its blocks; "...layers.3:mlp" or "*:attention" only that.
     A tuple is a gradient: its numbers are spread evenly over the layers and interpolated.
     """
 
@@ -64,7 +65,7 @@ class Weights:
                 weight = rule.weights[adapter]
         return _at_depth(weight, layer_index(site.module), layers)
 
-    def check(self, sites: Sequence[tuple[Site, str]]) -> None:
+    def check(self, sites: Sequence[Key]) -> None:
         """Raises UsageError for rules that name unknown adapters or select no site."""
         problems = []
         for rule in self.rules:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from adaptmerge.adapters.graph import Kind, Note
+from adaptmerge.adapters.graph import Key, Kind, Note, Place, Site
 from adaptmerge.adapters.module_paths import natural_key
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.errors import AdaptmergeError, InputError
@@ -50,6 +50,12 @@ class SiteLine:
     expert: int | None = None
     kinds_in: Mapping[str, Sequence[str]] = field(default_factory=dict)
     adapter: str = ""
+    place: Place = ""
+
+    @property
+    def key(self) -> Key:
+        """What the edits are known by that it is about."""
+        return Key(Site(self.module, self.param, expert=self.expert, place=self.place), self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,7 @@ def _line(item: Settled) -> SiteLine:
         expert=site.expert,
         kinds_in={member.adapter: list(member.kinds) for member in item.step.members},
         adapter=item.step.adapter,
+        place=site.place,
     )
 
 

@@ -101,13 +101,13 @@ def _hook_block(model: torch.nn.Module, path: str, edit: Bottleneck) -> list[Any
 def _place(model: torch.nn.Module, path: str, edit: Bottleneck) -> SubBlock:
     kind = str(getattr(getattr(model, "config", None), "model_type", None))
     places = PLACES.get(kind)
-    if places is None or edit.place not in places:
+    if places is None or edit.site.place not in places:
         known = ", ".join(PLACES)
         raise InputError(
-            f"{path}: where the {edit.place} of a {kind} layer takes a bottleneck is not known "
+            f"{path}: where the {edit.site.place} of a {kind} layer takes a bottleneck is not known "
             f"(known: {known})"
         )
-    return places[edit.place]
+    return places[edit.site.place]
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> Any:

@@ -212,7 +212,7 @@ def test_bottleneck_widths_come_from_the_tensors(copy_of: Callable[[str], Path])
     change_config(folder, reduction_factor={"1": 8, "default": 4}, non_linearity="leakyrelu")
     edits = [edit for edit in read(folder).edits if isinstance(edit, Bottleneck)]
     assert {edit.activation for edit in edits} == {"leaky_relu"}
-    assert {(edit.place, edit.source) for edit in edits} == {("mlp", "sum")}
+    assert {(edit.site.place, edit.source) for edit in edits} == {("mlp", "sum")}
 
 
 def test_activations_of_files_without_a_version(copy_of: Callable[[str], Path]) -> None:

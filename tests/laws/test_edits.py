@@ -21,6 +21,7 @@ from adaptmerge.tensors.walk import refs_of
 
 OUT, IN, RANK = 6, 5, 2
 SITE = Site("model.layers.3.mlp.up_proj")
+BESIDE = Site("model.layers.3", place="mlp")
 
 
 def ref(*shape: int, seed: int = 0) -> TensorRef:
@@ -40,7 +41,7 @@ EXAMPLES: dict[type, Callable[[], Any]] = {
     Replace: lambda: Replace(SITE, ref(OUT, IN, seed=5)),
     ReplaceRows: lambda: ReplaceRows(SITE, (1, 4), ref(2, IN, seed=6)),
     Bottleneck: lambda: Bottleneck(
-        SITE, "mlp", ref(3, IN), ref(3, seed=1), ref(IN, 3, seed=2), ref(IN, seed=3), "relu"
+        BESIDE, ref(3, IN), ref(3, seed=1), ref(IN, 3, seed=2), ref(IN, seed=3), "relu"
     ),
     Gated: lambda: Gated(SITE, factor(), ref(1, IN, seed=4), ref(1, seed=5)),
     Opaque: lambda: Opaque(SITE, "router", "routes every token", (ref(OUT, IN, seed=6),)),

@@ -68,8 +68,7 @@ def _compared(groups: Sequence[Group], base: Base | None) -> Iterator[tuple[str,
             on_base.setdefault(group.site, []).append(group)
             continue
         sides = dict(group.members)
-        label = str(group.site) if group.kind == "add" else f"{group.site} ({group.kind})"
-        yield label, _compare(sides.get("a"), sides.get("b"))
+        yield str(group.key), _compare(sides.get("a"), sides.get("b"))
     for site, found in on_base.items():
         weight = None if base is None else base.weight(site)
         assert weight is not None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.experts import layout_of
-from adaptmerge.adapters.graph import Adapter, Note, Site
+from adaptmerge.adapters.graph import Adapter, Note, key_of
 from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, rank_bound
@@ -25,7 +25,7 @@ from adaptmerge.commands.extract.settle import rounding_of
 from adaptmerge.commands.extract.tuned import Difference
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check, within
 from adaptmerge.commands.verify.extracted import is_extraction
-from adaptmerge.commands.verify.promise import Promised, key_of, line_key
+from adaptmerge.commands.verify.promise import Promised
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.formats.inputs import Input, InputSpec
 from adaptmerge.lazy import torch
@@ -160,6 +160,7 @@ def _planned(step: Step) -> dict[str, Any]:
         "expert": site.expert,
         "kinds_in": {member.adapter: list(member.kinds) for member in members},
         "adapter": step.adapter,
+        "place": site.place,
     }
 
 
@@ -201,9 +202,8 @@ def _input_problems(stated: Stated) -> list[str]:
 def _line_problems(stated: Stated, item: Promised) -> Iterator[str]:
     """What is wrong in the numbers of one line, each with the others and with what is stored."""
     line = item.line
-    label = str(Site(line.module, line.param, expert=line.expert))
-    if line.site != (label if line.kind == "add" else f"{label} ({line.kind})"):
-        yield f"{line.site}: is the line of {label}"
+    if line.site != str(line.key):
+        yield f"{line.site}: is the line of {line.key.site}"
     lost = math.hypot(line.truncation, line.rounding)
     if not _near(line.error * line.norm if line.norm else lost, lost, SUMMED):
         yield f"{line.site}: truncation and rounding are {lost:.4g}, the error says otherwise"
@@ -248,7 +248,7 @@ def _stored(stated: Stated, item: Promised) -> Factor | None:
     """What the output stores of a line."""
     adapters = [r.adapter for n, r in stated.results.items() if item.line.adapter in ("", n)]
     edits = _edits(adapters[0]) if adapters else {}
-    edit = edits.get(line_key(item.line))
+    edit = edits.get(item.line.key)
     return None if edit is None else factor_of(edit)
 
 

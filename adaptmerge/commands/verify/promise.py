@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from adaptmerge.adapters.graph import Adapter, Edit, Labels, Site, fields_of
+from adaptmerge.adapters.graph import Adapter, Edit, Key, Labels, Site, fields_of, key_of
 from adaptmerge.adapters.module_paths import other_versions
 from adaptmerge.adapters.stored_edits import owner_of, with_value
 from adaptmerge.adapters.weight_edits import (
@@ -123,18 +123,7 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
     return basis
 
 
-Key = tuple[str, str, int | None, str]
 Weigh = Callable[[str, Site, str], float]
-
-
-def key_of(edit: Edit) -> Key:
-    """What a line of a report calls an edit by."""
-    return edit.site.module, edit.site.param, edit.site.expert, edit.kind
-
-
-def line_key(line: SiteLine) -> Key:
-    """What an edit is called that a line is about."""
-    return line.module, line.param, line.expert, line.kind
 
 
 def promises(report: Report, inputs: Mapping[str, Adapter], base: Base | None) -> list[Promised]:
@@ -187,16 +176,24 @@ def _taken(edits: dict[Key, list[Edit]], line: SiteLine, name: str) -> list[Edit
 
 def _of_kind(edits: dict[Key, list[Edit]], line: SiteLine, kind: str) -> list[Edit]:
     """With a base, sites get its names, longer or shorter by one or of another version."""
-    shorter = line.module.partition(".")[2]
-    names = (line.module, shorter, *other_versions(line.module))
-    keys: list[Key] = [(name, line.param, line.expert, kind) for name in names]
+    site = line.key.site
+    names = (site.module, _shorter(site.module), *other_versions(site.module))
+    keys = [Key(replace(site, module=name), kind) for name in names]
     if not any(key in edits for key in keys):
-        keys = [k for k in edits if (k[0].partition(".")[2], *k[1:]) == keys[0]]
+        keys = [k for k in edits if _without_prefix(k) == keys[0]]
     return next((edits.pop(key) for key in keys if key in edits), [])
 
 
+def _without_prefix(key: Key) -> Key:
+    return key._replace(site=replace(key.site, module=_shorter(key.site.module)))
+
+
+def _shorter(module: str) -> str:
+    return module.partition(".")[2]
+
+
 def _wrong_weights(line: SiteLine, members: Sequence[Member], weigh: Weigh) -> list[str]:
-    site = Site(line.module, line.param, expert=line.expert)
+    site = line.key.site
     return [
         f"{line.site}: the report says that {member.adapter} counts {member.weight:g} there, its "
         "options say otherwise"
@@ -213,7 +210,7 @@ def _unaccounted(
 ) -> list[str]:
     """Edits of inputs that no line names, though their weight is not 0 and no Note says so."""
     noted = {note.site for note in report.notes if "left out" in note.what}
-    lines = {line_key(line) for line in report.sites}
+    lines = {line.key for line in report.sites}
     heads = policies_in(report)
     return [
         f"{edits[0].site}: the report says nothing of what {name} has there"
@@ -221,8 +218,8 @@ def _unaccounted(
         for key, edits in keyed.items()
         if str(edits[0].site) not in noted
         and not _is_on_nothing(edits[0].site, base)
-        and weigh(name, edits[0].site, key[-1]) != 0.0
-        and not (key in lines and heads.chosen(owner_of(edits[0])) and key[-1] in WHOLE)
+        and weigh(name, *key) != 0.0
+        and not (key in lines and heads.chosen(owner_of(edits[0])) and key.kind in WHOLE)
     ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from adaptmerge.adapters.graph import Adapter, Edit
+from adaptmerge.adapters.graph import Adapter, Edit, Key, key_of
 from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.algebra.forms import WeightedSum
@@ -19,13 +19,10 @@ from adaptmerge.commands.verify.checks import FAIL, PASS, Check, within
 from adaptmerge.commands.verify.measure import Measured, measured
 from adaptmerge.commands.verify.normed import on_weight
 from adaptmerge.commands.verify.promise import (
-    Key,
     Projected,
     Promised,
     added_to,
     expected_edit,
-    key_of,
-    line_key,
     other_tensors,
     settings,
 )
@@ -59,7 +56,7 @@ def check_weights(
     stored = {key_of(edit): edit for edit in output.edits}
     problems = _twice(output) + _dtypes(report, promised, stored)
     audit = auditor(report)
-    pairs = [(item, stored.pop(line_key(item.line), None)) for item in promised]
+    pairs = [(item, stored.pop(item.line.key, None)) for item in promised]
     found = list(_in_parallel(lambda pair: _site(*pair, audit), pairs, tell))
     losses = [one.loss for one in found if one.loss is not None]
     problems += [problem for one in found for problem in one.problems]
@@ -102,14 +99,14 @@ def _does_nothing(edit: Edit) -> bool:
 
 def _twice(output: Adapter) -> list[str]:
     counts = Counter(key_of(edit) for edit in output.edits)
-    return [f"{module}: is in the output {n} times" for (module, *_), n in counts.items() if n > 1]
+    return [f"{key}: is in the output {n} times" for key, n in counts.items() if n > 1]
 
 
 def _dtypes(report: Report, promised: Sequence[Promised], stored: Mapping[Key, Edit]) -> list[str]:
     """What was computed is stored in the dtype that the report says, which sets the tolerances."""
     said = report.output["dtype"]
     fitted = [item.line for item in promised if item.line.action == "fit"]
-    keys = [line_key(line) for line in fitted]
+    keys = [line.key for line in fitted]
     return [
         f"{line.site}: is stored as {ref.dtype}, reported was {said}"
         for line, key in zip(fitted, keys, strict=True)

@@ -116,9 +116,8 @@ def _bottleneck(keys: Keys, config: Config, path: str, parts: Parts) -> Edit | N
     else:
         source = "sum" if config.fields.get("original_ln_before") else "output"
         scale, activation = float(config.fields.get("scaling", 1.0)), config.activation
-        return Bottleneck(
-            Site(layer), place, down, down_bias, up, up_bias, activation, source, scale
-        )
+        site = Site(layer, place=place)
+        return Bottleneck(site, down, down_bias, up, up_bias, activation, source, scale)
     return None
 
 
