@@ -140,7 +140,7 @@ def test_leading_rows_are_the_leading_part() -> None:
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"too short", "tokens, expected 128 or more"), (b"\xff\xfe\x00" * 99, "no text in UTF-8")],
+    [(b"too short", "tokens, expected 128 or more"), (b"\xff\xfe\x00" * 99, "is not UTF-8 text")],
 )
 def test_what_is_no_text_is_refused(content: bytes, what: str, base: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(content)

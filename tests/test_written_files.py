@@ -116,7 +116,7 @@ def test_a_model_card_is_for_people_to_write_in(tiny: Tiny, tmp_path: Path) -> N
 def test_reports_of_earlier_versions_have_no_checksums(tiny: Tiny, tmp_path: Path) -> None:
     output = merged(tiny, tmp_path / "out")
     change_report(output, lambda report: report.pop("files"))
-    with pytest.raises(InputError, match="'files' is missing"):
+    with pytest.raises(InputError, match="has no sha256 of files"):
         files_check(tiny, output)
     change_report(output, lambda report: report.update(report=1))
     check = files_check(tiny, output)
@@ -128,7 +128,9 @@ def test_reports_of_earlier_versions_have_no_checksums(tiny: Tiny, tmp_path: Pat
 def test_a_checksum_that_is_none_is_damage(digest: object, tiny: Tiny, tmp_path: Path) -> None:
     output = merged(tiny, tmp_path / "out")
     change_report(output, lambda report: report["files"].update({"README.md": digest}))  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match="report is damaged: files has"):
+    with pytest.raises(
+        InputError, match="report is damaged: files has|files.README.md is .*: expected text"
+    ):
         files_check(tiny, output)
 
 

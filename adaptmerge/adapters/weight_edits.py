@@ -305,7 +305,7 @@ def delta_on(edits: Sequence[Edit], weight: TensorRef) -> Factor:
         if delta is not None:
             return delta
         if isinstance(edits[0], FactoredOnBase):
-            if len(weight.shape) != 2:
+            if len(weight.shape) != (1 if edits[0].site.param == "bias" else 2):
                 found = f"found {list(weight.shape)} in the base"
                 raise Misshapen(f"{weight.name}: a matrix has two dimensions, {found}")
             return edits[0].on(weight)

@@ -357,7 +357,7 @@ def test_an_adapter_that_is_not_finite_is_named_and_leaves_nothing(
         ({"dtype": "int4"}, UsageError, "--dtype int4: expected"),
         ({"trained_on": "nf5"}, UsageError, "--trained-on nf5: expected original, nf4"),
         ({"executor": "slurm"}, UsageError, "--executor slurm: expected local, ray"),
-        ({"allow": frozenset({"all"})}, UsageError, "--allow all: expected base or"),
+        ({"allow": frozenset({"all"})}, UsageError, "--allow all: expected base, "),
     ],
 )
 def test_options_that_are_refused_leave_nothing(

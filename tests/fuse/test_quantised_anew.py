@@ -403,7 +403,7 @@ def test_what_cannot_be_quantised_so(
     plain: Path, wide: Path, adapter: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="did you mean 'nf4'"):
-        quantised(wide, adapter, tmp_path / "out", "nf5")
+        quantised(wide, adapter, tmp_path / "out", "nf_4")
     with pytest.raises(UsageError, match=r"known: same, bf16, .*nf4.*int4-g128"):
         quantised(wide, adapter, tmp_path / "out", "q")
     narrow = lora(plain, "model.layers.1.self_attn.o_proj", tmp_path / "a")

@@ -170,7 +170,7 @@ BAD: dict[str, tuple[str, Change, str]] = {
         instead("weight_global_scale", torch.ones(1)),
         "global_scale is not expected",
     ),
-    "overs": ("ct-nvfp4", instead("weight_global_scale", torch.ones(2)), "expected one number"),
+    "overs": ("ct-nvfp4", instead("weight_global_scale", torch.ones(2)), "expected one f32"),
     "shape": (
         "ct-int4",
         instead("weight_shape", torch.tensor([36, 64])),

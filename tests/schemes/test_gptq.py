@@ -200,7 +200,7 @@ def test_what_does_not_fit(tmp_path: Path, part: str, value: torch.Tensor, said:
         ({"rotation": "hadamard"}, r"was rotated \(hadamard\)"),
         ({"meta": {"rotation": "random"}}, r"was rotated \(random\)"),
         ({"bits": 5}, "says 5 bits, expected one of: 2, 3, 4, 8"),
-        ({"bits": "four"}, "says 'four' bits"),
+        ({"bits": "four"}, "bits is 'four': expected a whole number"),
         ({"bits": None}, "says None bits"),
     ],
 )

@@ -89,8 +89,8 @@ def test_other_modes(tmp_path: Path, mode: str, everywhere: bool) -> None:
     ("changes", "said"),
     [
         ({"bits": 7}, "has 7 bits in groups of 32, which MLX does not know"),
-        ({"bits": "four"}, "has 'four' bits"),
-        ({"bits": 4.0}, "has 4.0 bits"),
+        ({"bits": "four"}, "bits is 'four': expected a whole number"),
+        ({"bits": 4.0}, "bits is 4.0: expected a whole number"),
         ({"size": 0}, "in groups of 0"),
         ({"size": None}, "in groups of None"),
         ({"size": 64}, r"scales has the shape \[24, 6\], expected \[24, 3\]"),

@@ -76,8 +76,10 @@ def answers(model: Any, path: Path, count: int) -> dict[str, Answer] | None:
 
         if _config(folder).get("layer_replication"):
             return None
-        # what PEFT would initialise, at some cost, is in the file
-        wrapped = PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=True).eval()
+        try:  # without what PEFT would initialise, at some cost, before it loads the file
+            wrapped = PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=True).eval()
+        except (RuntimeError, ValueError, TypeError, NotImplementedError):
+            return None
     if any(value.is_meta for value in wrapped.parameters()):
         return None
     adapted = {} if wrapped.active_peft_config.is_prompt_learning else _adapted(wrapped)

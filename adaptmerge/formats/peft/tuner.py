@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptmerge.adapters.graph import Adapter, Edit, Kind, Layer, Note, Site
-from adaptmerge.adapters.weight_edits import factor_of
+from adaptmerge.adapters.weight_edits import factor_of, family_of
 from adaptmerge.errors import CannotStore
 from adaptmerge.formats.format import ReadOptions, WriteOptions
 from adaptmerge.formats.peft import tuners
@@ -197,6 +197,8 @@ def judge(tuner: Tuner, edit: Edit) -> None:
     factor = factor_of(edit)
     if factor is not None and min(factor.shape) < 1:
         raise Malformed(f"is for a weight of {list(factor.shape)}")
+    if family_of(edit) != tuner.peft_type.lower():
+        return  # in another form than the one it is written in, as one task of a poly is
     try:
         tuner.settings(edit)
     except (IndexError, ZeroDivisionError) as problem:
