@@ -16,6 +16,7 @@ from bench.shapes import BYTES, HIDDEN, SHAPES, TENSORS
 from bench.worker import RANK, WORKERS
 
 ROOT = Path(__file__).parent.parent
+MERGED = ("linear", "svd")
 ROUNDINGS = ("nearest", "adaptive")
 
 
@@ -34,6 +35,8 @@ class Sizes:
     models: tuple[str, ...] = ("0.3B", "1.1B", "3B")  # for memory
     model_rounds: int = 5
     large_rounds: int = 3  # of the largest model
+    verified: str = "0.3B"  # the model whose merges are verified
+    layered: str = "8B-2"  # the one that verify reads layer by layer
 
     @property
     def file_bytes(self) -> int:
@@ -53,6 +56,8 @@ QUICK = Sizes(
     model="0.3B",
     models=("0.3B",),
     model_rounds=1,
+    verified="tiny",
+    layered="tiny",
 )
 
 
@@ -82,6 +87,7 @@ def cases(data: Data, sizes: Sizes) -> list[Case]:
     """All cases, in the order of a round."""
     return [
         *_merges(data, sizes),
+        *_verifying(data, sizes),
         *_memory(data, sizes),
         *_commands(data, sizes),
         *_fusing(data, sizes),
@@ -122,9 +128,26 @@ def rows(sizes: Sizes) -> list[Row]:
         Row(f"`inspect`, {gigabytes} GB, {usual}", "inspect", start, "python", "< 0.4 s"),
         Row(f"`inspect`, {gigabytes} GB, {extreme}", "inspect-many", start, "python", "< 0.4 s"),
         Row("`--help`", "help", start, "python", "< 0.25 s"),
+        *_verifying_rows(sizes),
         *_fusing_rows(sizes),
         *_nf4_rows(sizes),
         *_nf4_model_rows(sizes),
+    ]
+
+
+def _verifying_rows(sizes: Sizes) -> list[Row]:
+    sites, size = 7 * sizes.layers, sizes.verified
+    loaded = "loading the base and a forward", "forward", "<= 4 x"
+    layered = f"memory, `verify --layerwise`, {sizes.layered}"
+    return [
+        *(
+            Row(f"`verify`, `{method}`, {sites} sites", f"verify-{method}", *against, "<= 3 x")
+            for method in MERGED
+            for against in [("`combine`", method)]
+        ),
+        Row(f"`verify --base`, `linear`, {size}", "verify-base", *loaded),
+        Row(f"`verify --base`, two DoRA, {size}", "verify-dora", *loaded),
+        Row(layered, "memory-verify", "a forward, layer by layer", "memory-forward", "<= 1.5 x"),
     ]
 
 
@@ -222,6 +245,34 @@ def _merges(data: Data, sizes: Sizes) -> list[Case]:
         Case("experts-copy", "s", lambda: _worker("copy", data.output("copy"), *data.experts(2))),
         Case("site", "s", site),
         Case("peft", "s", lambda: _worker("peft", str(sizes.square)), most=sizes.peft_rounds),
+    ]
+
+
+def _verifying(data: Data, sizes: Sizes) -> list[Case]:
+    size, most = sizes.verified, sizes.large_rounds
+
+    def weights(method: str) -> float:
+        inputs = data.adapters(1, 1)[0], data.output(f"verify-{method}")
+        return _worker("verify", method, *inputs, *data.adapters(2, sizes.layers))
+
+    def base(name: str, adapter: Callable[[str, int], str]) -> float:
+        inputs = data.model("tiny"), adapter("tiny", 0), data.output(name), data.model(size)
+        return _worker("verify-base", *inputs, *(adapter(size, seed) for seed in range(2)))
+
+    def memory() -> float:
+        inputs = [data.model_adapter(sizes.layered, seed) for seed in range(2)]
+        output = data.output("memory-verify")
+        return _worker("memory-verify", output, data.model(sizes.layered), *inputs)
+
+    forward = partial(_worker, "forward")
+    layered = partial(_worker, "memory-forward")
+    return [
+        *(Case(f"verify-{method}", "s", partial(weights, method)) for method in MERGED),
+        Case("verify-base", "s", partial(base, "verify-base", data.model_adapter), most),
+        Case("verify-dora", "s", partial(base, "verify-dora", data.model_dora), most),
+        Case("forward", "s", lambda: forward(data.model("tiny"), data.model(size)), most),
+        Case("memory-verify", "MB", memory, most),
+        Case("memory-forward", "MB", lambda: layered(data.model(sizes.layered)), most),
     ]
 
 

@@ -33,13 +33,21 @@ def make_layer(folder: Path) -> Path:
 
 def make_dora(folder: Path, *, base: Path, seed: int) -> Path:
     """A rank-16 DoRA of that layer, whose magnitudes are off by some percent."""
-    make_adapter(folder, layers=1, seed=seed)
-    tensors, weights = load_file(folder / TENSORS), load_file(base / "model.safetensors")
+    return as_dora(make_adapter(folder, layers=1, seed=seed), base=base, seed=seed)
+
+
+def as_dora(folder: Path, *, base: Path, seed: int) -> Path:
+    """The LoRA in the folder made a DoRA of that base, whose magnitudes are off by some percent."""
+    tensors = load_file(folder / TENSORS)
+    weights = {
+        name: t for part in base.glob("*.safetensors") for name, t in load_file(part).items()
+    }
     random = torch.Generator().manual_seed(seed)
-    for module, (out, _) in sites(1):
-        norms = weights[f"{module}.weight"].float().norm(dim=1)
-        key = f"base_model.model.{module}.lora_magnitude_vector"
-        tensors[key] = norms * (1 + SPREAD * torch.randn(out, generator=random))
+    for down in sorted(name for name in tensors if name.endswith(".lora_A.weight")):
+        key = down.removesuffix(".lora_A.weight")
+        norms = weights[f"{key.removeprefix('base_model.model.')}.weight"].float().norm(dim=1)
+        off = 1 + SPREAD * torch.randn(len(norms), generator=random)
+        tensors[f"{key}.lora_magnitude_vector"] = norms * off
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     stated = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**stated, "use_dora": True}))

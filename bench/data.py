@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.combining import make_dora, make_experts, make_layer
+from bench.combining import as_dora, make_dora, make_experts, make_layer
 from bench.models import make_model, make_model_adapter
 from bench.nf4_model import SCALE, make_nf4_model
 from bench.shapes import CONFIG, make_adapter, make_large, squares
@@ -51,9 +51,20 @@ class Data:
         """A base model of that size."""
         return self._once(f"model-{size}", partial(make_model, size=size), "config.json")
 
-    def model_adapter(self, size: str) -> str:
+    def model_adapter(self, size: str, seed: int = 0) -> str:
         """An adapter of all linears of the model of that size."""
-        return self._once(f"model-{size}-adapter", partial(make_model_adapter, size=size))
+        make = partial(make_model_adapter, size=size, seed=seed)
+        return self._once(f"model-{size}-adapter-{seed}", make)
+
+    def model_dora(self, size: str, seed: int) -> str:
+        """A DoRA of all linears of the model of that size."""
+        base = Path(self.model(size))
+
+        def make(folder: Path) -> Path:
+            lora = make_model_adapter(folder, size=size, seed=seed)
+            return as_dora(lora, base=base, seed=seed)
+
+        return self._once(f"model-{size}-dora-{seed}", make)
 
     def nf4_model(self, size: str) -> str:
         """A base model of that size in NF4."""

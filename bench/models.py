@@ -18,6 +18,7 @@ SIZES = {
     "0.3B": (1024, 256, 2816, 22, 16),
     "1.1B": (2048, 256, 5632, 22, 32),
     "3B": (3072, 1024, 8192, 26, 24),
+    "8B-2": (4096, 1024, 14336, 2, 32),  # two of its layers
 }
 VOCABULARY = 32000
 
@@ -112,8 +113,8 @@ def config(size: tuple[int, int, int, int, int]) -> dict[str, object]:
     }
 
 
-def make_model_adapter(folder: Path, *, size: str, scale: float = 0.0016) -> Path:
+def make_model_adapter(folder: Path, *, size: str, scale: float = 0.0016, seed: int = 0) -> Path:
     """A rank-16 LoRA on all linears of a model of that size, its deltas a thousandth of the weights or, of
     another scale of its factors, 400 times its square."""
     *_, layers, _ = SIZES[size]
-    return make_adapter(folder, layers=layers, shapes=shapes(size), scale=scale)
+    return make_adapter(folder, layers=layers, shapes=shapes(size), scale=scale, seed=seed)

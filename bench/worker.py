@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench import algebra
+from bench import algebra, verifying
 from bench.memory import peak
 from bench.shapes import TENSORS
 
@@ -60,6 +60,32 @@ def experts(output: str, *inputs: str) -> float:
     return _timed(lambda: _combine("linear", inputs, output))
 
 
+def verify(method: str, warm_up: str, output: str, *inputs: str) -> float:
+    """Seconds of verify of a merge, without a base."""
+    for merged, sources in ((f"{output}-warm-up", [warm_up, warm_up]), (output, inputs)):
+        _combine(method, sources, merged)
+        verifying.verify(merged)
+    _ready([*inputs, output])
+    return _timed(lambda: verifying.verify(output))
+
+
+def verify_base(warm_up: str, warm_up_adapter: str, output: str, base: str, *inputs: str) -> float:
+    """Seconds of verify of a linear merge with its base, all that it can ask being asked."""
+    merges = (f"{output}-warm-up", warm_up, [warm_up_adapter] * 2), (output, base, inputs)
+    for merged, model, sources in merges:
+        _combine("linear", sources, merged, base=model)
+    verifying.verify(merges[0][0], warm_up)
+    _ready([*inputs, output, base])
+    return _timed(lambda: verifying.verify(output, base))
+
+
+def forward(warm_up: str, base: str) -> float:
+    """Seconds of loading a base and running it once."""
+    verifying.forward(warm_up)
+    _ready([base])
+    return _timed(lambda: verifying.forward(base))
+
+
 def bare(warm_up: str, *inputs: str) -> float:
     """Seconds of the same merge's algebra alone, from memory, without files."""
     _bare([warm_up, warm_up])()
@@ -85,6 +111,18 @@ def peft(size: str) -> float:
 def memory(output: str, *inputs: str) -> float:
     """MB of anonymous memory at the peak of a merge, above those when torch was imported."""
     return _memory_of(lambda: _combine("svd", inputs, output), output, inputs)
+
+
+def memory_verify(output: str, base: str, *inputs: str) -> float:
+    """MB of anonymous memory at the peak of verify --layerwise, above those when torch was imported."""
+    command = [sys.executable, "-m", "adaptmerge", "combine", *inputs, "--base", base, "-o", output]
+    _shell([*command, "--force"])
+    return _peak_of(lambda: verifying.verify(output, base, layerwise=True))
+
+
+def memory_forward(base: str) -> float:
+    """The same of one forward whose weights are read when they are used."""
+    return _peak_of(lambda: verifying.forward_layerwise(base))
 
 
 def fuse(rounding: str, warm_up: str, warm_up_adapter: str, output: str, *inputs: str) -> float:
@@ -163,7 +201,12 @@ def _nf4_model(jobs: str, output: str, inputs: Sequence[str]) -> Cost:
 
 def _memory_of(work: Callable[[], object], output: str, inputs: Sequence[str]) -> float:
     _settle(inputs, output)
-    with _dropped(output), peak() as most:
+    with _dropped(output):
+        return _peak_of(work)
+
+
+def _peak_of(work: Callable[[], object]) -> float:
+    with peak() as most:
         before = most[0]
         work()
     return (most[0] - before) / 1e6
@@ -263,6 +306,10 @@ def _peft_model(size: int):  # type: ignore[no-untyped-def]
 def _settle(inputs: Sequence[str], output: str) -> None:
     """The same state for all: no output, nothing waiting to be written, inputs in the page cache."""
     shutil.rmtree(output, ignore_errors=True)
+    _ready(inputs)
+
+
+def _ready(inputs: Sequence[str]) -> None:
     for path in [path for source in inputs for path in Path(source).glob("*.safetensors")]:
         with path.open("rb") as file:
             while file.read(1 << 20):
@@ -284,10 +331,15 @@ MEASURES: dict[str, Callable[..., float]] = {
     "dora": dora,
     "dora-norms": dora_norms,
     "experts": experts,
+    "verify": verify,
+    "verify-base": verify_base,
+    "forward": forward,
     "bare": bare,
     "copy": copy,
     "peft": peft,
     "memory": memory,
+    "memory-verify": memory_verify,
+    "memory-forward": memory_forward,
     "fuse": fuse,
     "copy-model": copy_model,
     "fuse-peft": fuse_peft,

@@ -15,6 +15,7 @@ from strategies import Matrix, factors_of, random_ref, ref_of, seeds
 
 from adaptmerge.adapters.graph import Site
 from adaptmerge.adapters.weight_edits import Dora, Effect
+from adaptmerge.algebra import linalg
 from adaptmerge.algebra.factors import (
     Diag,
     Factor,
@@ -204,3 +205,26 @@ def test_small_coordinates_keep_norms_and_singular_values(seed: int) -> None:
     full = whole.up @ whole.down - up @ down
     want = torch.linalg.svdvals(full)[:7]
     close(torch.linalg.svdvals(rest)[:7], want, atol=1e-9)
+
+
+def test_a_weight_is_looked_at_in_one_buffer_of_a_bounded_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block that is taken and given back for every few rows stays with the allocator: gigabytes for the
+    weights of large layers."""
+    monkeypatch.setattr(linalg, "ROWS", 5 * SHAPE[1])
+    weight = random_ref(3, *SHAPE).read()
+    read: list[int] = []
+
+    def rows_of(start: int, stop: int) -> torch.Tensor:
+        read.append(stop - start)
+        return weight[start:stop]
+
+    found = torch.zeros(SHAPE, dtype=torch.float64)
+    places = set()
+    for rows, block in linalg.in_float64(SHAPE, rows_of):
+        found[rows] = block
+        places.add(block.data_ptr())
+    assert torch.equal(found, weight.double())
+    assert max(read) == 5 and sum(read) == SHAPE[0]
+    assert len(places) == 1

@@ -25,6 +25,7 @@ from adaptmerge.commands.verify.difference import difference
 from adaptmerge.errors import InputError
 from adaptmerge.formats.inputs import InputSpec, open_input
 from adaptmerge.formats.peft.config import PeftConfig
+from adaptmerge.runtime import memory
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -105,6 +106,26 @@ def test_layerwise_gives_the_same_verdict(tiny: Path, tmp_path: Path) -> None:
     verdict = ask(tiny, out, layerwise=True)
     assert verdict.status == library.PASS
     assert "readers" in verdict.trusted
+
+
+@pytest.mark.parametrize("free", [10**6, None])
+def test_a_base_that_does_not_fit_is_streamed(
+    free: int | None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    verdict = ask(tiny, merged(tiny, tmp_path / "out"))
+    (check,) = (check for check in verdict.checks if check.name == "forward")
+    assert verdict.status == library.PASS
+    assert ("streamed: " in check.detail) == (free is not None)
+    assert ("forward in peft" in statuses(verdict)) == (free is None)
+
+
+def test_the_memory_that_is_free_is_known_here() -> None:
+    if not memory.MEMINFO.is_file():
+        pytest.skip("there is no /proc/meminfo")
+    free = memory.free_memory("cpu")
+    assert free is not None
+    assert 10**6 < free < 10**14
 
 
 def test_without_a_base_the_readers_are_said_to_be_trusted(tiny: Path, tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from adaptmerge.algebra.factors import (
     Sum,
     rank_bound,
 )
+from adaptmerge.algebra.linalg import in_float64
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.refs import TensorRef
 
-ROWS = 512  # of a weight, looked at in float64 at once
 LEFT = (
     1e-6  # share of a squared row that is left of it, below which the expansion of its norm is weak
 )
@@ -112,10 +112,8 @@ def norms_beside(weight: torch.Tensor, form: Form) -> torch.Tensor | None:
     up, down = form.up, form.down
     inside = ((up @ (down @ down.T)) * up).sum(1)
     squares, crossed = torch.empty_like(inside), torch.empty_like(inside)
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
-        block = weight[rows].double()
-        squares[rows] = block.square().sum(1)
+    for rows, block in in_float64(weight.shape, lambda *span: weight[slice(*span)]):
+        squares[rows] = torch.linalg.vector_norm(block, dim=1).square()
         crossed[rows] = ((block @ down.T) * up[rows]).sum(1)
     moved = squares + 2 * crossed + inside
     return moved.sqrt() if bool((moved >= LEFT * (squares + inside)).all()) else None

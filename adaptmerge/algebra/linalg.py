@@ -7,7 +7,7 @@ float32 (float64 for float64 input) with every r x r core in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +19,26 @@ PLAIN = 40  # the largest entries of a column between 2^-PLAIN and 2^PLAIN have 
 FARTHEST = 1000  # a power of two that float64 holds
 ROWS = 1 << 20  # entries of a weight that are looked at in float64 at once
 NOISE = 2.0  # singular values below NOISE * eps * sqrt(max(m, n)) * (sum of the inputs' norms) are rounding
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows that together cover a matrix, of about ROWS entries each."""
+    rows, columns = shape
+    step = max(1, ROWS // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def in_float64(
+    shape: Sequence[int], read: Callable[[int, int], torch.Tensor]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of a matrix, and their values in float64: in one buffer, which the next ones overwrite."""
+    buffer = None
+    for start, stop in row_blocks(shape):
+        values = read(start, stop)
+        if buffer is None:  # allocators keep much of what is taken and given back for every block
+            buffer = values.new_empty(values.shape, dtype=torch.float64)
+        yield slice(start, stop), buffer[: stop - start].copy_(values)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from adaptmerge.algebra import decompose
-from adaptmerge.algebra.linalg import ROWS, noise_floor, signs
+from adaptmerge.algebra.linalg import noise_floor, row_blocks, signs
 from adaptmerge.lazy import torch
 
 OVERSAMPLING = 16  # directions beyond those that are wanted
@@ -165,9 +165,8 @@ def residual(matrix: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> floa
 
 
 def _blocks(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
-    step = max(1, ROWS // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield matrix[start : start + step]
+    for start, stop in row_blocks(matrix.shape):
+        yield matrix[start:stop]
 
 
 def _floor(matrix: torch.Tensor) -> float:

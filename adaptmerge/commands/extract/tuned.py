@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from adaptmerge.adapters.graph import Adapter, BaseReference, Edit, Kind, Labels
 from adaptmerge.adapters.stored_edits import Replace, saved_module, stores_value
 from adaptmerge.adapters.weight_edits import Add
 from adaptmerge.algebra.factors import Rows, Term, whole_term
-from adaptmerge.algebra.linalg import ROWS
+from adaptmerge.algebra.linalg import row_blocks
 from adaptmerge.bases.base import Base
 from adaptmerge.bases.ties import FLAG
 from adaptmerge.commands.extract.pairs import Pair, pairs_of, problems_of
@@ -66,16 +66,10 @@ class Difference:
         if self.at_once:
             return self.tuned.read().to(dtype) - self.base.read().to(dtype)
         found = torch.empty(self.shape, dtype=dtype)
-        for start, stop in self._blocks():
+        for start, stop in row_blocks(self.shape):
             block = self.tuned.slice(0, start, stop).read().to(dtype)
             found[start:stop] = block - self.base.slice(0, start, stop).read().to(dtype)
         return found
-
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        rows, columns = self.shape
-        step = max(1, ROWS // max(1, columns))
-        for start in range(0, rows, step):
-            yield start, min(rows, start + step)
 
 
 def as_adapter(base: Base, tuned: Base, wanted: Wanted, workers: int) -> Adapter:

@@ -7,7 +7,7 @@ would look small even for an adapter that was never applied.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from adaptmerge import runtime
@@ -18,6 +18,7 @@ from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, wi
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.lazy import torch
 from adaptmerge.parallel import Tell, untold
+from adaptmerge.runtime.memory import why_streamed
 from adaptmerge.tensors.dtypes import DType
 
 FIXED = {"F64": 1e-5, "F32": 1e-5, "F16": 2e-3, "BF16": 2e-2}
@@ -57,6 +58,7 @@ class Bench:
     layerwise: bool
     inputs: Mapping[str, Any]
     tell: Tell = untold
+    why: str = ""
     loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @classmethod
@@ -68,10 +70,12 @@ class Bench:
         tokens: Sequence[int] = (),
         tell: Tell = untold,
     ) -> Bench:
-        """`tokens` are some that the inputs should have: those that were trained."""
+        """`tokens` are some that the inputs should have: those that were trained. A base that does not fit
+        into the memory that is free is streamed, too, and `why` says so."""
+        why = "" if layerwise else why_streamed(base, device)
         inputs = runtime.inputs_for(base.path, tokens)
         placed = {name: value.to(device) for name, value in inputs.items()}
-        return cls(base, device, layerwise, placed, tell)
+        return cls(base, device, layerwise or bool(why), placed, tell, why)
 
     def model(self, adapter: Adapter | None = None) -> Any:
         """The base in float32 with places for an adapter's heads: modules of its own, around weights that
@@ -140,6 +144,8 @@ def check_forward(bench: Bench, expected: Adapter, output: Adapter, dtype: DType
         detail = f"outputs are of shape {list(y.shape)}, promised were {list(y_ref.shape)}"
         return Forward(Check("forward", FAIL, detail), y_ref, y_base)
     check = judge("forward", compare(y, y_ref, y_base, dtype), idle=idle)
+    if bench.why:
+        check = replace(check, detail=f"{check.detail}; {bench.why}")
     return Forward(check, y_ref, y_base, idle)
 
 

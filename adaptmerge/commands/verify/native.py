@@ -11,6 +11,7 @@ from adaptmerge import runtime
 from adaptmerge.adapters.graph import Adapter, Site
 from adaptmerge.adapters.weight_edits import WeightEdit, delta_of, delta_on, is_formed
 from adaptmerge.algebra.forms import Form, form_of
+from adaptmerge.algebra.linalg import in_float64
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, Check, within
 from adaptmerge.commands.verify.forward import Bench, Forward, compare, judge
@@ -23,7 +24,6 @@ from adaptmerge.tensors.refs import TensorRef
 
 ALIKE = 1e-5  # relative to the library's own delta
 PROBES = 8  # random inputs that each layer is asked for
-ROWS = 512  # of a weight, looked at in float64 at once
 Answers = Mapping[str, Answer]
 
 
@@ -155,6 +155,5 @@ def _form(edits: Sequence[WeightEdit], weight: TensorRef) -> Form | None:
 
 
 def _outputs(weight: TensorRef, given: torch.Tensor) -> torch.Tensor:
-    starts = range(0, weight.shape[0], ROWS)
-    blocks = (weight.slice(0, at, min(weight.shape[0], at + ROWS)).read().double() for at in starts)
-    return torch.cat([given @ block.T for block in blocks], dim=1)
+    blocks = in_float64(weight.shape, lambda *rows: weight.slice(0, *rows).read())
+    return torch.cat([given @ block.T for _, block in blocks], dim=1)

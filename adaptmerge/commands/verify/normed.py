@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from adaptmerge.adapters.weight_edits import Effect, RowNorming, norms_rows
 from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum
-from adaptmerge.algebra.forms import LEFT, ROWS, Form, form_of
+from adaptmerge.algebra.forms import LEFT, Form, form_of
+from adaptmerge.algebra.linalg import in_float64
 from adaptmerge.lazy import torch
 from adaptmerge.merging.settle import Held
 from adaptmerge.tensors.refs import TensorRef, computed
@@ -22,12 +23,12 @@ class Ground(NamedTuple):
 
 def ground(weight: TensorRef, down: torch.Tensor) -> Ground:
     """One pass over the weight, some rows at a time."""
-    squares, met = [], []
-    for start in range(0, weight.shape[0], ROWS):
-        block = weight.slice(0, start, min(weight.shape[0], start + ROWS)).read().double()
-        squares.append(block.square().sum(1))
-        met.append(block @ down.T)
-    return Ground(torch.cat(squares), torch.cat(met))
+    squares = down.new_empty(weight.shape[0])
+    met = down.new_empty(weight.shape[0], len(down))
+    for rows, block in in_float64(weight.shape, lambda *span: weight.slice(0, *span).read()):
+        squares[rows] = torch.linalg.vector_norm(block, dim=1).square()
+        torch.mm(block, down.T, out=met[rows])
+    return Ground(squares, met)
 
 
 def share(edit: RowNorming, form: Form, met: Ground) -> torch.Tensor | None:

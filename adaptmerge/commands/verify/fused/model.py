@@ -184,7 +184,9 @@ def _forward(
         noisy = _noisy(wanted, found, against.settled)
         y_base, y_ref, y_noisy = bench.run_each(model, (against.base, wanted, noisy))
         del model
-        bench = replace(bench, base=fused.values, layerwise=layerwise or fused.scheme is not None)
+        bench.loaded.clear()
+        streams = layerwise or bool(bench.why) or fused.scheme is not None
+        bench = replace(bench, base=fused.values, layerwise=streams)
         (y,) = _outputs(bench)
     except CannotRun as problem:
         return Check("forward", UNDECIDABLE, "; ".join(problem.problems))
