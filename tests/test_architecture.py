@@ -290,6 +290,51 @@ def test_only_formats_name_formats() -> None:
     assert not named, "\n".join(named)
 
 
+def is_made_of_a_site(node: ast.AST) -> bool:
+    """Whether it joins a site, or parts of one, and a kind of edit; or puts a site together from parts."""
+    if isinstance(node, ast.Call) and last(node.func) == "Site":
+        return {"module", "param"} <= {
+            arg.attr for arg in node.args if isinstance(arg, ast.Attribute)
+        }
+    if isinstance(node, ast.JoinedStr):
+        inside = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+        is_sentence = ": " in ast.unparse(node)
+    else:
+        inside, is_sentence = node.elts if isinstance(node, ast.Tuple) else [], False
+    names = {last(part) for part in inside}
+    return "kind" in names and bool(names & {"site", "module", "param"}) and not is_sentence
+
+
+def test_what_edits_are_known_by_is_made_in_one_place() -> None:
+    homes = {"adapters/graph.py", "outputs/report.py"}  # a report's line states the parts
+    parts = ("adapters", *KIND_BLIND, "cli", "runtime")
+    made = [
+        f"{where(path, node)}: {ast.unparse(node)[:80]}"
+        for path in [*files_of(*parts), PACKAGE / "formats" / "native.py"]
+        if path.relative_to(PACKAGE).as_posix() not in homes
+        for node in ast.walk(tree(path))
+        if is_made_of_a_site(node)
+    ]
+    assert not made, f"graph.Key and graph.key_of have these: {made}"
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("found[group.site, group.kind]", True),
+        ("(edit.site.module, edit.site.param, edit.kind)", True),
+        ("f'{site} ({kind})'", True),
+        ("Site(line.module, line.param)", True),
+        ("(key.site, edit)", False),
+        ("f'{line.site}: kind is {line.kind!r}'", False),
+        ("Site(module, param)", False),
+        ("Site(line.module)", False),
+    ],
+)
+def test_the_rule_on_keys_itself(code: str, wrong: bool) -> None:
+    assert any(map(is_made_of_a_site, ast.walk(ast.parse(code)))) is wrong
+
+
 def test_only_the_command_line_exits() -> None:
     exits = [
         where(path, node)

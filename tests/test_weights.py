@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.graph import Key, Site
 from adaptmerge.errors import UsageError
 from adaptmerge.merging.weights import (
     SiteRule,
@@ -202,14 +202,32 @@ def test_unknown_names_and_idle_rules_are_refused_together() -> None:
         {"sql": 1.0}, (SiteRule("q_proj", {"sq": 1.0}), SiteRule("nope", {"sql": 1.0}))
     )
     with pytest.raises(UsageError) as caught:
-        weights.check([(Q0, "add")])
+        weights.check([Key(Q0, "add")])
     assert caught.value.problems == (
         "site rule 'q_proj' names 'sq': did you mean 'sql'?",
         "site rule 'nope' selects no site; a site is model.layers.0.self_attn.q_proj",
     )
     with pytest.raises(UsageError, match="selects no site"):
-        Weights({"a": 1.0}, (rule("q_proj", 1.0, "dora"),)).check([(Q0, "add")])
-    Weights({"a": 1.0}, (rule("q_proj", 1.0),)).check([(Q0, "add")])
+        Weights({"a": 1.0}, (rule("q_proj", 1.0, "dora"),)).check([Key(Q0, "add")])
+    Weights({"a": 1.0}, (rule("q_proj", 1.0),)).check([Key(Q0, "add")])
+
+
+@pytest.mark.parametrize(
+    ("match", "selected"),
+    [
+        ("layers.3", ["attention", "mlp"]),
+        ("layers.3:mlp", ["mlp"]),
+        ("*:attention", ["attention"]),
+        ("model.layers.*:mlp", ["mlp"]),
+        ("re::(mlp|attention)$", ["attention", "mlp"]),
+        ("layers.3:cross", []),
+    ],
+)
+def test_a_place_of_a_layer_is_part_of_what_a_pattern_sees(match: str, selected: list[str]) -> None:
+    rule = parse_rule(f"{match}@bottleneck:a=1")
+    assert rule.match == match
+    sites = [Site("model.layers.3", place=place) for place in ("attention", "mlp")]
+    assert [site.place for site in sites if rule.selects(site, "bottleneck")] == selected
 
 
 # Spelling

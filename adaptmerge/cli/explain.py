@@ -74,17 +74,9 @@ def _show_matrix(line: FusedSite) -> None:
 
 
 def _matching(sites: Sequence[Line], site: str) -> list[Line]:
-    from fnmatch import fnmatchcase
-
     from adaptmerge.errors import UsageError, did_you_mean
 
-    found = [
-        line
-        for line in sites
-        if _is_called(line, site)
-        or fnmatchcase(line.site, site)
-        or fnmatchcase(line.site, f"*.{site}")
-    ]
+    found = [line for line in sites if any(_is_meant(site, name) for name in _names(line))]
     if not found:
         names = [line.site for line in sites][:2000]
         hint = did_you_mean(site, names)
@@ -93,13 +85,18 @@ def _matching(sites: Sequence[Line], site: str) -> list[Line]:
     return found
 
 
-def _is_called(line: Line, site: str) -> bool:
-    """Whether it is the line's site, or the end of it: with the kind of edit and the place in the layer, or
-    without."""
+def _names(line: Line) -> tuple[str, str, str]:
+    """What a line's site is called: in full, without the kind of edit, and without the place in a layer."""
+    bare = line.site.partition(" (")[0]
+    return line.site, bare, bare.partition(":")[0]
+
+
+def _is_meant(site: str, name: str) -> bool:
+    from fnmatch import fnmatchcase
+
     from adaptmerge.adapters.module_paths import is_suffix
 
-    bare = line.site.partition(" (")[0]
-    return any(is_suffix(site, name) for name in (line.site, bare, bare.partition(":")[0]))
+    return is_suffix(site, name) or fnmatchcase(name, site) or fnmatchcase(name, f"*.{site}")
 
 
 def _set_by(report: Report, line: SiteLine, name: str) -> str:

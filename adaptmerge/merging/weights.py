@@ -74,8 +74,8 @@ class Weights:
                 for name in rule.weights
                 if name not in self.base
             ]
-            if not any(rule.selects(site, kind) for site, kind in sites):
-                example = sites[0][0] if sites else "none"
+            if not any(rule.selects(*key) for key in sites):
+                example = sites[0].site if sites else "none"
                 kinds = f" of kind {rule.kind!r}" if rule.kind else ""
                 problems.append(
                     f"site rule {rule.match!r} selects no site{kinds}; a site is {example}"

@@ -35,6 +35,16 @@ def test_a_native_file_of_what_flows_is_read(name: str) -> None:
     assert [edit.kind for edit in adapter.edits] == [kind] * count
 
 
+def test_the_place_of_a_bottleneck_was_once_beside_its_site() -> None:
+    adapter = open_input(InputSpec(str(EARLIER / "native-seq_bn"))).adapter
+    assert [str(site) for site in adapter.sites()] == ["model.layers.0:mlp", "model.layers.1:mlp"]
+    outcome = run(
+        "diff", str(EARLIER / "native-seq_bn"), str(ROOT / "fixtures/adapterhub/llama/seq_bn")
+    )
+    assert outcome.code == 0, outcome.shown
+    assert "over 2 sites" in outcome.stdout
+
+
 @pytest.mark.parametrize("name", ["merged", "heads", "native-mixed"])
 def test_an_output_is_verified_by_its_report(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # sources are relative to it
