@@ -305,10 +305,12 @@ def delta_on(edits: Sequence[Edit], weight: TensorRef) -> Factor:
         if delta is not None:
             return delta
         if isinstance(edits[0], FactoredOnBase):
-            if len(weight.shape) != 2:
+            if len(weight.shape) != 2 and edits[0].site.param != "bias":
                 found = f"found {list(weight.shape)} in the base"
                 raise Misshapen(f"{weight.name}: a matrix has two dimensions, {found}")
             return edits[0].on(weight)
+    if not weight.shape:
+        raise Misshapen(f"{weight.name}: found a single number in the base, expected a matrix")
     return Effect(tuple(edits), weight)
 
 

@@ -207,7 +207,7 @@ def _pooled(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     group = reading.setting("qalora_group_size")
     if not isinstance(group, int) or group < 1:
         raise Malformed(f"qalora_group_size is {group!r}: expected a whole number of at least 1")
-    weight, down = reading.weight(pair.site.module), matched(pair).down
+    weight, down = reading.matrix(pair.site.module), matched(pair).down
     if weight is not None and weight.shape[1] == down.shape[1]:
         what = "use_qalora is set, but inputs are not pooled, as PEFT leaves them without GPTQ"
         _say(reading, Note(Kind.ASSUMED, what, site=str(pair.site)))

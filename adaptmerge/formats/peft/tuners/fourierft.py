@@ -28,7 +28,7 @@ def check_spectrum(reading: Reading, module: str, shape: tuple[int, ...], expect
             f"has coefficients of shape {list(shape)}, but by n_frequency there are {expected}: does "
             "the config belong to this file?"
         )
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is not None and shape[0] > weight.count:
         raise Malformed(
             f"has {shape[0]} coefficients, more than the {weight.count} entries of the base's weight"

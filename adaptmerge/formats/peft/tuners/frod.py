@@ -72,7 +72,7 @@ def _edit(reading: Reading, module: str, parts: Parts, basis: TensorRef, places:
             f"has {scales.count} scales and {couplings.count} couplings, but its category "
             f"{basis.shape[0]} and {places.shape[1]}"
         )
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is not None and weight.shape[1] != scales.count:
         raise Malformed(f"is for {scales.count} inputs, but the base has {weight.shape[1]}")
     ridge = float(reading.setting("regularization_alpha"))

@@ -39,7 +39,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
 def _weight(reading: Reading, module: str, column: Support) -> TensorRef | None:
     if column.form == "none":
         return None
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is None:
         raise Malformed(f"its bias takes up the base's weight (glora_C): {reading.advice}")
     width = column.parts[0].shape[0]

@@ -18,7 +18,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
         raise Malformed(
             f"has rank {directions.shape[1]}, but the config says {reading.setting('r')}"
         )
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is not None and weight.shape[1] != directions.shape[0]:
         raise Malformed(f"is for {directions.shape[0]} inputs, but the base has {weight.shape[1]}")
     site = Site(module, "weight", reading.layer(module))

@@ -48,7 +48,7 @@ def _bat(reading: Reading, module: str, block: TensorRef) -> MissBat:
 
 
 def _fits(reading: Reading, edit: Miss | MissBat) -> None:
-    weight = reading.weight(edit.site.module)
+    weight = reading.matrix(edit.site.module)
     problem = None if weight is None else edit.misfit(weight.shape)
     if problem:
         raise Malformed(f"{problem}: is this adapter for another model?")

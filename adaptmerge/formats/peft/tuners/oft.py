@@ -46,7 +46,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
 
 def _fitted(reading: Reading, edit: Oft) -> Oft:
     """The edit, its blocks counted and compared with the base where that is known."""
-    weight = reading.weight(edit.site.module)
+    weight = reading.matrix(edit.site.module)
     if weight is None:
         return edit
     from dataclasses import replace

@@ -101,7 +101,7 @@ def _edit(
             f"{WEIGHTS} has shape {list(weights.shape)} and {COLUMNS} {list(columns.shape)}, but r = "
             f"{rank} makes them {[rank, count]} and {[count, small]}"
         )
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     fits = weight is None or (min(weight.shape) == small and max(weight.shape) <= long.shape[0])
     if not fits or short.shape[0] != rank or long.shape[1] < count or short.shape[2] < small:
         raise Malformed(

@@ -27,7 +27,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
             f"has {angles.count} angles and {scales.count} scales, which give no outputs in groups of "
             f"{group}"
         )
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is not None and weight.shape[0] != out:
         raise Malformed(
             f"is for {out} outputs, but the base has {weight.shape[0]}: is the variant right?"

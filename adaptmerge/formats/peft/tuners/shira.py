@@ -19,7 +19,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
             "for every value of shira_weight"
         )
     rank = integer(reading, "r")
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is not None and values.count != rank * sum(weight.shape):
         raise Malformed(
             f"{values.count} values are stored, but r = {rank} on a weight of {list(weight.shape)} "

@@ -84,7 +84,7 @@ def _edit(
     reading: Reading, module: str, parts: Parts, style: Style, down: TensorRef, up: TensorRef
 ) -> list[Edit]:
     outer, inner = (parts[leaf] for leaf in style.leaves)
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     width = down.shape[1] if weight is None else weight.shape[1]
     rank = style.rows * up.shape[1]
     if (inner.count, down.shape[0]) != (rank, rank):
