@@ -516,6 +516,16 @@ def damaged(base: Path, tuned: Path) -> None:
     changed(tuned, lambda t: {**t, name: torch.full_like(t[name], torch.nan)})
 
 
+def whole_numbers(base: Path, tuned: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed(tuned, lambda t: {**t, name: t[name].to(torch.int8)})
+
+
+def complex_numbers(base: Path, tuned: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    changed(base, lambda t: {**t, name: t[name].to(torch.complex64)})
+
+
 def the_same(base: Path, tuned: Path) -> None:
     shutil.rmtree(tuned)
     shutil.copytree(base, tuned)
@@ -525,6 +535,8 @@ WRONG = {
     quantised: r"is quantised \(gptq\)",
     other_shapes: r"up_proj.weight is \[96, 64\] in the base and \[90, 64\] in the tuned",
     damaged: "up_proj: holds NaN or infinity in the tuned model",
+    whole_numbers: "up_proj.weight is i8 in the tuned model: expected floating",
+    complex_numbers: "input_layernorm.weight holds c64 values: expected real numbers",
     the_same: "nothing differs: it holds the same values as the base",
     lambda b, t: changed(
         t, dict, model_type="mistral"

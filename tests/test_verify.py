@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import torch
 from console import run
 from fuse.tiny import cut
@@ -205,6 +206,19 @@ def test_the_model_alone_sees_the_damage_too(damaged: Damaged, damage: Damage) -
     found = statuses(damaged(damage, Budget()))
     assert found["forward"] == library.FAIL
     assert found["forward in peft"] == library.FAIL
+
+
+def test_a_result_that_no_model_computes_with_fails(tiny: Path, tmp_path: Path) -> None:
+    head = load_file(tiny / "base" / "model.safetensors")["lm_head.weight"]
+    kept = {f"{samples.PREFIX}lm_head.weight": head + 1}
+    samples.write(tmp_path / "a", {}, tensors=kept, modules_to_save=["lm_head"])
+    combine([InputSpec(str(tmp_path / "a"))], tmp_path / "out", Options())
+    rewrite(tmp_path / "out", lambda found: found.update({n: v[None] for n, v in kept.items()}))
+    questions = library.Questions(base=str(tiny / "base"), device="cpu")
+    checks = library.verify(tmp_path / "out", questions).checks
+    (check,) = (check for check in checks if check.name == "forward")
+    assert check.status == library.FAIL
+    assert "with the result it does not" in check.detail
 
 
 def other_base(tiny: Path, where: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

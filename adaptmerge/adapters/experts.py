@@ -16,7 +16,7 @@ from adaptmerge.adapters.graph import Adapter, Edit, Layer, Site
 from adaptmerge.adapters.weight_edits import factor_of, refitted
 from adaptmerge.algebra.factors import Factor, Place, Sum
 from adaptmerge.algebra.low_rank import LowRank, as_low_rank, low_rank
-from adaptmerge.errors import CannotMerge
+from adaptmerge.errors import CannotMerge, InputError
 from adaptmerge.tensors.refs import TensorRef, constant, join
 
 LAYOUTS = FUSED, PER_EXPERT = "fused", "per-expert"
@@ -252,14 +252,14 @@ class Checkpoint(NamedTuple):
         for leaves in (_LETTERS, _PROJ):
             names = [f"{module}.{expert}.{leaves[part]}.weight" for part in STACKED.get(param, ())]
             if names and all(name in self.tensors for name in names):
-                return join([self.tensors[name] for name in names], axis=0)
+                return _joined([self.tensors[name] for name in names])
         return None
 
     def stack(self, module: str, param: str, count: int) -> TensorRef | None:
         """All experts' matrices as one tensor (experts, ...)."""
         found = [self.matrix(module, param, expert) for expert in range(count)]
         parts = [ref.reshape(1, *ref.shape) for ref in found if ref is not None]
-        return join(parts, axis=0) if parts and len(parts) == count else None
+        return _joined(parts) if parts and len(parts) == count else None
 
     def part(self, module: str) -> TensorRef | None:
         """The matrix of one expert's module out of a stacked parameter: its rows, (out, in)."""
@@ -273,3 +273,14 @@ class Checkpoint(NamedTuple):
         names = STACKED[param]
         rows, number = whole.shape[0] // len(names), names.index(found.part)
         return whole.slice(0, number * rows, (number + 1) * rows)
+
+
+def _joined(parts: list[TensorRef]) -> TensorRef:
+    """Matrices of a base one below the other. Raises InputError naming those that do not go together."""
+    if (
+        any(not ref.shape for ref in parts)
+        or len({(*ref.shape[1:], ref.dtype) for ref in parts}) > 1
+    ):
+        shapes = ", ".join(f"{ref.name} {ref.dtype} {list(ref.shape)}" for ref in parts)
+        raise InputError(f"the experts of the base do not go together: {shapes}")
+    return join(parts, axis=0)

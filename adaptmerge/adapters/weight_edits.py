@@ -309,6 +309,8 @@ def delta_on(edits: Sequence[Edit], weight: TensorRef) -> Factor:
                 found = f"found {list(weight.shape)} in the base"
                 raise Misshapen(f"{weight.name}: a matrix has two dimensions, {found}")
             return edits[0].on(weight)
+    if not weight.shape:
+        raise Misshapen(f"{weight.name}: found a single number in the base, expected a matrix")
     return Effect(tuple(edits), weight)
 
 

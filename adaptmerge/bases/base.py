@@ -16,6 +16,7 @@ from adaptmerge.adapters.graph import Site
 from adaptmerge.adapters.module_paths import layer_index, other_versions, suffixes
 from adaptmerge.bases.layers import Layers
 from adaptmerge.bases.ties import Ties, called_vocabulary, stated, ties_of, untying
+from adaptmerge.errors import InputError
 from adaptmerge.tensors.compare import same_values
 from adaptmerge.tensors.refs import Stored, TensorRef
 
@@ -23,6 +24,7 @@ from adaptmerge.tensors.refs import Stored, TensorRef
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 GGUF = ".gguf"
+COMPLEX = "C"  # how the names of such types begin
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 SAMPLE = 1024  # bytes read at each end of a tensor for the fingerprint
 
@@ -226,8 +228,17 @@ class Base:
     def parameter(self, site: Site) -> TensorRef | None:
         """The stored parameter at a site, as it lies in the checkpoint; None if there is none.
 
-        One that is tied to another is that.
+        One that is tied to another is that. Raises InputError for complex numbers: no edit is for them.
         """
+        found = self._parameter(site)
+        if found is not None and found.dtype.name.startswith(COMPLEX):
+            raise InputError(
+                f"{found.name} holds {found.dtype} values: expected real numbers, such as f32 or bf16",
+                where=self.path.name,
+            )
+        return found
+
+    def _parameter(self, site: Site) -> TensorRef | None:
         module = self.locate(site.module)
         if module is None:
             return None
@@ -277,7 +288,7 @@ class Base:
         if stored is None or len(stored.shape) < 2:
             return stored
         if self.is_transposed(site):
-            return stored.T
+            return stored.T if len(stored.shape) == 2 else stored
         return stored.reshape(stored.shape[0], math.prod(stored.shape[1:]))
 
     def is_transposed(self, site: Site) -> bool:

@@ -51,9 +51,21 @@ def ran(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> str | Non
     try:
         outputs_of(model, inputs)
     except Exception as problem:  # noqa: BLE001 - whatever a foreign model raises
-        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        return f"{type(model).__name__} computes nothing from {', '.join(inputs)}: {first}"
+        said = first_line(problem)
+        return f"{type(model).__name__} computes nothing from {', '.join(inputs)}: {said}"
     return None
+
+
+def first_line(problem: Exception) -> str:
+    """What an exception says, without what follows its first line; its name where it says nothing."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
+def out_of_memory(problem: Exception) -> bool:
+    """Whether the machine, not the model, is what a forward failed on."""
+    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(problem, RuntimeError) and "allocate memory" in str(problem)
+    )
 
 
 def _is_dual(kind: Any) -> bool:

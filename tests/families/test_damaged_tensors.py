@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import console
 import pytest
-from damage import damaged
+from damage import CHANGES, damaged
 from families.built import Built, BuiltCases
 from families.cases import all_cases
 from safetensors.torch import load_file, save_file
+from tiers import first_of
+from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -42,3 +46,46 @@ def test_each_changed_tensor_is_refused_or_computed_with(
     name: str, built: BuiltCases, tmp_path: Path
 ) -> None:
     assert 1 in codes(built(name), tmp_path, 1)
+
+
+def refusals_of(found: Built, folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    """Compares an adapter with itself on its base, every matrix of which is changed."""
+    shutil.copytree(found.base, folder / "base")
+    weights = {path: load_file(path) for path in (folder / "base").glob("*.safetensors")}
+    for path, tensors in weights.items():
+        turned = {name: change(v) if v.ndim > 1 else v for name, v in tensors.items()}
+        save_file({name: value.clone() for name, value in turned.items()}, path)
+    given = (str(found.path), str(found.path), "--base", str(folder / "base"))
+    outcome = console.run("diff", *given)
+    assert outcome.code == 0 or outcome.stderr.startswith("error: "), outcome.stderr
+
+
+@pytest.mark.parametrize("change", ["one axis", "no axis"])
+@pytest.mark.parametrize(
+    "name", first_of(all_cases(), lambda _: 0, ("oft", "moe_mixtral", "glora"))
+)
+def test_a_base_without_matrices_ends_in_a_sentence(
+    name: str, change: str, built: BuiltCases, tmp_path: Path
+) -> None:
+    refusals_of(built(name), tmp_path, CHANGES[change])
+
+
+@pytest.mark.parametrize("name", ["adamss_bert", "road_2"])
+def test_tensors_that_only_a_bias_has_are_looked_at(
+    name: str, built: BuiltCases, tmp_path: Path
+) -> None:
+    """A native file may hold other tensors for a bias than for the weight that it shares them with."""
+    found, out = built(name), tmp_path / "out"
+    given = ("combine", str(found.path), "-o", str(out), "--to", "native")
+    assert console.run(*given, "--base", str(found.base)).code == 0
+    tensors = load_file(out / "tensors.safetensors")
+    shared = json.loads((out / "graph.json").read_text(encoding="utf-8"))
+    bias = next(e for e in shared["adapters"]["default"]["edits"] if e["site"]["param"] == "bias")
+    ref = next(ref for ref in reversed(tensors) if json.dumps(ref) in json.dumps(bias))
+    tensors["other"] = tensors[ref][None, None].clone()
+    text = json.dumps(shared).replace(json.dumps(bias), json.dumps(bias).replace(ref, "other"))
+    (out / "graph.json").write_text(text, encoding="utf-8")
+    save_file(tensors, out / "tensors.safetensors")
+    outcome = console.run("inspect", str(out))
+    assert outcome.code == 1
+    assert "its tensors are not those of" in outcome.stderr

@@ -119,7 +119,7 @@ def _pickled(table: dict[Any, Any], name: str, random: Random) -> Any:
         made += [
             *(lambda: value.to(torch.complex64), lambda: value.to(torch.int64), lambda: value > 0),
             *(lambda: value[:0], lambda: value.flatten(), lambda: torch.nn.Parameter(value, False)),
-            *(lambda: torch.full_like(value, float("nan")), lambda: [value], value.to_sparse),
+            *(lambda: torch.full(value.shape, float("nan")), lambda: [value], value.to_sparse),
             *(
                 lambda: value.expand(2, *value.shape),
                 lambda: value.reshape(-1)[0],

@@ -155,6 +155,11 @@ def problems_of(pairs: list[Pair]) -> list[str]:
     found = []
     for pair in pairs:
         before, after = pair.before, pair.after
+        found += [
+            f"{_name(pair)} is {ref.dtype} in the {model}: expected floating-point numbers"
+            for model, ref in (("base", before), ("tuned model", after))
+            if ref is not None and not ref.dtype.is_float
+        ]
         if before is not None and after is not None and before.shape != after.shape:
             if not pair.is_resized:
                 found.append(

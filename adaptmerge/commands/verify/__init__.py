@@ -343,6 +343,8 @@ def _model_checks(
         return _run(merge, _bench(merge, base), expected)
     except CannotRun as problem:
         return [Check("forward", UNDECIDABLE, "; ".join(problem.problems))], UNPROVEN
+    except VerificationFailed as problem:
+        return [Check("forward", FAIL, "; ".join(problem.problems))], UNPROVEN
 
 
 def _run(merge: _Merge, bench: Bench, expected: Mapping[str, Adapter]) -> tuple[list[Check], str]:

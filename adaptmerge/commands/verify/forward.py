@@ -15,9 +15,10 @@ from adaptmerge.adapters.graph import Adapter, Edit
 from adaptmerge.adapters.weight_edits import delta_of, norms_rows
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.checks import FAIL, PASS, UNDECIDABLE, Check, within
-from adaptmerge.errors import AdaptmergeError
+from adaptmerge.errors import AdaptmergeError, VerificationFailed
 from adaptmerge.lazy import torch
 from adaptmerge.parallel import Tell, untold
+from adaptmerge.runtime.inputs import first_line, out_of_memory
 from adaptmerge.runtime.memory import why_streamed
 from adaptmerge.tensors.dtypes import DType
 
@@ -96,17 +97,18 @@ class Bench:
 
     def run_each(self, model: Any, adapters: Sequence[Adapter | None]) -> list[torch.Tensor]:
         """Outputs of the model with each adapter (None: none). Raises CannotRun where it has none without,
-        either."""
+        either, and VerificationFailed where it has some."""
         try:
             with runtime.watched(model, self.tell):
                 return runtime.outputs_of_each(model, self.inputs, adapters)
         except AdaptmergeError:
             raise
-        except Exception:
+        except Exception as problem:
             why = runtime.ran(model, self.inputs)
-            if why is None:
-                raise
-            raise runtime.CannotRun(why) from None
+            if why is None and not out_of_memory(problem):
+                sentence = "the base computes outputs, but with the result it does not"
+                raise VerificationFailed(f"{sentence}: {first_line(problem)}") from None
+            raise runtime.CannotRun(why or first_line(problem)) from None
 
     def run(self, model: Any, adapter: Adapter | None = None) -> torch.Tensor:
         """Outputs of the model, with the adapter attached if one is given."""

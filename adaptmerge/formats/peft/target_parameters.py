@@ -235,7 +235,7 @@ def _by_base(reading: Reading, targets: Sequence[Target]) -> bool | None:
     fits = set()
     for target in targets:
         weight = base.weight(Site(target.module, target.param, expert=0))
-        if weight is None or weight.shape[0] == weight.shape[1]:
+        if weight is None or len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
             continue
         turned = base.is_transposed(Site(target.module, target.param, expert=0))
         fits.add(not turned and target.shape == weight.shape[::-1])

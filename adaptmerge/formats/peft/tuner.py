@@ -11,7 +11,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,8 +57,6 @@ class Reading:
 
     def shared(self, name: str) -> TensorRef | None:
         """A tensor stored once for all modules (base_model.NAME), taken off; None if it is not stored."""
-        from dataclasses import replace
-
         ref = self.keys.take(f"base_model.{name}") or self.keys.take(name)
         return None if ref is None else replace(self.looked_at(name, ref), shared=True)
 
@@ -73,10 +71,10 @@ class Reading:
         return None if base is None else base.weight(Site(module, param))
 
     def matrix(self, module: str) -> TensorRef | None:
-        """The base's own weight, None as above. Raises Malformed where it has other axes than a matrix, or
-        a matrix with a kernel, or holds nothing."""
+        """The base's own weight (out, in), None as above. Raises Malformed where it is no matrix, or holds
+        nothing."""
         found = self.weight(module)
-        if found is not None and (len(found.shape) < 2 or not found.count):
+        if found is not None and (len(found.shape) != 2 or not found.count):
             raise Malformed(
                 f"is for a matrix, but the base has {list(found.shape)}: is this adapter for another model?"
             )
@@ -109,7 +107,7 @@ class Reading:
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of the base's weight. Raises Malformed without --base, which the file needs."""
-        weight = self.weight(module)
+        weight = self.matrix(module)
         if weight is None:
             raise Malformed(f"the file does not say the shape of the weight: {self.advice}")
         return weight.shape[0], weight.shape[1]
@@ -211,7 +209,7 @@ def misshapen(edit: Edit, family: str) -> list[str]:
     if tuner is None:
         return []
     try:
-        parts = dict(tuner.tensors(edit)) if tuner.tensors else {}
+        parts = dict(tuner.tensors(_at_weight(edit))) if tuner.tensors else {}
         with suppress(CannotStore):
             parts |= tuner.shared([edit]).tensors if tuner.shared else {}
         bare = {
@@ -224,6 +222,16 @@ def misshapen(edit: Edit, family: str) -> list[str]:
     except (ValueError, IndexError, TypeError, AssertionError) as problem:
         return [f"its tensors are not those of {tuner.peft_type}: {problem}"]
     return []
+
+
+def _at_weight(edit: Edit) -> Edit:
+    """The edit of the weight whose tensors the edit of a bias shares, as some families spell them once."""
+    made: Any = edit
+    return (
+        replace(made, site=replace(edit.site, param="weight"))
+        if edit.site.param == "bias"
+        else edit
+    )
 
 
 @cache

@@ -276,6 +276,9 @@ def _four_bit(base: Base, module: str, state_name: str, problems: list[str]) -> 
             f"{-(-count // state.block)} for {list(state.shape)}"
         )
         return None
+    if weight.shape[:1] != (weight.count,):
+        problems.append(f"{name} has shape {list(weight.shape)}, expected {[weight.count, 1]}")
+        return None
     beside = (tensors[state_name],)
     return FourBit(module, state.shape, state, weight, absmax, table, pair, beside)
 

@@ -52,7 +52,7 @@ def as_trained(base: Base, trained_on: str | None, linears: Collection[str]) -> 
     tensors = dict(base.tensors)
     for module in linears:
         name = f"{module}.weight"
-        if name in tensors:
+        if name in tensors and len(tensors[name].shape) == 2:
             turned = base.is_transposed(Site(module))
             ref = tensors[name].T if turned else tensors[name]
             quantised = computed(RoundTrip(ref, trained_on), name)

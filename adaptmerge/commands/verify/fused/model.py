@@ -29,7 +29,7 @@ from adaptmerge.commands.verify.forward import NO_EFFECT, Bench, Comparison, com
 from adaptmerge.commands.verify.fused.figures import check_figures
 from adaptmerge.commands.verify.fused.reference import reference
 from adaptmerge.commands.verify.fused.weights import Looked, check_weights, look
-from adaptmerge.errors import InputError, UsageError
+from adaptmerge.errors import InputError, UsageError, VerificationFailed
 from adaptmerge.files.typed import built
 from adaptmerge.formats.inputs import InputSpec
 from adaptmerge.lazy import torch
@@ -190,7 +190,7 @@ def _forward(
         (y,) = _outputs(bench)
     except CannotRun as problem:
         return Check("forward", UNDECIDABLE, "; ".join(problem.problems))
-    except InputError as problem:
+    except (InputError, VerificationFailed) as problem:
         return Check("forward", FAIL, f"cannot be run: {'; '.join(problem.problems[:2])}")
     y_base = y_base if y_base.shape[-1] == y_ref.shape[-1] else torch.zeros_like(y_ref)
     if y.shape != y_ref.shape:

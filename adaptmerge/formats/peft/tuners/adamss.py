@@ -26,8 +26,10 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     ups, downs = (_stack(parts, f"adamss_{side}.") for side in "BA")
     basis = parts["adamss_newB"]
     _check(ups, downs, basis)
-    width = reading.shape(module)[1]
+    height, width = reading.shape(module)
     bias = reading.weight(module, "bias")
+    if bias is not None and bias.shape != (height,):
+        raise Malformed(f"the base has {height} outputs, but its bias has {list(bias.shape)}")
     if basis.shape[1] != width + (bias is not None):
         raise Malformed(
             f"adamss_newB has {basis.shape[1]} columns, but the base {width} inputs and "

@@ -12,7 +12,7 @@ def module(reading: Reading, module: str, parts: Parts) -> list[Edit]:
     vector = parts["beft_bias"]
     if vector.shape != (1, vector.count):
         raise Malformed(f"beft_bias has shape {list(vector.shape)}: expected (1, out)")
-    weight = reading.weight(module)
+    weight = reading.matrix(module)
     if weight is not None and weight.shape[0] != vector.count:
         raise Malformed(f"is for {vector.count} outputs, but the base has {weight.shape[0]}")
     return [Add(Site(module, "bias"), Beft(vector))]

@@ -43,7 +43,10 @@ def tensors(edit: Poly) -> Parts:
     return {DOWN: edit.down, UP: edit.up, LOGITS: edit.logits}
 
 
-def settings(edit: Poly) -> Mapping[str, Any]:
+def settings(edit: Edit) -> Mapping[str, Any]:
+    """Those of all tasks; the LoRA of one has none here."""
+    if not isinstance(edit, Poly):
+        return {}
     splits, skills, _, rank = edit.down.shape
     tasks = edit.logits.shape[0]
     return {
