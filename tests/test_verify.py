@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.commands import verify as library
 from adaptmerge.commands.combine import Options, combine
-from adaptmerge.commands.verify import forward
+from adaptmerge.commands.verify import figures, forward, native
 from adaptmerge.commands.verify.difference import difference
 from adaptmerge.errors import InputError
 from adaptmerge.formats.inputs import InputSpec, open_input
@@ -375,3 +375,26 @@ def test_diff_of_equal_and_unequal_adapters(tiny: Path, tmp_path: Path) -> None:
     combine([InputSpec(str(tiny / "lora-r8-perl"))], tmp_path / "n", Options(target="native"))
     c = open_input(InputSpec(str(tmp_path / "n"))).adapter
     assert difference(a, c).relative == 0.0
+
+
+@pytest.mark.parametrize(("module", "name"), [(figures, "_inner"), (native, "_answer")])
+def test_products_of_thin_sides_take_one_thread(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
+    """Threads inside a small product wait for each other: minutes on cores that others use, too."""
+    out = merged(tiny, tmp_path / "out")
+    seen: list[int] = []
+    own = getattr(module, name)
+
+    def watched(*given: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return own(*given)
+
+    monkeypatch.setattr(module, name, watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert ask(tiny, out).status == library.PASS
+    finally:
+        torch.set_num_threads(before)
+    assert seen and set(seen) == {1}

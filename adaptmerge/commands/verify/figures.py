@@ -18,6 +18,7 @@ from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, rank_bound
 from adaptmerge.algebra.fit import Budget
+from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.combine import Options, Prepared, prepare
@@ -61,6 +62,7 @@ class Stated:
     base_source: str | None
 
 
+@one_thread_each()  # products of thin sides: threads inside them wait for each other
 def check_figures(stated: Stated) -> Check:
     """The check of all that a report says, beside what other checks compare."""
     problems, unseen = _plan_problems(stated)

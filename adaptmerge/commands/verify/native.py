@@ -11,7 +11,7 @@ from adaptmerge import runtime
 from adaptmerge.adapters.graph import Adapter, Site
 from adaptmerge.adapters.weight_edits import WeightEdit, delta_of, delta_on, is_formed
 from adaptmerge.algebra.forms import Form, form_of
-from adaptmerge.algebra.linalg import in_float64
+from adaptmerge.algebra.linalg import in_float64, one_thread_each
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, Check, within
 from adaptmerge.commands.verify.forward import Bench, Forward, compare, judge
@@ -48,6 +48,7 @@ def check_native_output(bench: Bench, result: Input, ours: Forward, dtype: DType
     return _guarded(name, ask)
 
 
+@one_thread_each()  # a few rows for each of many layers: threads inside them wait for each other
 def check_native_inputs(bench: Bench, inputs: Sequence[Input]) -> list[Check]:
     """Our reading of every input against its own library's, where that is installed."""
     checks = []
