@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptmerge.algebra.by_rows import Distance, row_ranges
+from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.algebra.forms import form_of
 from adaptmerge.algebra.linalg import noise_floor, thin_spectrum
-from adaptmerge.algebra.low_rank import as_low_rank
+from adaptmerge.algebra.low_rank import LowRank, as_low_rank
 from adaptmerge.commands.verify.checks import within
 from adaptmerge.commands.verify.extracted import is_extraction
 from adaptmerge.commands.verify.measure import Measured, in_coordinates
@@ -145,7 +145,7 @@ def loss_of(report: Report, item: Promised, stored: Factor | None, found: Measur
     rank = pair.rank if pair is not None else item.line.rank or 0
     floor = noise_floor(item.terms[0][1].shape, torch.float32, found.sizes)
     ranks = sum(item.line.ranks_in.values()) or 1
-    room = TOLERANCE * apart.left + math.sqrt(ranks) * floor + _rounding(report, stored, apart)
+    room = TOLERANCE * apart.left + math.sqrt(ranks) * floor + _rounding(report, stored, found)
     if found.base is not None:  # magnitudes and sides are rounded relative to the base, too
         room += _eps(report) * found.base
     capped = cap is not None and rank >= cap
@@ -181,21 +181,24 @@ def _eps(report: Report) -> float:
     return float(torch.finfo(BY_NAME[str(report.output["dtype"]).upper()].torch).eps)
 
 
-def _rounding(report: Report, stored: Factor | None, apart: Distance) -> float:
+def _rounding(report: Report, stored: Factor | None, found: Measured) -> float:
     """The most that rounding the stored sides to their dtype can have changed."""
     if stored is None:
         return 0.0
     info = torch.finfo(BY_NAME[str(report.output["dtype"]).upper()].torch)
     pair = as_low_rank(stored)
     if pair is None:
-        return info.eps * apart.right + info.tiny * math.sqrt(math.prod(stored.shape))
+        return info.eps * found.apart.right + info.tiny * math.sqrt(math.prod(stored.shape))
+    ups, downs = found.columns or _columns(pair)
+    rows, columns = stored.shape
+    tiny = abs(pair.scale) * math.sqrt(rows) * downs.sum() + math.sqrt(columns) * ups.sum()
+    return info.eps * float((ups * downs).sum()) + info.tiny * info.eps * float(tiny)
+
+
+def _columns(pair: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norms of the columns of up, scaled, and of the rows of down."""
     up, down = pair.up.read().double(), pair.down.read().double()
-    ups, downs = up.norm(dim=0), down.norm(dim=1)
-    least = info.tiny * info.eps
-    tiny = least * float(
-        math.sqrt(up.shape[0]) * downs.sum() + math.sqrt(down.shape[1]) * ups.sum()
-    )
-    return abs(pair.scale) * (info.eps * float((ups * downs).sum()) + tiny)
+    return abs(pair.scale) * up.norm(dim=0), down.norm(dim=1)
 
 
 def unearned(report: Report, losses: Sequence[Loss]) -> list[str]:

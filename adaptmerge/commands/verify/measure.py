@@ -9,6 +9,7 @@ from typing import NamedTuple
 from adaptmerge.algebra.by_rows import Distance, distance_in_parallel
 from adaptmerge.algebra.factors import Factor, Leaf
 from adaptmerge.algebra.forms import Form, WeightedSum, added, form_of
+from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.commands.verify.normed import Ground, ground
 from adaptmerge.lazy import torch
 from adaptmerge.merging.settle import Held
@@ -21,11 +22,15 @@ ALIKE = 1e-9  # relative to what the parts of a row could add up to
 
 
 class Measured(NamedTuple):
-    """|whole - stored|, |whole| and |stored|; |weight * term| of each term; |W| where it was looked at."""
+    """|whole - stored|, |whole| and |stored|; |weight * term| of each term; |W| where it was looked at.
+
+    columns: the norms of the columns of up and the rows of down that are stored, scaled in up.
+    """
 
     apart: Distance
     sizes: Sequence[float]
     base: float | None = None
+    columns: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def measured(
@@ -44,8 +49,8 @@ def _by_forms(
     forms = [form.times(by) for (by, _), form in zip(whole.terms, terms, strict=True) if form]
     if len(forms) < len(terms) or (stored is not None and last is None):
         return None
-    alike = _as_defined(whole, added(forms), weight)
-    if not alike or (stored is not None and last and not _as_defined(stored, last, weight)):
+    pairs = [*zip((factor for _, factor in whole.terms), terms, strict=True), (stored, last)]
+    if not all(_as_defined(factor, form, weight) for factor, form in pairs if factor and form):
         return None
     return _Norms(forms, last, weight).found()
 
@@ -80,7 +85,10 @@ class _Norms:
             norm = self._by_triangles()
         sizes = [self.norm([float(i == k) for i in range(len(self.forms))]) for k in range(count)]
         base = None if self.met is None else math.sqrt(float(self.met.squares.sum()))
-        return Measured(Distance(norm(apart), norm(whole), norm(stored)), sizes, base)
+        columns = None
+        if self.stored is not None:
+            columns = self.stored.up.norm(dim=0), self.stored.down.norm(dim=1)
+        return Measured(Distance(norm(apart), norm(whole), norm(stored)), sizes, base, columns)
 
     def norm(self, signs: Sequence[float]) -> float:
         """|sum of signs * forms|."""
@@ -123,7 +131,9 @@ def triangle(columns: torch.Tensor) -> torch.Tensor:
 
 
 def _as_defined(factor: Factor, form: Form, weight: TensorRef | None) -> bool:
-    """Whether a form is its factor at some rows, by the factor's plain definition."""
+    """Whether a form is its factor at some rows, by its plain definition; two stored sides are that."""
+    if as_low_rank(factor) is not None:
+        return True
     count = factor.shape[0]
     start = int(torch.randint(max(1, count - PROBED), (), generator=_seeded(count)))
     rows = (start, min(count, start + PROBED))
