@@ -105,41 +105,93 @@ def _rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     save_file(tensors, path, metadata)
 
 
+def of_headers(output: Path) -> Iterator[tuple[str, Damage]]:
+    """What the headers of files say beside their tensors."""
+    for path in sorted(output.rglob("*.safetensors")):
+        name = str(path.relative_to(output))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        for key in metadata:
+            yield f"{name} header {key} lost", partial(_relabelled, name, key, None)
+            yield (
+                f"{name} header {key} changed",
+                partial(_relabelled, name, key, f"{metadata[key]} "),
+            )
+        yield f"{name} header another", partial(_relabelled, name, "another", "x")
+
+
+def _relabelled(file: str, key: str, value: str | None, output: Path) -> None:
+    with safe_open(output / file, "pt") as opened:
+        metadata = dict(opened.metadata() or {})
+    metadata.pop(key, None)
+    if value is not None:
+        metadata[key] = f"{value[:-2]}x{value[-2:]}" if value.endswith("} ") else value
+    save_file(load_file(output / file), output / file, metadata)
+
+
 def of_settings(output: Path, file: str) -> Iterator[tuple[str, Damage]]:
-    """Every entry of a JSON file."""
-    for path, value in _leaves(json.loads((output / file).read_text())):
-        for number, other in enumerate(_others(value)):
-            yield f"{file} {_shown(path)} #{number}", partial(_set, file, path, other)
+    """Every entry of a JSON file changed, dropped and doubled; and one more in every table."""
+    for path, value in _entries(json.loads((output / file).read_text())):
+        where = f"{file} {_shown(path)}"
+        if not (isinstance(value, (dict, list)) and value):
+            for number, other in enumerate(_others(value)):
+                yield f"{where} #{number}", partial(_edited, file, path, partial(_set, other))
+        yield f"{where} dropped", partial(_edited, file, path, _dropped)
+        yield f"{where} doubled", partial(_edited, file, path, _doubled)
 
 
-def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, found in inner if isinstance(value, (dict, list)) else ():
-        if isinstance(found, (dict, list)) and found:
-            yield from _leaves(found, (*path, key))
-        else:
-            yield (*path, key), found
+def _entries(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """All entries of tables and lists, those within others after these."""
+    inner = value.items() if isinstance(value, dict) else enumerate(_listed(value))
+    for key, found in inner:
+        yield (*path, key), found
+        yield from _entries(found, (*path, key))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _others(value: Any) -> list[Any]:
-    """Other values of the same kind, and one of another."""
+    """Other values of the same kind, near and far, and one of another kind."""
     if isinstance(value, bool):
-        return [not value]
-    if isinstance(value, (int, float)):
-        return [value * 1.5 + 1 if isinstance(value, float) else value + 1, None]
+        return [not value, None]
+    if isinstance(value, float):
+        return [value * 1.01 or 0.01, value * 1.5 + 1, None]
+    if isinstance(value, int):
+        return [value + 1, value + 0.5, None]
     if isinstance(value, str):
-        return [f"{value}x"]
-    return ["x"]
+        return [f"{value}x", None]
+    return ["x", 1]
 
 
 def _shown(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
 
 
-def _set(file: str, path: tuple[Any, ...], value: Any, output: Path) -> None:
+def _edited(
+    file: str, path: tuple[Any, ...], edit: Callable[[Any, Any], None], output: Path
+) -> None:
+    """Edits the table or list that the last key of the path is in."""
     whole = json.loads((output / file).read_text())
     table = whole
     for key in path[:-1]:
         table = table[key]
-    table[path[-1]] = value
+    edit(table, path[-1])
     (output / file).write_text(json.dumps(whole))
+
+
+def _set(value: Any, table: Any, key: Any) -> None:
+    table[key] = value
+
+
+def _dropped(table: Any, key: Any) -> None:
+    del table[key]
+
+
+def _doubled(table: Any, key: Any) -> None:
+    """Once more: in a list beside itself, in a table under another name."""
+    if isinstance(table, list):
+        table.insert(key, table[key])
+    else:
+        table[f"{key} again"] = table[key]

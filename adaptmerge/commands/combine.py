@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.experts import LAYOUTS
-from adaptmerge.adapters.graph import Adapter, Bundle, Edit, Kind, Note
+from adaptmerge.adapters.graph import Adapter, Bundle, Edit, Kind, Labels, Note
 from adaptmerge.adapters.module_paths import is_suffix
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.bases.base import Base
@@ -153,9 +153,7 @@ def combine(
         session.scratch(sites, len(prepared.inputs)) as scratch,
     ):
         result, report = settled_result(prepared, scratch, progress, command)
-        inputs = [{key: item[key] for key in ("name", "sha256")} for item in report.inputs]
-        short = {"method": report.method, "inputs": inputs}
-        return session.write(result, report, short, scratch)
+        return session.write(result, report, scratch)
 
 
 def settled_result(
@@ -176,9 +174,20 @@ def _digests(item: Input) -> dict[str, str]:
 
 
 def _written(prepared: Prepared, settled: Sequence[Settled]) -> Result:
-    results = {
-        name: replace(_result(prepared, own), name=name)
+    found = {
+        name: ([item.edit for item in own], labels_of([item.step for item in own]))
         for name, own in by_adapter(settled).items()
+    }
+    return result_of(prepared, found)
+
+
+def result_of(
+    prepared: Prepared, found: Mapping[str, tuple[Sequence[Edit], Mapping[str, Labels]]]
+) -> Result:
+    """What is written of the edits and labels of each adapter of the output."""
+    results = {
+        name: replace(_result(prepared, edits, labels), name=name)
+        for name, (edits, labels) in found.items()
     }
     base, options = prepared.base, prepared.options
     modules = modules_of(base, next(iter(results.values())))
@@ -186,18 +195,18 @@ def _written(prepared: Prepared, settled: Sequence[Settled]) -> Result:
     return Result(Bundle(results), prepared.target, how, prepared.inputs)
 
 
-def _result(prepared: Prepared, settled: Sequence[Settled]) -> Adapter:
+def _result(prepared: Prepared, edits: Sequence[Edit], labels: Mapping[str, Labels]) -> Adapter:
     """The settled edits, lowered for the target, with the promises that still hold."""
     described = described_result(prepared.opened.adapters, prepared.base)
-    full = described.with_edits(item.edit for item in settled)
+    full = described.with_edits(edits)
     lowered = as_storable(full, prepared.plan.stores)
     before = {
         name for item in prepared.inputs for edit in item.adapter.edits for name in _names(edit)
     }
     gone = before - {name for edit in lowered.edits for name in _names(edit)}
     kept = {cover for cover in lowered.covers if not any(is_suffix(cover, m) for m in gone)}
-    labels, tokens = labels_of(settled), tokens_of(prepared.inputs)
-    return replace(lowered, covers=frozenset(kept), labels=labels, tokens=tokens)
+    tokens = tokens_of(prepared.inputs)
+    return replace(lowered, covers=frozenset(kept), labels=dict(labels), tokens=tokens)
 
 
 def _names(edit: Edit) -> tuple[str, str]:
@@ -220,7 +229,7 @@ def _report(
         command=command,
         method=plan.method.name,
         format=prepared.target.name,
-        options=_said(prepared),
+        options=said(prepared),
         inputs=[described_input(i, h) for i, h in zip(prepared.inputs, hashes, strict=True)],
         base=None
         if prepared.base is None
@@ -237,7 +246,8 @@ def _report(
     )
 
 
-def _said(prepared: Prepared) -> dict[str, Any]:
+def said(prepared: Prepared) -> dict[str, Any]:
+    """What a report says of options: what was asked for, and the weights that came of it."""
     options = prepared.options
     return {
         "weights": dict(prepared.opened.weights.base),
@@ -246,5 +256,6 @@ def _said(prepared: Prepared) -> dict[str, Any]:
         "dtype": options.dtype,
         "heads": prepared.opened.heads.as_json(),
         "form": options.form,
+        "version": options.version,
         "allow": sorted(options.allow),
     }

@@ -67,13 +67,17 @@ class Opened:
         said = self.merging.weights or self.merging.total or any(w is not None for w in given)
         if said or len(given) < 2:
             return []
-        what = f"no weights were given: each of {len(given)} inputs counts 1/{len(given)}"
-        return [Note(Kind.INFO, what)]
+        return [unweighted(len(given))]
 
     @property
     def input_notes(self) -> list[Note]:
         """What reading each input had to say."""
         return [replace(n, input=i.name) for i in self.inputs for n in i.adapter.notes]
+
+
+def unweighted(count: int) -> Note:
+    """What is said of so many inputs that count alike because nothing was said."""
+    return Note(Kind.INFO, f"no weights were given: each of {count} inputs counts 1/{count}")
 
 
 def check_merging(

@@ -47,7 +47,7 @@ class SiteRule:
 def rule_of(raw: Mapping[str, Any]) -> SiteRule:
     """A rule as a report has it."""
     weights = {n: tuple(w) if isinstance(w, list) else w for n, w in raw["weights"].items()}
-    return SiteRule(raw["match"], weights, raw["kind"])
+    return SiteRule(raw["match"], weights, raw.get("kind"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,8 @@ def by_adapter(settled: Sequence[Settled]) -> dict[str, list[Settled]]:
     return {name: [s for s in settled if s.step.adapter in ("", name)] for name in names}
 
 
-def labels_of(settled: Sequence[Settled]) -> dict[str, Labels]:
+def labels_of(steps: Sequence[Step]) -> dict[str, Labels]:
     """What the rows of each head of one adapter stand for."""
-    steps = [item.step for item in settled]
     return {owner_of(step.edit): step.labels for step in steps if step.labels is not None}
 
 

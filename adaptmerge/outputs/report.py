@@ -21,6 +21,7 @@ from adaptmerge.outputs.said import SaidBase, SaidInput, SaidOptions, SaidOutput
 VERSION = 2
 UNSEALED = 1  # the version without the sha256 of what was written
 FILE = "adaptmerge.json"
+EXTRACT = "extract"  # the command whose one input is a model
 METADATA_KEY = "adaptmerge"
 LOST = 0.10  # share of the norm lost to opposing inputs that is worth a word
 ROUNDING = 1e-6  # relative; what float32 itself loses is no site's fault

@@ -40,6 +40,7 @@ class SaidOptions:
     budget: Annotated[Any, Budget]
     heads: str | Mapping[str, str] | None
     form: str | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from adaptmerge.outputs import companions
 from adaptmerge.outputs.adapters import left_by, write_bundle
 from adaptmerge.outputs.checksums import checksums
 from adaptmerge.outputs.report import (
+    EXTRACT,
     FILE,
     METADATA_KEY,
     Report,
@@ -59,18 +60,12 @@ class Session:
         with Scratch(self.staging.scratch("settled"), room) as scratch:
             yield scratch
 
-    def write(
-        self, result: Result, report: Report, short: Mapping[str, object], scratch: Scratch
-    ) -> Report:
+    def write(self, result: Result, report: Report, scratch: Scratch) -> Report:
         """Stages all files, and returns the report as it is written: with their sha256. Raises
-        AdaptmergeError for notes of the report that are fatal; `short` is the report's short form, for the
-        header of the main file."""
+        AdaptmergeError for notes of the report that are fatal."""
         check_strict(report.notes, self.strict)
-        metadata = {METADATA_KEY: json.dumps({"version": __version__, **short}, sort_keys=True)}
-        output = Output(self.staging.path, self.single, metadata, scratch)
-        self.main = write_bundle(result.bundle, result.target, output, result.how)
-        if self.single is None:
-            companions.write(result.inputs, report, output)
+        output = Output(self.staging.path, self.single, header(report), scratch)
+        self.main = write_all(result, report, output)
         name = report_name(self.single) if self.single else FILE
         found = replace(report, files=checksums(self.staging, output.digests, name))
         output.text(name, found.as_text())
@@ -85,6 +80,24 @@ def _refuse_models(output: Path) -> None:
             f"{output} holds a whole model ({found[0]}), which an adapter beside it would change: choose "
             "another -o"
         )
+
+
+def header(report: Report) -> dict[str, str]:
+    """The report's short form, for the header of the main file."""
+    extracted = report.command == EXTRACT
+    said = ("name", "fingerprint" if extracted else "sha256")
+    inputs = [{key: item[key] for key in said} for item in report.inputs]
+    method = EXTRACT if extracted else report.method
+    short = {"version": __version__, "method": method, "inputs": inputs}
+    return {METADATA_KEY: json.dumps(short, sort_keys=True)}
+
+
+def write_all(result: Result, report: Report, output: Output) -> str:
+    """Writes a result and what travels along; returns the name of the main file."""
+    main = write_bundle(result.bundle, result.target, output, result.how)
+    if output.single is None:
+        companions.write(result.inputs, report, output)
+    return main
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptmerge.adapters.experts import FUSED, LAYOUTS
-from adaptmerge.adapters.graph import Adapter, Bundle, Kind, Note
+from adaptmerge.adapters.graph import Adapter, Bundle, Edit, Kind, Note
 from adaptmerge.adapters.stored_edits import saved_module
 from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.algebra.fit import Budget
@@ -32,6 +32,7 @@ from adaptmerge.methods.method import Member
 from adaptmerge.outputs.adapters import DEFAULT, said_of_heads
 from adaptmerge.outputs.described import described_input, modules_of, portable, version_of
 from adaptmerge.outputs.report import (
+    EXTRACT,
     Report,
     check_strict,
     missed_budget,
@@ -45,7 +46,7 @@ from adaptmerge.tensors import dtypes
 from adaptmerge.tensors.dtypes import DType, default_dtype
 from adaptmerge.tensors.walk import refs_of
 
-COMMAND = "extract"
+COMMAND = EXTRACT
 INPUT = "tuned"
 TOLD = 1e-3  # share of a delta that can be rounding of the checkpoint, and is worth a word
 
@@ -116,7 +117,7 @@ def prepare(base: str, tuned: str, output: Path, options: Extraction) -> Prepare
     stores = target.stores(WriteOptions(options.ranks))
     model = open_base(base)
     item = open_tuned(tuned, model, options.wanted, options.workers)
-    named = replace(item.adapter.base, name=_base_name(model, base))
+    named = replace(item.adapter.base, name=base_name(model, base))
     adapter = replace(item.adapter, base=named)
     dtype = _dtype(adapter, stores, options)
     _check_target(adapter, target, stores, dtype, model, options)
@@ -170,7 +171,7 @@ def _check_target(
         raise CannotStore([*refused[:-1], f"{refused[-1]}{advice}"])
 
 
-def _base_name(base: Base, source: str) -> str:
+def base_name(base: Base, source: str) -> str:
     """What the adapter calls its base: the hub's name, or the source without folders of this machine."""
     if not Path(source).exists():
         return source.partition("//")[0].partition("@")[0]
@@ -202,17 +203,19 @@ def extract(
                 prepared.steps, options.budget, prepared.dtype, scratch, options.workers, progress
             )
             report = _report(prepared, outcome)
-            inputs = [{key: item[key] for key in ("name", "fingerprint")} for item in report.inputs]
-            short = {"method": COMMAND, "inputs": inputs}
-            return session.write(_written(prepared, outcome), report, short, scratch)
+            how = WriteOptions(options.ranks, prepared.base, version=options.version)
+            edits = [item.edit for item in outcome.settled]
+            result = result_of(prepared.item, prepared.target, how, edits)
+            return session.write(result, report, scratch)
 
 
-def _written(prepared: Prepared, outcome: Outcome) -> Result:
-    base, options = prepared.base, prepared.options
-    full = prepared.item.adapter.with_edits(item.edit for item in outcome.settled)
-    adapter = replace(as_storable(full, prepared.stores), name=DEFAULT)
-    how = WriteOptions(options.ranks, base, modules_of(base, adapter), options.version)
-    return Result(Bundle({adapter.name: adapter}), prepared.target, how, [prepared.item])
+def result_of(item: Input, target: Format, how: WriteOptions, edits: Sequence[Edit]) -> Result:
+    """What is written of the edits of a tuned checkpoint."""
+    assert target.stores is not None
+    full = item.adapter.with_edits(edits)
+    adapter = replace(as_storable(full, target.stores(how)), name=DEFAULT)
+    how = replace(how, modules=modules_of(how.base, adapter))
+    return Result(Bundle({adapter.name: adapter}), target, how, [item])
 
 
 def _report(prepared: Prepared, outcome: Outcome) -> Report:
@@ -225,7 +228,7 @@ def _report(prepared: Prepared, outcome: Outcome) -> Report:
         command=COMMAND,
         method="linear",
         format=prepared.target.name,
-        options=_said(options),
+        options=said(options),
         inputs=[_described(prepared.item)],
         base={
             "name": base.path.name,
@@ -262,7 +265,8 @@ def _doubts(prepared: Prepared, outcome: Outcome) -> list[Note]:
     return [Note(Kind.INFO, what)]
 
 
-def _said(options: Extraction) -> dict[str, Any]:
+def said(options: Extraction) -> dict[str, Any]:
+    """What a report says of options."""
     return {
         "weights": {INPUT: 1.0},
         "rules": [],
@@ -270,6 +274,7 @@ def _said(options: Extraction) -> dict[str, Any]:
         "dtype": options.dtype,
         "heads": None,
         "form": None,
+        "version": options.version,
         "allow": [],
         COMMAND: asdict(options.wanted),
     }

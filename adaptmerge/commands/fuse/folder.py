@@ -18,7 +18,7 @@ from adaptmerge.commands.fuse.plan import FusePlan
 from adaptmerge.commands.fuse.report import FuseReport, percent
 from adaptmerge.errors import InputError
 from adaptmerge.files import sniff
-from adaptmerge.files.disk import copy_file, write_bytes, write_text
+from adaptmerge.files.disk import copy_file, write_bytes
 from adaptmerge.files.listing import sha256_of
 from adaptmerge.files.sniff import whole
 from adaptmerge.files.staging import Staging
@@ -51,24 +51,39 @@ TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 def write_folder(plan: FusePlan, staging: Staging) -> None:
     """Stages all that is no tensor file, the report and the card apart: a GGUF file has all in it."""
-    if _is_gguf(plan):
-        return
-    for name, source in carried(plan).items():
-        if name in QUANTISERS:
-            write_bytes(staging.path(name), _listing_plain(plan, whole(source)))
+    for name, content in documents(plan).items():
+        if isinstance(content, Path):
+            copy_file(content, staging.path(name))
         else:
-            copy_file(source, staging.path(name))
+            write_bytes(staging.path(name), content)
+
+
+def documents(plan: FusePlan) -> dict[str, bytes | Path]:
+    """What lies beside the tensors, the report and the card apart: the content, or the file that has it."""
+    if _is_gguf(plan):
+        return {}
+    found: dict[str, bytes | Path] = {
+        name: _listing_plain(plan, whole(source)) if name in QUANTISERS else source
+        for name, source in carried(plan).items()
+    }
+    return {**found, CONFIG: _config(plan), **_index(plan)}
+
+
+def _config(plan: FusePlan) -> bytes | Path:
+    """The base's own where nothing in it changes."""
     config = changed_config(plan)
     stored = plan.bases.values.path / CONFIG
     gone = set(QUANT_ENTRIES if plan.options.quant != SAME else ()) - plan.targets.config.keys()
-    if config or gone:
-        before = read_object(stored)
-        after = {key: value for key, value in {**before, **config}.items() if key not in gone}
-        text = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
-        write_text(staging.path(CONFIG), text)
-    else:
-        copy_file(stored, staging.path(CONFIG))
-    _write_index(plan, staging)
+    if not (config or gone):
+        return stored
+    before = read_object(stored)
+    after = {key: value for key, value in {**before, **config}.items() if key not in gone}
+    return _encoded(after, ensure_ascii=False)
+
+
+def _encoded(table: Mapping[str, Any], *, ensure_ascii: bool) -> bytes:
+    text = json.dumps(table, indent=2, ensure_ascii=ensure_ascii)
+    return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def _listing_plain(plan: FusePlan, held: bytes) -> bytes:
@@ -85,7 +100,7 @@ def _listing_plain(plan: FusePlan, held: bytes) -> bytes:
     changed = {key: value for key, value in after.items() if stored.get(key) != value}
     if not isinstance(said, dict) or not changed:
         return held
-    return (json.dumps({**said, **changed}, indent=2, ensure_ascii=False) + "\n").encode()
+    return _encoded({**said, **changed}, ensure_ascii=False)
 
 
 def _is_gguf(plan: FusePlan) -> bool:
@@ -97,11 +112,11 @@ def main_file(plan: FusePlan) -> str:
     return plan.shards[0].name if _is_gguf(plan) else CONFIG
 
 
-def _write_index(plan: FusePlan, staging: Staging) -> None:
+def _index(plan: FusePlan) -> dict[str, bytes | Path]:
     """The index: the base's own bytes where nothing in it changes."""
     root = plan.bases.values.path
     if len(plan.shards) == 1 and not (root / INDEX).is_file():
-        return
+        return {}
     source = next((root / name for name in INDEXES if (root / name).is_file()), None)
     stored = {} if source is None else read_object(source)
     metadata = {k: v for k, v in (stored.get("metadata") or {}).items() if k != "total_size"}
@@ -109,9 +124,8 @@ def _write_index(plan: FusePlan, staging: Staging) -> None:
     same = stored.get("weight_map") == made["weight_map"]
     size = (stored.get("metadata") or {}).get("total_size")
     if source is not None and same and size in (None, made["metadata"]["total_size"]):
-        copy_file(source, staging.path(INDEX))
-    else:
-        write_text(staging.path(INDEX), json.dumps(made, indent=2) + "\n")
+        return {INDEX: source}
+    return {INDEX: _encoded(made, ensure_ascii=True)}
 
 
 def carried(plan: FusePlan) -> dict[str, Path]:

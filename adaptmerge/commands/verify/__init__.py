@@ -26,12 +26,14 @@ from adaptmerge.commands.verify.audit import malformed
 from adaptmerge.commands.verify.base_names import with_doubts
 from adaptmerge.commands.verify.checks import FAIL, PASS, SKIPPED, UNDECIDABLE, Check, Verdict
 from adaptmerge.commands.verify.extracted import is_extraction, tuned_input
-from adaptmerge.commands.verify.figures import Stated, check_figures
+from adaptmerge.commands.verify.figures import check_figures
 from adaptmerge.commands.verify.files import check_files
 from adaptmerge.commands.verify.promise import Promised, promises
+from adaptmerge.commands.verify.stated import Stated
 from adaptmerge.commands.verify.stored import check_labels
 from adaptmerge.commands.verify.weights import UNPROVEN as UNJUDGED
 from adaptmerge.commands.verify.weights import check_weights
+from adaptmerge.commands.verify.written import check_written
 from adaptmerge.errors import CannotMerge, InputError, UsageError, VerificationFailed, did_you_mean
 from adaptmerge.formats.in_memory import ORIGIN
 from adaptmerge.formats.inputs import Input, InputSpec, Source, as_specs, open_input
@@ -131,7 +133,8 @@ def _against_promises(merge: _Merge, *, fits: bool) -> tuple[list[Check], str]:
         promised = _promises(merge)
     except VerificationFailed as problem:
         return [Check("promise", FAIL, "; ".join(problem.problems))], TRUSTED
-    checks = [check_figures(_stated(merge, promised))]
+    stated = _stated(merge, promised)
+    checks = [check_figures(stated), check_written(stated)]
     references = {}
     for name, result in merge.results.items():
         own = [item for item in promised if item.line.adapter in ("", name)]

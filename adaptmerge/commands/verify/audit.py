@@ -6,7 +6,6 @@ Without this a report could excuse any damage by calling it truncation.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from adaptmerge.algebra.linalg import noise_floor, thin_spectrum
 from adaptmerge.algebra.low_rank import LowRank, as_low_rank
 from adaptmerge.commands.verify.checks import within
 from adaptmerge.commands.verify.extracted import is_extraction
+from adaptmerge.commands.verify.files import is_digest
 from adaptmerge.commands.verify.measure import Measured, in_coordinates
 from adaptmerge.commands.verify.promise import Promised
 from adaptmerge.errors import AdaptmergeError
@@ -34,8 +34,8 @@ MEASURED = 1e-4  # relative: norms, which a merge has from float32 products
 NEAR = 0.02  # share of a loss that directions found at random may be off by
 NUMBERS = ("norm", "truncation", "rounding", "error")
 FIELDS: Mapping[str, tuple[str, ...]] = {
-    "options": ("weights", "rules", "heads", "budget"),
-    "output": ("dtype",),
+    "options": ("weights", "rules", "heads", "budget", "dtype", "form", "allow"),
+    "output": ("dtype", "ranks"),
     "totals": (),
 }
 INPUT_FIELDS = ("name", "source", "revision", "alpha", "sha256")
@@ -58,7 +58,7 @@ def malformed(report: Report) -> list[str]:
     problems += [
         f"files has {digest!r} for {name}"
         for name, digest in (report.files or {}).items()
-        if not _is_digest(digest)
+        if not is_digest(digest)
     ]
     problems += _malformed_options(report)
     base: Any = report.base
@@ -108,10 +108,6 @@ def _malformed_line(line: SiteLine) -> list[str]:
     if not (isinstance(line.weights, Mapping) and all(map(_is_number, line.weights.values()))):
         wrong.append("weights")
     return [f"{line.site}: {name} is {getattr(line, name)!r}" for name in wrong]
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_number(value: Any) -> bool:

@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from adaptmerge.adapters.experts import layout_of
 from adaptmerge.adapters.graph import Adapter, Note, key_of
 from adaptmerge.adapters.weight_edits import factor_of
 from adaptmerge.algebra.by_rows import row_ranges
 from adaptmerge.algebra.factors import Factor, rank_bound
-from adaptmerge.algebra.fit import Budget
 from adaptmerge.algebra.linalg import one_thread_each
 from adaptmerge.algebra.low_rank import as_low_rank
-from adaptmerge.bases.base import Base
-from adaptmerge.commands.combine import Options, Prepared, prepare
+from adaptmerge.commands.combine import Prepared
 from adaptmerge.commands.extract.settle import rounding_of
 from adaptmerge.commands.extract.tuned import Difference
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check, within
 from adaptmerge.commands.verify.extracted import is_extraction
 from adaptmerge.commands.verify.promise import Promised
+from adaptmerge.commands.verify.stated import Stated
+from adaptmerge.commands.verify.told import told_otherwise
 from adaptmerge.errors import AdaptmergeError
-from adaptmerge.formats.inputs import Input, InputSpec
 from adaptmerge.lazy import torch
 from adaptmerge.merging.plan import Step
+from adaptmerge.merging.prepare import unweighted
 from adaptmerge.merging.resolve import WHOLE
-from adaptmerge.merging.weights import rule_of
 from adaptmerge.methods.registry import method_named
 from adaptmerge.outputs import companions
 from adaptmerge.outputs.adapters import adapters_of, head_lines
@@ -49,23 +46,11 @@ NOTES, MOVED = (
 )  # what decides nothing, and is said in JSON only
 
 
-@dataclass(frozen=True)
-class Stated:
-    """A report with what it is about. base: None where none was given, or the report has none."""
-
-    report: Report
-    output: Path
-    promised: Sequence[Promised]
-    inputs: Sequence[Input]
-    results: Mapping[str, Input]
-    base: Base | None
-    base_source: str | None
-
-
 @one_thread_each()  # products of thin sides: threads inside them wait for each other
 def check_figures(stated: Stated) -> Check:
     """The check of all that a report says, beside what other checks compare."""
     problems, unseen = _plan_problems(stated)
+    problems += told_otherwise(stated) if not problems else []
     problems += _input_problems(stated)
     problems += [p for item in stated.promised for p in _line_problems(stated, item)]
     measured = _measured(stated)
@@ -91,10 +76,10 @@ def _plan_problems(stated: Stated) -> tuple[list[str], list[str]]:
     report = stated.report
     if is_extraction(report):
         return [], [NOTES]
-    if report.base is not None and stated.base is None:
+    if stated.lacks_base:
         return [], ["what was decided, for which the base is needed"]
     try:
-        prepared = prepare(_specs(stated), stated.output, _options(stated))
+        prepared = stated.planned
     except AdaptmergeError as problem:
         return [f"what it says cannot be planned: {problem.problems[0]}"], []
     problems = _unlike_steps(report, prepared.plan.steps)
@@ -109,31 +94,6 @@ def _plan_problems(stated: Stated) -> tuple[list[str], list[str]]:
     if report.output["dtype"] != str(prepared.plan.dtype):
         problems.append(f"the dtype is said to be {report.output['dtype']}")
     return problems, []
-
-
-def _specs(stated: Stated) -> list[InputSpec]:
-    weights = stated.report.options["weights"]
-    return [replace(item.spec, weight=weights[item.name]) for item in stated.inputs]
-
-
-def _options(stated: Stated) -> Options:
-    report = stated.report
-    said = report.options
-    edits = [edit for result in stated.results.values() for edit in result.adapter.edits]
-    layouts = {layout_of(edit.site) for edit in edits} - {None}
-    return Options(
-        method=report.method,
-        rules=tuple(map(rule_of, said["rules"])),
-        heads=said["heads"],
-        allow=frozenset(said["allow"]),
-        budget=Budget(**said["budget"]),
-        dtype=said["dtype"],
-        target=report.format,
-        form=said["form"],
-        ranks=report.output["ranks"],
-        experts=layouts.pop() if len(layouts) == 1 and stated.base is not None else None,
-        base=stated.base_source if report.base is not None else None,
-    )
 
 
 def _unlike_steps(report: Report, steps: Sequence[Step]) -> list[str]:
@@ -171,9 +131,9 @@ def _unlike_notes(stated: Stated, prepared: Prepared) -> list[str]:
     report = stated.report
     found = [*prepared.notes, *sanity_notes(report.totals), *companions.notes(prepared.inputs)]
     found += missed_budget(prepared.plan.budget, report.totals, report.sites)
-    equal = len(set(report.options["weights"].values())) == 1
-    free = [n for n in report.notes if equal and n.what.startswith("no weights were given")]
-    said, wanted = set(report.notes) - set(free), set(found)
+    weights = report.options["weights"]
+    free = {unweighted(len(weights))} if len(set(weights.values())) == 1 else set[Note]()
+    said, wanted = set(report.notes) - free, set(found)
     return [
         *(f"a note says without a reason: {_text(note)}" for note in sorted(said - wanted)),
         *(f"a note is missing: {_text(note)}" for note in sorted(wanted - said)),
@@ -207,12 +167,16 @@ def _line_problems(stated: Stated, item: Promised) -> Iterator[str]:
     if line.site != str(line.key):
         yield f"{line.site}: is the line of {line.key.site}"
     lost = math.hypot(line.truncation, line.rounding)
-    if not _near(line.error * line.norm if line.norm else lost, lost, SUMMED):
+    if not _near(line.error * line.norm if line.norm else lost, lost, SUMMED * lost):
         yield f"{line.site}: truncation and rounding are {lost:.4g}, the error says otherwise"
     if line.norm == 0.0 and line.error != 0.0:
         yield f"{line.site}: an error of {line.error:.3g} of nothing"
     if min(line.truncation, line.rounding, line.error, line.norm) < 0.0:
         yield f"{line.site}: has a norm below 0"
+    if line.action == "pass" and (line.truncation, line.rounding, line.error) != (0.0, 0.0, 0.0):
+        yield f"{line.site}: goes through as it is, and is said to have lost something"
+    if line.action == "pass" and not item.terms and line.norm != 0.0:
+        yield f"{line.site}: is no delta, and is said to have a norm of {line.norm:.6g}"
     yield from _rank_problems(stated, item)
 
 

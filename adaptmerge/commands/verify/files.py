@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -26,8 +27,9 @@ def check_files(output: Path, recorded: Mapping[str, str] | None) -> Check:
         return Check("files", SKIPPED, UNSEALED.format("what was written"))
     found = dict(_places(output, recorded))
     wrong = {name: what for name, path in found.items() if (what := _wrong(path, recorded[name]))}
-    prose = [name for name in wrong if _is_prose(name)]
+    prose = [name for name in wrong if is_prose(name)]
     problems = [f"{name} {what}" for name, what in wrong.items() if name not in prose]
+    problems += [f"the sha256 of {name} is none" for name in prose if not is_digest(recorded[name])]
     problems += [f"{name} was not written with them" for name in _beside(output, recorded)]
     if problems:
         return Check("files", FAIL, "; ".join(problems[:SHOWN]), {"problems": problems})
@@ -70,7 +72,12 @@ def _is_whole(recorded: Collection[str]) -> bool:
     return CARD in recorded
 
 
-def _is_prose(name: str) -> bool:
+def is_digest(value: object) -> bool:
+    """Whether it is a sha256 as reports have them."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def is_prose(name: str) -> bool:
     return name.rpartition("/")[2].startswith(PROSE)
 
 

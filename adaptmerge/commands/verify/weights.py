@@ -36,6 +36,7 @@ from adaptmerge.tensors.walk import refs_of
 TOLERANCE = 1e-5  # relative; float32 factors and their products stay well below
 UNPROVEN = "sites that outputs do not judge"
 SLACK = 0.01  # share by which a reported error may be off
+NEAR = 1e-4  # relative: norms of computed values
 
 
 class SiteFinding(NamedTuple):
@@ -277,6 +278,9 @@ def _value(item: Promised, edit: Edit | None) -> SiteFinding:
     room = math.sqrt(sum(_rounding(a, b) for a, b in pairs))
     off = apart / size
     as_said = within(abs(off - item.line.error), max(TOLERANCE, SLACK * item.line.error))
+    if item.line.norm and not within(abs(item.line.norm - size), NEAR * size):
+        problem = f"{item.line.site}: the norm is {size:.6g}, reported was {item.line.norm:.6g}"
+        return SiteFinding([problem], item.edit, off=off)
     if as_said and within(apart, room + TOLERANCE * size):
         return SiteFinding([], item.edit, off=off)
     problem = f"{item.line.site}: value is {off:.2e} away from what was promised"

@@ -16,11 +16,13 @@ from adaptmerge.commands.fuse.pieces.write import Line, lines_of, settings_of, s
 from adaptmerge.commands.verify.checks import FAIL, Check, within
 from adaptmerge.commands.verify.figures import MOVED, NOTES, right
 from adaptmerge.commands.verify.fused.weights import Looked
+from adaptmerge.commands.verify.tables import differences, entries, listed
 
 SHOWN = 3
 SHARES = ("gain", "sub", "predicted")
-ALIKE = 1e-3  # by which shares may differ
-MEASURED = 0.02  # relative: norms and errors, of which a fusion computes products in float32
+NORMS = ("norm", "relative", "weight_norm", "delta_norm")
+EXACT = 1e-4  # relative: norms, and shares that are counted or sums of products in float32
+MEASURED = 5e-3  # relative: errors, which are differences of what is nearly the same
 RESOLVED = 1e-7  # of a weight: errors that are sums of float32 are no larger
 # the files by their sha256 in another check; options are what the plan is made with
 ELSEWHERE = ("report", "files", "versions", "options", "inputs", "notes", "moved")
@@ -32,7 +34,8 @@ def check_figures(plan: FusePlan, found: Looked, report: FuseReport) -> Check:
     if lines is None:
         return Check("report", FAIL, "the tensors are not those that it is about")
     again = report_of(plan, lines, {}, {item.name: {} for item in plan.inputs})
-    problems = [*_inputs(again, report), *_differences(_plain(report), _plain(again), "", 1.0)]
+    problems = [*_told(again, report), *_inputs(again, report)]
+    problems += _differences(_plain(report), _plain(again), "", 1.0)
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if problems[SHOWN:] else ""
         return Check("report", FAIL, "; ".join(problems[:SHOWN]) + more, {"problems": problems})
@@ -61,22 +64,25 @@ def _plain(report: FuseReport) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if name not in ELSEWHERE}
 
 
+def _told(again: FuseReport, report: FuseReport) -> Iterator[str]:
+    """What is said otherwise of options; what the verification itself allows is no option of the fusion."""
+    wanted = {**listed(again.options), "allow": listed(report.options["allow"])}
+    yield from differences("options:", wanted, listed(report.options))
+    for said, found in zip(report.inputs, again.inputs, strict=True):
+        yield from entries(f"input {found['name']}", said, found)
+    yield from entries("base", report.base, again.base)
+    yield from entries("versions", report.versions, again.versions)
+
+
 def _inputs(again: FuseReport, report: FuseReport) -> Iterator[str]:
     """What is said otherwise of inputs than they are: their format and base."""
     for said, found in zip(report.inputs, again.inputs, strict=True):
         for name in ("format", "task", "init", "adapter"):
             if said.get(name) != found[name]:
                 yield f"input {found['name']}: {name} is {said.get(name)!r}, not {found[name]!r}"
-        bases = [_listed(one.get("base")) for one in (said, found)]
+        bases = [listed(one.get("base")) for one in (said, found)]
         if bases[0] != bases[1]:
             yield f"input {found['name']}: its base is said to be {bases[0]}, not {bases[1]}"
-
-
-def _listed(value: Any) -> Any:
-    """With lists for tuples, as JSON has them."""
-    if isinstance(value, Mapping):
-        return {key: _listed(inner) for key, inner in value.items()}
-    return [_listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _differences(said: Any, found: Any, where: str, weight: float) -> Iterator[str]:
@@ -94,11 +100,11 @@ def _differences(said: Any, found: Any, where: str, weight: float) -> Iterator[s
 def _alike(said: Any, found: Any, where: str, weight: float) -> bool:
     numbers = [isinstance(x, (int, float)) and not isinstance(x, bool) for x in (said, found)]
     if not all(numbers) or isinstance(found, int):
-        return bool(_listed(said) == _listed(found))
+        return bool(listed(said) == listed(found))
     if math.isnan(found):
         return math.isnan(said)
-    if any(f": {name}" in where for name in SHARES):
-        return within(abs(said - found), ALIKE * max(1.0, abs(found)))
+    if where.rpartition(": ")[2] in SHARES + NORMS:
+        return within(abs(said - found), EXACT * abs(found) + RESOLVED)
     return within(abs(said - found), MEASURED * abs(found) + RESOLVED * weight)
 
 

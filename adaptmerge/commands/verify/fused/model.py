@@ -29,6 +29,7 @@ from adaptmerge.commands.verify.forward import NO_EFFECT, Bench, Comparison, com
 from adaptmerge.commands.verify.fused.figures import check_figures
 from adaptmerge.commands.verify.fused.reference import reference
 from adaptmerge.commands.verify.fused.weights import Looked, check_weights, look
+from adaptmerge.commands.verify.fused.written import check_written
 from adaptmerge.errors import InputError, UsageError, VerificationFailed
 from adaptmerge.files.typed import built
 from adaptmerge.formats.inputs import InputSpec
@@ -76,7 +77,8 @@ def verify_fused(
         return Verdict(output.name, checks, TRUSTED)
     found = look(plan, fused, tell)
     checks += [_config(plan, fused), check_weights(found, report)]
-    checks += [] if report is None else [check_figures(plan, found, report)]
+    if report is not None:
+        checks += [check_figures(plan, found, report), check_written(output, plan, report)]
     checks.append(_forward(plan, fused, found, device, layerwise=layerwise, tell=tell))
     return Verdict(output.name, checks, TRUSTED)
 
