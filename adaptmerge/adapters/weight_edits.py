@@ -232,11 +232,22 @@ class Effect:
 
     def dense(self, rows: Rows = None) -> torch.Tensor:
         before = self.weight.read().double()
-        after = before
-        for edit in self.edits:
-            after = edit.apply(after)
-        value = (after - before).reshape(self.shape)
+        value = (self._after(before) - before).reshape(self.shape)
         return value[slice(*rows)] if rows else value
+
+    def _after(self, value: torch.Tensor) -> torch.Tensor:
+        """The weight as the edits leave it. Raises Misshapen where they are for another shape."""
+        for edit in self.edits:
+            try:
+                value = edit.apply(value)
+            except (RuntimeError, IndexError) as problem:
+                if "memory" in str(problem):
+                    raise
+                raise Misshapen(
+                    f"{edit.site} of the adapter does not fit {self.weight.name} of the base, of shape "
+                    f"{list(self.weight.shape)} ({problem})"
+                ) from None
+        return value
 
     def thin(self) -> list[Term]:
         return whole_term(self.dense())

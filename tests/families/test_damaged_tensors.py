@@ -89,3 +89,22 @@ def test_tensors_that_only_a_bias_has_are_looked_at(
     outcome = console.run("inspect", str(out))
     assert outcome.code == 1
     assert "its tensors are not those of" in outcome.stderr
+
+
+@pytest.mark.parametrize(("name", "change"), [("boft", "one row more"), ("randlora", "turned")])
+def test_what_was_made_on_another_base_does_not_go_into_this(
+    name: str, change: str, built: BuiltCases, tmp_path: Path
+) -> None:
+    """A native file says what an edit is; whether the base has such a weight shows when they meet."""
+    found, out = built(name), tmp_path / "out"
+    given = ("combine", str(found.path), "-o", str(out), "--to", "native")
+    assert console.run(*given, "--base", str(found.base)).code == 0
+    shutil.copytree(found.base, tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    weight = next(n for n in tensors if "down_proj" in n)
+    save_file({**tensors, weight: CHANGES[change](tensors[weight]).contiguous()}, path)
+    lossy = ("--allow", "base,loss", "--max-loss", "100", "-o", str(tmp_path / "fused"))
+    outcome = console.run("fuse", str(tmp_path / "base"), str(out), *lossy)
+    assert outcome.code == 1
+    assert outcome.stderr.startswith("error: ")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptmerge.adapters.graph import Site
-from adaptmerge.algebra.factors import Factor, Whole
+from adaptmerge.algebra.factors import Factor, Misshapen, Whole
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import F32, DType
 from adaptmerge.tensors.refs import TensorRef
@@ -45,6 +45,11 @@ class RandLora:
 
     def _delta(self, out: int, width: int) -> RandDelta:
         tensors = self.short, self.long, self.weights, self.columns
+        small, large = sorted((out, width))
+        reach = self.columns.shape[1], self.long.shape[0]
+        if small != reach[0] or large > reach[1] or self.shape not in ((), (out, width)):
+            said = list(self.shape) or f"{reach[0]} by at most {reach[1]}"
+            raise Misshapen(f"{self.site} is for a weight of {said}, the base has {[out, width]}")
         return RandDelta(*tensors, self.alpha, out, width)
 
 
