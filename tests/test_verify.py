@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import console
 import pytest
 import samples
 import torch
@@ -119,6 +120,23 @@ def test_a_base_that_does_not_fit_is_streamed(
     assert verdict.status == library.PASS
     assert ("streamed: " in check.detail) == (free is not None)
     assert ("forward in peft" in statuses(verdict)) == (free is None)
+
+
+def test_inputs_by_absolute_paths_are_found_beside_the_base(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report has their names alone, so that it holds nobody's folders."""
+    monkeypatch.chdir(tmp_path)
+    console.run(
+        "combine", *(str(tiny / name) for name in ("lora-r8-perl", "lora-r8-cheaders")), "-o", "out"
+    )
+    assert str(tiny) not in Path("out", "adaptmerge.json").read_text("utf-8")
+    without, beside = (
+        library.verify(Path("out"), library.Questions(base=base))
+        for base in (None, str(tiny / "base"))
+    )
+    assert statuses(without)["inputs"] == library.FAIL
+    assert beside.status == library.PASS
 
 
 def test_the_memory_that_is_free_is_known_here() -> None:

@@ -280,23 +280,31 @@ def _not_found(described: Mapping[str, Any]) -> str:
 
 
 def _find(output: Path, described: Mapping[str, Any], questions: Questions) -> InputSpec | None:
-    """The input: as told, as written relative to here, beside the output, or by its hub id."""
+    """The input: as told, as written relative to here, beside the output or the base, or by its hub id.
+
+    Of an absolute path the report has the name alone; what is found must have the sha256 of the input.
+    """
     told = questions.inputs.get(described["name"])
     if told is not None:
         return told if isinstance(told, InputSpec) else InputSpec(str(told))
     if str(described["source"]).startswith(ORIGIN):
         return None
-    found = _written_place(output, described)
+    beside = [] if questions.base is None else [Path(questions.base).resolve().parent]
+    found = _written_place(described, [output.resolve().parent, *beside])
     return None if found is None else InputSpec(found)
 
 
-def _written_place(output: Path, described: Mapping[str, Any]) -> str | None:
-    """Where the report says that an input lies, if it does."""
+def _written_place(described: Mapping[str, Any], beside: Sequence[Path]) -> str | None:
+    """Where the report says that an input lies, seen from here or from some folders, if it does."""
     source = str(described["source"])
-    beside = output.resolve().parent
-    places = [Path(source), beside / source, beside / Path(source).name]
+    places = [Path(source), *(folder / name for folder in beside for name in _names_of(source))]
     found = next((str(place) for place in places if place.exists()), None)
     return found or (_pinned(source, described["revision"]) if described["revision"] else None)
+
+
+def _names_of(source: str) -> tuple[str, str]:
+    """What an input may be called in another folder."""
+    return source, Path(source).name
 
 
 def _pinned(source: str, revision: str) -> str:
