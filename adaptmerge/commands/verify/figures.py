@@ -345,7 +345,8 @@ def _inner(item: Promised) -> list[list[float]]:
         return []
     if len(factors) == 1:
         (weight,) = item.line.weights.values()
-        return [[(item.line.norm / weight) ** 2]]
+        alone = item.line.norm / weight
+        return [[alone * alone]]
     pairs = [as_low_rank(factor) for factor in factors]
     thin = [pair for pair in pairs if pair is not None]
     if len(thin) == len(factors):
@@ -366,7 +367,7 @@ def _output_problems(stated: Stated) -> list[str]:
         for result in stated.results.values()
         if result.format.name != report.format
     ]
-    asked = report.options["dtype"]
+    asked = report.options.get("dtype")
     if asked is not None and SPELLINGS[asked] != BY_NAME[str(report.output["dtype"]).upper()]:
         problems.append(f"--dtype was {asked}, and it is {report.output['dtype']}")
     if is_extraction(report):
