@@ -420,3 +420,11 @@ def test_products_of_thin_sides_take_one_thread(
     finally:
         torch.set_num_threads(before)
     assert seen == {"_inner": {1}, "_answer": {1}}
+
+
+def test_a_base_may_lie_in_a_folder_of_another_name(tiny: Path, tmp_path: Path) -> None:
+    out = merged(tiny, tmp_path / "out")
+    shutil.copytree(tiny / "base", tmp_path / "renamed")
+    inputs = {name: str(tiny / name) for name in ("lora-r8-shakespeare", "lora-r8-cheaders")}
+    questions = library.Questions(base=str(tmp_path / "renamed"), inputs=inputs)
+    assert library.verify(out, questions).status == library.PASS

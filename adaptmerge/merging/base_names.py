@@ -92,3 +92,8 @@ def _bare(name: str) -> str:
     while previous != last:
         previous, last = last, QUANTISED.sub("", last)
     return last
+
+
+def is_of_names(note: Note) -> bool:
+    """Whether a note is one of those, which depend on what the given base is called."""
+    return note.what.startswith("was made for ")

@@ -140,7 +140,7 @@ def loss_of(report: Report, item: Promised, stored: Factor | None, found: Measur
     cap = _cap(report, item)
     rank = pair.rank if pair is not None else item.line.rank or 0
     floor = noise_floor(item.terms[0][1].shape, torch.float32, found.sizes)
-    ranks = sum(item.line.ranks_in.values()) or 1
+    ranks = max(1, sum(item.line.ranks_in.values()))
     room = TOLERANCE * apart.left + math.sqrt(ranks) * floor + _rounding(report, stored, found)
     if found.base is not None:  # magnitudes and sides are rounded relative to the base, too
         room += _eps(report) * found.base

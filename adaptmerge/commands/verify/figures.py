@@ -27,6 +27,7 @@ from adaptmerge.commands.verify.stated import Stated
 from adaptmerge.commands.verify.told import told_otherwise
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.lazy import torch
+from adaptmerge.merging.base_names import is_of_names
 from adaptmerge.merging.plan import Step
 from adaptmerge.merging.prepare import unweighted
 from adaptmerge.merging.resolve import WHOLE
@@ -127,13 +128,17 @@ def _planned(step: Step) -> dict[str, Any]:
 
 
 def _unlike_notes(stated: Stated, prepared: Prepared) -> list[str]:
-    """Notes that nothing gives a reason for, and those that are not said."""
+    """Notes that nothing gives a reason for, and those that are not said; a base may have been renamed, so
+    that what it is called is not compared."""
     report = stated.report
     found = [*prepared.notes, *sanity_notes(report.totals), *companions.notes(prepared.inputs)]
     found += missed_budget(prepared.plan.budget, report.totals, report.sites)
     weights = report.options["weights"]
     free = {unweighted(len(weights))} if len(set(weights.values())) == 1 else set[Note]()
-    said, wanted = set(report.notes) - free, set(found)
+    said, wanted = (
+        {note for note in notes if note not in free and not is_of_names(note)}
+        for notes in (report.notes, found)
+    )
     return [
         *(f"a note says without a reason: {_text(note)}" for note in sorted(said - wanted)),
         *(f"a note is missing: {_text(note)}" for note in sorted(wanted - said)),
@@ -311,7 +316,8 @@ def _inner(item: Promised) -> list[list[float]]:
         return []
     if len(factors) == 1:
         (weight,) = item.line.weights.values()
-        return [[(item.line.norm / weight) ** 2]]
+        alone = item.line.norm / weight
+        return [[alone * alone]]
     pairs = [as_low_rank(factor) for factor in factors]
     thin = [pair for pair in pairs if pair is not None]
     if len(thin) == len(factors):
@@ -332,7 +338,7 @@ def _output_problems(stated: Stated) -> list[str]:
         for result in stated.results.values()
         if result.format.name != report.format
     ]
-    asked = report.options["dtype"]
+    asked = report.options.get("dtype")
     if asked is not None and SPELLINGS[asked] != BY_NAME[str(report.output["dtype"]).upper()]:
         problems.append(f"--dtype was {asked}, and it is {report.output['dtype']}")
     if is_extraction(report):
