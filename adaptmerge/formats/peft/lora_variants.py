@@ -183,6 +183,9 @@ def _block_diagonal(reading: Reading, pair: SidePair, parts: Parts) -> Edit:
     """The blocks of the side that the config names for this module, by a part of its path."""
     said: Mapping[str, Any] = reading.config.raw["use_bdlora"]
     tables = {"down": "target_modules_bd_a", "up": "target_modules_bd_b"}
+    for table in tables.values():
+        if not all(isinstance(pattern, str) for pattern in said.get(table) or ()):
+            raise Malformed(f"{table} of use_bdlora is {said[table]!r}: expected a list of strings")
     chosen = [
         side
         for side, table in tables.items()
