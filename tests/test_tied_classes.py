@@ -12,8 +12,10 @@ from made_classes import classes, tiny
 from peft_cases import MODELS
 
 from adaptmerge.adapters.graph import Site
+from adaptmerge.bases.classes import skeleton
 from adaptmerge.bases.open import open_base
 from adaptmerge.bases.ties import resized, ties_of, untying
+from adaptmerge.errors import InputError
 
 SHARES = 12  # tests that all classes are shared out to
 MADE = 16  # classes of each share at least, of 30, of which there is a small model
@@ -181,3 +183,13 @@ def test_no_class_is_built_unless_a_module_may_be_tied(
 
 def _never(*_: Any) -> Any:
     raise AssertionError("the class was built")
+
+
+def test_a_model_of_endless_layers_is_not_built() -> None:
+    said = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 10**9,
+    }
+    with pytest.raises(InputError, match="num_hidden_layers is 1000000000 in config.json"):
+        skeleton(said)

@@ -8,7 +8,8 @@ one. Activation edits change what flows: `forward` is called by the runtime at a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
@@ -131,8 +132,23 @@ class Share:
 @remembered
 def share_of(edit: Dora, weight: TensorRef) -> torch.Tensor:
     """m / |W + delta| of a DoRA on a base weight, float64."""
-    norms = norms_of(weight, edit.factor, edit.axis)
-    return edit.magnitude.read().double().flatten() / norms
+    with made_for(edit, weight):
+        norms = norms_of(weight, edit.factor, edit.axis)
+        return edit.magnitude.read().double().flatten() / norms
+
+
+@contextmanager
+def made_for(edit: Any, weight: TensorRef) -> Iterator[None]:
+    """Raises Misshapen where shapes of an edit and a weight of the base do not go together inside."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as problem:
+        if "memory" in str(problem):
+            raise
+        raise Misshapen(
+            f"{edit.site} of the adapter does not fit {weight.name} of the base, of shape "
+            f"{list(weight.shape)} ({problem})"
+        ) from None
 
 
 def norms_of(weight: TensorRef, factor: Factor, axis: int) -> torch.Tensor:
@@ -238,15 +254,8 @@ class Effect:
     def _after(self, value: torch.Tensor) -> torch.Tensor:
         """The weight as the edits leave it. Raises Misshapen where they are for another shape."""
         for edit in self.edits:
-            try:
+            with made_for(edit, self.weight):
                 value = edit.apply(value)
-            except (RuntimeError, IndexError) as problem:
-                if "memory" in str(problem):
-                    raise
-                raise Misshapen(
-                    f"{edit.site} of the adapter does not fit {self.weight.name} of the base, of shape "
-                    f"{list(self.weight.shape)} ({problem})"
-                ) from None
         return value
 
     def thin(self) -> list[Term]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from adaptmerge import lazy
 from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
+
+COUNTS = re.compile("^(num|n|encoder|decoder)_(.*_)?(layers?|experts?|heads?|blocks?)$")
+MOST = 20_000  # modules of a kind
 
 
 def skeleton(said: Mapping[str, Any], where: str = "") -> torch.nn.Module:
@@ -36,12 +40,25 @@ def stored_name(model: torch.nn.Module, parameter: str) -> str:
 
 
 def on_meta(config: Any) -> torch.nn.Module:
-    """The model of a config of `transformers` on the meta device, tied as it is once loaded."""
+    """The model of a config of `transformers` on the meta device, tied as it is once loaded.
+
+    Raises InputError for one that would take forever to build.
+    """
+    _check_counts(config.to_dict(), "")
     with torch.device("meta"):
         model: Any = model_class(config)(config)
     model.tie_weights()
     found: torch.nn.Module = model
     return found
+
+
+def _check_counts(said: Mapping[str, Any], place: str) -> None:
+    """Raises InputError for a number of layers, experts or heads that no model has."""
+    for name, value in said.items():
+        if isinstance(value, Mapping):
+            _check_counts(value, f"{place}{name}.")
+        elif COUNTS.search(str(name)) and isinstance(value, int) and value > MOST:
+            raise InputError(f"{place}{name} is {value} in config.json, expected at most {MOST}")
 
 
 def model_class(config: Any) -> Any:

@@ -230,7 +230,7 @@ class TensorRef:
     def _read(self) -> torch.Tensor:
         source, steps = self.source, self.steps
         rows = getattr(source, "rows", None)
-        if steps and rows and isinstance(steps[0], Slice) and not steps[0].axis:
+        if steps and callable(rows) and isinstance(steps[0], Slice) and not steps[0].axis:
             source, steps = rows(steps[0].start, steps[0].stop), steps[1:]
         if isinstance(source, Stored) and _cuts_rows(steps):
             value = _CUT.get(source.read, source, source.nbytes)
@@ -239,7 +239,7 @@ class TensorRef:
 
     def in_blocks(self, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Runs of so many rows with their places, each read by itself where the source has rows apart."""
-        apart = not self.steps and hasattr(self.source, "rows")
+        apart = not self.steps and callable(getattr(self.source, "rows", None))
         whole = None if apart else self.read()
         for start in range(0, self.shape[0], rows):
             at = slice(start, min(self.shape[0], start + rows))

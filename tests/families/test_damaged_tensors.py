@@ -14,8 +14,16 @@ from damage import CHANGES, damaged
 from families.built import Built, BuiltCases
 from families.cases import all_cases
 from safetensors.torch import load_file, save_file
+from strategies import random_ref
 from tiers import first_of
 from torch import Tensor
+
+from adaptmerge.adapters.families.hra import Hra
+from adaptmerge.adapters.families.unilora import UniSide
+from adaptmerge.adapters.graph import Site
+from adaptmerge.adapters.weight_edits import Dora, share_of
+from adaptmerge.algebra.factors import Misshapen
+from adaptmerge.algebra.low_rank import low_rank
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -108,3 +116,18 @@ def test_what_was_made_on_another_base_does_not_go_into_this(
     outcome = console.run("fuse", str(tmp_path / "base"), str(out), *lossy)
     assert outcome.code == 1
     assert outcome.stderr.startswith("error: ")
+
+
+def test_what_norms_or_reflects_another_base_says_so() -> None:
+    weight = random_ref(1, 6, 5)
+    normed = Dora(Site("m"), low_rank(random_ref(2, 6, 2), random_ref(3, 2, 7)), random_ref(4, 6))
+    reflected = Hra(Site("m"), random_ref(5, 7, 2), orthogonalise=True)
+    asked = (lambda: share_of(normed, weight), lambda: reflected.on(weight).dense())
+    for ask in asked:
+        with pytest.raises(Misshapen, match=r"of the adapter does not fit .*of shape \[6, 5\]"):
+            ask()
+
+
+def test_places_and_scales_of_other_shapes_do_not_go_together() -> None:
+    with pytest.raises(Misshapen, match=r"\[2, 3\] and \[96\] do not go together"):
+        UniSide(random_ref(1, 4), random_ref(2, 2, 3), random_ref(3, 96))

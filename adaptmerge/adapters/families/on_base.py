@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from adaptmerge.adapters.weight_edits import made_for
 from adaptmerge.algebra.factors import Expanded, Factor
 from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
@@ -31,8 +32,9 @@ class Side:
         return F64
 
     def read(self) -> torch.Tensor:
-        value: torch.Tensor = self.edit.sides(self.weight.read().double())[self.index]
-        return value
+        with made_for(self.edit, self.weight):
+            value: torch.Tensor = self.edit.sides(self.weight.read().double())[self.index]
+            return value
 
 
 @dataclass(frozen=True, slots=True)

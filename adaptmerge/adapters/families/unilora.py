@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from adaptmerge.algebra.factors import Expanded, Factor
+from adaptmerge.algebra.factors import Expanded, Factor, Misshapen
 from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.lazy import torch
 from adaptmerge.tensors.dtypes import F64, I64, DType
@@ -38,6 +38,11 @@ class UniSide:
     vector: TensorRef
     places: TensorRef
     scales: TensorRef
+
+    def __post_init__(self) -> None:
+        if self.places.shape != self.scales.shape:
+            shapes = f"{list(self.places.shape)} and {list(self.scales.shape)}"
+            raise Misshapen(f"places and scales of shapes {shapes} do not go together")
 
     @property
     def shape(self) -> tuple[int, ...]:
