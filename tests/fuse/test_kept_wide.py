@@ -162,7 +162,9 @@ def test_verify_proves_it_as_it_was_decided(
     said["quantization_config"]["llm_int8_skip_modules"] = None
     path.write_text(json.dumps(said))
     verdict = library.verify(tmp_path / "out", questions)
-    assert [c.name for c in verdict.checks if c.status == library.FAIL] == ["files", "config"]
+    assert [c.name for c in verdict.checks if c.status == library.FAIL] == [
+        *("files", "config", "settings")
+    ]
 
 
 @pytest.mark.parametrize("quant", ["same", "nf4"])

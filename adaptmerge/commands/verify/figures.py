@@ -23,7 +23,7 @@ from adaptmerge.commands.extract.tuned import Difference
 from adaptmerge.commands.verify.checks import FAIL, PASS, Check, within
 from adaptmerge.commands.verify.extracted import is_extraction
 from adaptmerge.commands.verify.promise import Promised
-from adaptmerge.commands.verify.stated import Stated
+from adaptmerge.commands.verify.stated import Stated, is_retold
 from adaptmerge.commands.verify.told import told_otherwise
 from adaptmerge.errors import AdaptmergeError
 from adaptmerge.lazy import torch
@@ -51,7 +51,8 @@ NOTES, MOVED = (
 def check_figures(stated: Stated) -> Check:
     """The check of all that a report says, beside what other checks compare."""
     problems, unseen = _plan_problems(stated)
-    problems += told_otherwise(stated) if not problems else []
+    if not problems and is_retold(stated.report):
+        problems += told_otherwise(stated)
     problems += _input_problems(stated)
     problems += [p for item in stated.promised for p in _line_problems(stated, item)]
     measured = _measured(stated)
@@ -84,7 +85,7 @@ def _plan_problems(stated: Stated) -> tuple[list[str], list[str]]:
     except AdaptmergeError as problem:
         return [f"what it says cannot be planned: {problem.problems[0]}"], []
     problems = _unlike_steps(report, prepared.plan.steps)
-    problems += _unlike_notes(stated, prepared)
+    problems += _unlike_notes(stated, prepared) if is_retold(report) else []
     said: dict[str, Any] = {"adapters": adapters_of(prepared.plan.steps) or None}
     said["heads"] = head_lines(prepared.plan.steps, prepared.opened.heads) or None
     problems += [

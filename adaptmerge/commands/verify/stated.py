@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from adaptmerge import __version__
 from adaptmerge.adapters.experts import layout_of
 from adaptmerge.algebra.fit import Budget
 from adaptmerge.bases.base import Base
 from adaptmerge.commands.combine import Options, Prepared, prepare
+from adaptmerge.commands.fuse import FuseReport
 from adaptmerge.commands.verify.promise import Promised
 from adaptmerge.formats.inputs import Input, InputSpec
 from adaptmerge.merging.weights import rule_of
+from adaptmerge.outputs.companions import CARD
 from adaptmerge.outputs.report import Report
 
 
@@ -62,3 +65,10 @@ class Stated:
             experts=layouts.pop() if len(layouts) == 1 and self.base is not None else None,
             base=self.base_source if report.base is not None else None,
         )
+
+
+def is_retold(report: Report | FuseReport) -> bool:
+    """Whether this version would tell all of a report in the same words: others have other entries, as those
+    had that hashed no file, or of a fused model its tensors alone."""
+    hashed = report.files is not None if isinstance(report, Report) else CARD in report.files
+    return hashed and report.versions.get("adaptmerge") == __version__

@@ -16,6 +16,7 @@ from adaptmerge.commands.fuse.pieces.write import Line, lines_of, settings_of, s
 from adaptmerge.commands.verify.checks import FAIL, Check, within
 from adaptmerge.commands.verify.figures import MOVED, NOTES, right
 from adaptmerge.commands.verify.fused.weights import Looked
+from adaptmerge.commands.verify.stated import is_retold
 from adaptmerge.commands.verify.tables import differences, entries, listed
 
 SHOWN = 3
@@ -34,7 +35,8 @@ def check_figures(plan: FusePlan, found: Looked, report: FuseReport) -> Check:
     if lines is None:
         return Check("report", FAIL, "the tensors are not those that it is about")
     again = report_of(plan, lines, {}, {item.name: {} for item in plan.inputs})
-    problems = [*_told(again, report), *_inputs(again, report)]
+    problems = [*_told(again, report)] if is_retold(report) else []
+    problems += _inputs(again, report)
     problems += _differences(_plain(report), _plain(again), "", 1.0)
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if problems[SHOWN:] else ""
@@ -70,7 +72,7 @@ def _told(again: FuseReport, report: FuseReport) -> Iterator[str]:
     yield from differences("options:", wanted, listed(report.options))
     for said, found in zip(report.inputs, again.inputs, strict=True):
         yield from entries(f"input {found['name']}", said, found)
-    yield from entries("base", report.base, again.base)
+    yield from entries("base", report.base, again.base, {"calibration"})
     yield from entries("versions", report.versions, again.versions)
 
 
