@@ -68,7 +68,7 @@ class Stated:
 
 
 def is_retold(report: Report | FuseReport) -> bool:
-    """Whether this version would tell all of a report in the same words: others have other entries, as those
-    had that hashed no file, or of a fused model its tensors alone."""
+    """Whether this version would tell all of a report in the same words: others have other entries, as had
+    those that hashed no file, or of a fused model its tensors alone."""
     hashed = report.files is not None if isinstance(report, Report) else CARD in report.files
     return hashed and report.versions.get("adaptmerge") == __version__
