@@ -448,3 +448,11 @@ def test_what_was_mixed_up_is_said(
     outcome = run(*command.split())
     assert outcome.code in (1, 2)
     assert said in outcome.stderr
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), "sixteen"])
+def test_an_alpha_that_is_no_number_that_floats_hold(
+    value: object, good: Path, tmp_path: Path
+) -> None:
+    problem = refused_alone(tmp_path, adapter(tmp_path / "bad", 2, lora_alpha=value), good)
+    assert "lora_alpha" in problem or "NaN" in problem

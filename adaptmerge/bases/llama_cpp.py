@@ -116,7 +116,11 @@ class Names:
         kind = tensor.split(".")[-2]
         if not self.architecture.permuted or kind not in ("attn_q", "attn_k"):
             return None
-        return int((queries if kind == "attn_q" else keys) or 0)
+        found = (queries if kind == "attn_q" else keys) or 0
+        if not isinstance(found, int):
+            sentence = f"counts {found!r} heads in config.json, expected a whole number"
+            raise InputError(sentence, where=str(self.base.path))
+        return found
 
     @property
     def tied(self) -> bool:

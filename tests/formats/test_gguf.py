@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -568,3 +569,12 @@ def test_vocabularies_are_skipped(tmp_path: Path) -> None:
     found = read_header(path)
     assert found.values == {"general.architecture": "llama", "k": [1, 2]} | dict.fromkeys(values)
     assert torch.equal(found.refs["w"].read(), torch.ones(3))
+
+
+def test_heads_of_a_base_are_counted_in_whole_numbers(fixtures: Path, tmp_path: Path) -> None:
+    shutil.copytree(fixtures / "tinyllama" / "base", tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": "four"}))
+    source = str(fixtures / "tinyllama" / "lora-r8-perl")
+    with pytest.raises(InputError, match="(counts 'four' heads|num_attention_heads is 'four')"):
+        combine(source, tmp_path / "out.gguf", Options(base=str(tmp_path / "base"), target="gguf"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -172,7 +172,11 @@ def _pattern_problems(name: str, patterns: Any) -> list[str]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return (
+        abs(value) <= sys.float_info.max
+    )  # of which NaN is none, nor is a whole number without end
 
 
 def _is_index(value: object) -> bool:
