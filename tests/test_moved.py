@@ -19,35 +19,13 @@ from adaptmerge.algebra.low_rank import low_rank
 from adaptmerge.algebra.moved import OF_MOVE, OF_NORM, distance_on, moved_norms
 from adaptmerge.algebra.weight_rows import PART, WeightRows
 from adaptmerge.tensors.caches import read_once
-from adaptmerge.tensors.dtypes import BF16, F16, F32, F64, DType
+from adaptmerge.tensors.dtypes import BF16, F16, F32, F64
+from adaptmerge.tensors.held import Held
 from adaptmerge.tensors.refs import TensorRef, computed
 
 Extended = NDArray[np.longdouble]
 LAST = 1e-12  # of the summands: what float64 may lose of a row
 DTYPES = [BF16, F16, F32, F64]
-
-
-class Held(NamedTuple):
-    """A tensor in memory, as the source of a ref."""
-
-    value: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
-    @property
-    def dtype(self) -> DType:
-        return next(d for d in DTYPES if d.torch == self.value.dtype)
-
-    def read(self) -> torch.Tensor:
-        return self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held) and other.value is self.value
 
 
 class Case(NamedTuple):

@@ -428,3 +428,27 @@ def test_a_base_may_lie_in_a_folder_of_another_name(tiny: Path, tmp_path: Path) 
     inputs = {name: str(tiny / name) for name in ("lora-r8-shakespeare", "lora-r8-cheaders")}
     questions = library.Questions(base=str(tmp_path / "renamed"), inputs=inputs)
     assert library.verify(out, questions).status == library.PASS
+
+
+def test_a_note_on_the_name_of_a_base_is_compared_where_the_base_kept_it(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = merged(tiny, tmp_path / "out", base=str(tiny / "base"))
+    path = out / "adaptmerge.json"
+    said = json.loads(path.read_text("utf-8"))
+    said["notes"].append({"kind": "info", "what": "was made for another world", "site": ""})
+    path.write_text(json.dumps(said), "utf-8")
+    assert statuses(ask(tiny, out))["report"] == library.FAIL
+
+
+def test_entries_that_another_version_told_are_said_not_to_be_computed(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = merged(tiny, tmp_path / "out")
+    path = out / "adaptmerge.json"
+    said = json.loads(path.read_text("utf-8"))
+    said["versions"]["adaptmerge"] = "0.0.1"
+    path.write_text(json.dumps(said), "utf-8")
+    (check,) = (check for check in ask(tiny, out).checks if check.name == "report")
+    assert check.status == library.PASS
+    assert "not computed again: entries and notes, which another version told" in check.detail

@@ -27,7 +27,8 @@ from adaptmerge.merging.plan import Plan, Step
 from adaptmerge.merging.resolve import WHOLE
 from adaptmerge.parallel import Progress, ordered, short_turns
 from adaptmerge.tensors.caches import read_once
-from adaptmerge.tensors.dtypes import BF16, F16, DType, default_dtype, of_torch
+from adaptmerge.tensors.dtypes import BF16, F16, DType, default_dtype
+from adaptmerge.tensors.held import Held
 from adaptmerge.tensors.refs import TensorRef, Unsettled, computed
 from adaptmerge.tensors.walk import mapped, refs_of
 
@@ -73,24 +74,6 @@ class Computed:
 
     edit: Edit
     stats: SiteStats
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Held:
-    """A tensor in memory, as the source of a ref."""
-
-    value: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
-    @property
-    def dtype(self) -> DType:
-        return of_torch(self.value.dtype)
-
-    def read(self) -> torch.Tensor:
-        return self.value
 
 
 def run(plan: Plan, scratch: Keeps, workers: int, progress: Progress) -> list[Settled]:

@@ -51,7 +51,9 @@ NOTES, MOVED = (
 def check_figures(stated: Stated) -> Check:
     """The check of all that a report says, beside what other checks compare."""
     problems, unseen = _plan_problems(stated)
-    if not problems and is_retold(stated.report):
+    if not is_retold(stated.report):
+        unseen.append("entries and notes, which another version told")
+    elif not problems:
         problems += told_otherwise(stated)
     problems += _input_problems(stated)
     problems += [p for item in stated.promised for p in _line_problems(stated, item)]
@@ -129,15 +131,17 @@ def _planned(step: Step) -> dict[str, Any]:
 
 
 def _unlike_notes(stated: Stated, prepared: Prepared) -> list[str]:
-    """Notes that nothing gives a reason for, and those that are not said; a base may have been renamed, so
-    that what it is called is not compared."""
+    """Notes that nothing gives a reason for, and those that are not said; what a base is called counts only
+    where it was not renamed."""
     report = stated.report
     found = [*prepared.notes, *sanity_notes(report.totals), *companions.notes(prepared.inputs)]
     found += missed_budget(prepared.plan.budget, report.totals, report.sites)
     weights = report.options["weights"]
     free = {unweighted(len(weights))} if len(set(weights.values())) == 1 else set[Note]()
+    named = (report.base or {}).get("name")
+    renamed = stated.base is not None and stated.base.path.name != named
     said, wanted = (
-        {note for note in notes if note not in free and not is_of_names(note)}
+        {note for note in notes if note not in free and not (renamed and is_of_names(note))}
         for notes in (report.notes, found)
     )
     return [

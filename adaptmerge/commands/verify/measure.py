@@ -12,7 +12,7 @@ from adaptmerge.algebra.forms import Form, WeightedSum, added, form_of
 from adaptmerge.algebra.low_rank import as_low_rank
 from adaptmerge.commands.verify.normed import Ground, ground
 from adaptmerge.lazy import torch
-from adaptmerge.merging.settle import Held
+from adaptmerge.tensors.held import Held
 from adaptmerge.tensors.refs import TensorRef, computed
 
 RESOLVED = 1e-6  # of a norm, that rounding in Gram matrices may reach

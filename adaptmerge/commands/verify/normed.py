@@ -10,7 +10,7 @@ from adaptmerge.algebra.factors import Diag, Factor, Leaf, Product, Sum
 from adaptmerge.algebra.forms import LEFT, Form, form_of
 from adaptmerge.algebra.linalg import in_float64
 from adaptmerge.lazy import torch
-from adaptmerge.merging.settle import Held
+from adaptmerge.tensors.held import Held
 from adaptmerge.tensors.refs import TensorRef, computed
 
 

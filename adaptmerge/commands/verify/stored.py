@@ -31,9 +31,9 @@ from adaptmerge.merging.heads.policies import (
     shown,
     union,
 )
-from adaptmerge.merging.settle import Held
 from adaptmerge.methods.method import EXACT, Member
 from adaptmerge.outputs.report import Report, SiteLine
+from adaptmerge.tensors.held import Held
 from adaptmerge.tensors.refs import TensorRef, computed
 
 ALLOWED = {

@@ -101,7 +101,7 @@ def answers(model: Any, path: Path, count: int) -> dict[str, Answer] | None:
 
 def _asked(layer: Any, count: int, generator: torch.Generator) -> Answer | None:
     """Random inputs of a linear and what is added for them, in float64 where the model's own dtype is too
-    coarse to tell; None for other modules."""
+    coarse to tell; None for other modules, and where rounding hides what is added."""
     base = layer.get_base_layer()
     kind = type(base).__name__
     if kind not in ("Linear", "Conv1D"):
@@ -114,7 +114,8 @@ def _asked(layer: Any, count: int, generator: torch.Generator) -> Answer | None:
         if found.noise <= SEEN:
             return found
         plain = torch.func.functional_call(base, _wide(base), (given,))
-        return _answer(given, plain, torch.func.functional_call(layer, _wide(layer), (given,)))
+        found = _answer(given, plain, torch.func.functional_call(layer, _wide(layer), (given,)))
+        return None if found.noise > SEEN else found
 
 
 def _answer(given: torch.Tensor, plain: torch.Tensor, moved: torch.Tensor) -> Answer:

@@ -41,7 +41,8 @@ def check_figures(plan: FusePlan, found: Looked, report: FuseReport) -> Check:
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if problems[SHOWN:] else ""
         return Check("report", FAIL, "; ".join(problems[:SHOWN]) + more, {"problems": problems})
-    return right(len(report.sites), (NOTES, MOVED))
+    unseen = [] if is_retold(report) else ["entries, which another version told"]
+    return right(len(report.sites), (NOTES, MOVED, *unseen))
 
 
 def _lines(plan: FusePlan, found: Looked) -> list[Line] | None:
