@@ -201,7 +201,8 @@ class PeftCase:
 
     def build(self, directory: Path, seed: int, rank: int = 4, **overrides: Any) -> Path:
         """A random adapter as PEFT saves it; `overrides` go to LoraConfig."""
-        key = f"{self.name} {seed} {rank} {sorted(overrides.items())}"
+        options = {**self.options(rank), **overrides}  # a case of the same name may have others
+        key = f"{self.name} {seed} {rank} {sorted(options.items())}"
         return copies.written(
             key, lambda folder: self.build_anew(folder, seed, rank, **overrides), directory
         )
