@@ -456,3 +456,11 @@ def test_an_alpha_that_is_no_number_that_floats_hold(
 ) -> None:
     problem = refused_alone(tmp_path, adapter(tmp_path / "bad", 2, lora_alpha=value), good)
     assert "lora_alpha" in problem or "NaN" in problem
+
+
+@pytest.mark.parametrize("field", ["num_virtual_tokens", "token_dim"])
+def test_sizes_of_prompts_are_whole_numbers(field: str, good: Path, tmp_path: Path) -> None:
+    said: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", field: {"a": 1}}
+    own = {"prompt_embeddings": torch.ones(4, 9)}
+    bad = write(tmp_path / "bad", {}, tensors=own, without=("r", "lora_alpha"), **said)
+    assert f"{field} is {{'a': 1}}: expected a whole number" in refused_alone(tmp_path, bad, good)

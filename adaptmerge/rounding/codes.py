@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple
 
+from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 from adaptmerge.rounding.code_descent import exchanged
 from adaptmerge.rounding.error_feedback import (
@@ -87,10 +88,13 @@ def coded_error(weight: CodedWeight) -> float:
 
 def requantise(coded: CodedMatrix, rounding: str, scales: str, seed: int) -> Requantised:
     """All rows of a coded weight, some at a time."""
-    found = [
-        requantise_rows(coded, rows, rounding, scales, seed)
-        for rows in coded.matrix.row_ranges(BLOCK)
-    ]
+    try:
+        found = [
+            requantise_rows(coded, rows, rounding, scales, seed)
+            for rows in coded.matrix.row_ranges(BLOCK)
+        ]
+    except InputError as problem:
+        raise problem.located(str(coded.matrix.site)) from None
     total = reduce(Measured.plus, [one.measured for one in found])
     codes = torch.cat([one.codes for one in found])
     return Requantised(codes, joined([one.grid for one in found]), total)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from adaptmerge.errors import InputError
 from adaptmerge.lazy import torch
 
 MOST_CELLS = 4096  # beyond these a search is as fast
@@ -36,7 +37,13 @@ class Cells:
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """The codes of values, uint8; on a point the lower one."""
         cell = self.of(values).reshape(-1)
-        point = self.points.index_select(0, cell).view(values.shape)
+        try:
+            point = self.points.index_select(0, cell).view(values.shape)
+        except IndexError:  # NaN is in no cell
+            raise InputError(
+                "its values are so large that rounding them overflows float32: inspect --values names "
+                "tensors of such norms"
+            ) from None
         above = torch.gt(values, point, out=point).to(torch.int32)
         return self.before.index_select(0, cell).view(values.shape).add_(above).to(torch.uint8)
 

@@ -18,6 +18,7 @@ from strategies import random_ref
 from tiers import first_of
 from torch import Tensor
 
+from adaptmerge.adapters.families.bdlora import BlockDiagonal
 from adaptmerge.adapters.families.hra import Hra
 from adaptmerge.adapters.families.unilora import UniSide
 from adaptmerge.adapters.graph import Site
@@ -131,3 +132,8 @@ def test_what_norms_or_reflects_another_base_says_so() -> None:
 def test_places_and_scales_of_other_shapes_do_not_go_together() -> None:
     with pytest.raises(Misshapen, match=r"\[2, 3\] and \[96\] do not go together"):
         UniSide(random_ref(1, 4), random_ref(2, 2, 3), random_ref(3, 96))
+
+
+def test_sides_of_blocks_are_matrices() -> None:
+    with pytest.raises(Misshapen, match="no two matrices in 2 blocks"):
+        BlockDiagonal(random_ref(1, 4), random_ref(2, 2, 4), 1.0, "down", 2)

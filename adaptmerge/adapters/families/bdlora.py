@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptmerge.algebra.factors import Expanded, Factor, Leaf, Place, Product, Sum
+from adaptmerge.algebra.factors import Expanded, Factor, Leaf, Misshapen, Place, Product, Sum
 from adaptmerge.tensors.refs import TensorRef
 
 
@@ -24,6 +24,11 @@ class BlockDiagonal(Expanded):
     blocks: int
 
     def __post_init__(self) -> None:
+        if len(self.down.shape) != 2 or len(self.up.shape) != 2 or self.blocks < 1:
+            raise Misshapen(
+                f"{list(self.up.shape)} and {list(self.down.shape)} are no two matrices in "
+                f"{self.blocks} blocks"
+            )
         rank, inner = self.down.shape[0], self.up.shape[1]
         out = self.up.shape[0]
         whole = rank if self.side == "down" else rank / self.blocks

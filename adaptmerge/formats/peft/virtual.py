@@ -58,6 +58,9 @@ def prompt_values(reading: Reading) -> TensorRef:
         raise Malformed(f"{TENSOR} has shape {list(values.shape)}: expected (tokens, dimension)")
     said = [reading.setting("num_virtual_tokens"), reading.setting("token_dim")]
     rows, width = values.shape
+    for name, found in zip(("num_virtual_tokens", "token_dim"), said, strict=True):
+        if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+            raise Malformed(f"{name} is {found!r}: expected a whole number")
     expected = (rows if said[0] is None else said[0] * parts(reading), said[1] or width)
     if values.shape != expected:
         raise Malformed(
